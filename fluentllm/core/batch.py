@@ -1,0 +1,50 @@
+"""One forward pass as the layers see it: which rows, of which sequences, where their KV lies.
+
+Built by the step programs from the slot tables, read by models and attention backends. Torch-free to import (the
+annotations alone name tensors), so that `layers` may use it. Everything but the two host-side fields is on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(slots=True)
+class Batch:
+    """N sequences with T query rows in all; the rows of a sequence are consecutive and in order of position.
+
+    A row attends to the keys of its own sequence at positions ≤ its own. Its own KV is written first, by the attention
+    backend, at `kv_rows`.
+    """
+
+    tokens: Tensor
+    """[T] int64, input token of each row."""
+    positions: Tensor
+    """[T] int64, its position in its sequence."""
+    sequences: Tensor
+    """[T] int64, its sequence, 0 … N-1."""
+    slots: Tensor
+    """[N] int64, the sequences' rows in the slot tables."""
+    query_start: Tensor
+    """[N + 1] int32, first row of each sequence."""
+    kv_lengths: Tensor
+    """[N] int32, keys of each sequence after this pass has written its own."""
+    page_table: Tensor
+    """[N, P] int32, pages of each sequence; entries past its length are arbitrary valid pages."""
+    kv_rows: Tensor
+    """[T] int64, where each row's KV goes in the pool seen as [pages × page_size] token rows. Inert rows point at the
+    scratch page 0, which no sequence owns."""
+    history: Tensor
+    """[S, L] int32, the token history of all slots (drafts of this pass included), for n-gram embeddings:
+    the token of sequence i at position p is `history[slots[i], p]`."""
+    page_size: int
+    query_length: int | None
+    """Host side. q if every sequence has exactly q rows (decode, verification), else None."""
+    query_lengths: tuple[int, ...] | None
+    """Host side. Rows of each sequence, known for prefill only."""
+    kv_lengths_host: tuple[int, ...] | None = None
+    """Host side. `kv_lengths`, known for prefill only."""

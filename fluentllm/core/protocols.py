@@ -1,0 +1,273 @@
+"""What plugins' objects promise: the typed half of the contract whose other half is `hookspecs`.
+
+Torch-free: tensors and modules appear in annotations only. A factory is called once, at assembly; the engine then calls
+plain bound methods of what it returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import msgspec
+    import torch
+    from torch import Tensor
+
+    from .batch import Batch
+    from .kv.cache import KVCache
+    from .kv.pool import KVPool
+    from .sequence import Sequence
+    from .settings import Settings
+    from .types import ModelSpec, StepPlan
+
+# ------------------------------------------------------------------------------------------------------------ registration
+Supports = Callable[[Any], str | None]
+"""Given the spec in question, None, or the reason why not."""
+
+
+class Register(Protocol):
+    """`register(name, factory, supports=...)`: offer something that the config chooses by name, or `auto` chooses."""
+
+    def __call__(self, name: str, factory: Callable[..., Any], *, supports: Supports = ...) -> None: ...
+
+
+class RegisterConfig(Protocol):
+    def __call__(self, struct: type[msgspec.Struct]) -> None: ...
+
+
+class RegisterModel(Protocol):
+    def __call__(self, architecture: str, family: ModelFamily) -> None: ...
+
+
+class RegisterWeights(Protocol):
+    """`supports(path)` says whether the reader can open what lies at `path` (a folder or a file)."""
+
+    def __call__(self, name: str, factory: Callable[[WeightsContext], Checkpoint], *, supports: Supports = ...) -> None: ...
+
+
+class RegisterRoute(Protocol):
+    """`endpoint(request: starlette.requests.Request) -> starlette.responses.Response`, async. The front end's services
+    are at `request.app.state.fluent` (`fluentllm.frontend.services.Services`)."""
+
+    def __call__(
+        self, path: str, endpoint: Callable[[Any], Awaitable[Any]], *, methods: SequenceOf[str] = ("GET",), summary: str = ""
+    ) -> None: ...
+
+
+# -------------------------------------------------------------------------------------------------------------- scheduling
+@dataclass(frozen=True, slots=True)
+class SchedulerContext:
+    """What a policy is made from. `kv` does the bookkeeping of pages; the policy decides who runs."""
+
+    settings: Settings
+    kv: KVCache
+    slots: int
+    """Sequences that can be on the device at once."""
+    max_model_len: int
+    eos_token_ids: tuple[int, ...] = ()
+
+
+class Scheduler(Protocol):
+    """Decides what each step computes. Called from the engine's loop only; may not block.
+
+    The engine launches up to `overlap_depth` steps ahead of what it has collected, so `plan` must count on the longest
+    that a sequence can be (`Sequence.planned`), not on what is known of it.
+    """
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue it. Raises `QueueFull`."""
+        ...
+
+    def abort(self, sequence: Sequence) -> None:
+        """Plan it no more; its slot and pages are released once every step that names it has been collected."""
+        ...
+
+    def plan(self, step: int) -> StepPlan | None:
+        """The next step, or None if nothing can run now."""
+        ...
+
+    def collected(self, plan: StepPlan, finished: SequenceOf[Sequence]) -> None:
+        """The step's results are in the sequences; release what no step names any more."""
+        ...
+
+    def sequence(self, slot: int) -> Sequence:
+        """Who holds the slot."""
+        ...
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def preemptions(self) -> int: ...
+
+
+# --------------------------------------------------------------------------------------------------------- models, weights
+@dataclass(slots=True)
+class WeightSlot:
+    """One tensor that a model expects from a checkpoint, by its checkpoint name."""
+
+    name: str
+    shape: tuple[int, ...]
+    load: Callable[[Tensor], None]
+    """Take the tensor, of exactly `shape`, any float dtype, on any device: copy it into place."""
+    load_packed: Callable[[PackedTensor], bool] | None = None
+    """Take block-quantised rows as they are; False if this place cannot (the caller then dequantises)."""
+    optional: bool = False
+    init: Literal["normal", "ones", "zeros"] = "normal"
+    """How `--load-format dummy` fills it: normal is N(0, 0.02²)."""
+
+
+@dataclass(slots=True)
+class PackedTensor:
+    """A weight [rows, columns] quantised in blocks along its columns, as a checkpoint ships it."""
+
+    kind: str
+    """`q4_1`: value = d · q + m, blocks of 32, q in 0 … 15."""
+    shape: tuple[int, int]
+    parts: dict[str, Tensor]
+    """q4_1: `q` uint8 [rows, columns], `d`, `m` float32 [rows, columns / 32]."""
+
+
+class Checkpoint(Protocol):
+    """An open checkpoint. Shapes and names are Hugging Face's, whatever the file's own."""
+
+    config: Mapping[str, Any]
+    """As `config.json` has it."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor, in file order (the cheapest order to read them in)."""
+        ...
+
+    def read(self, name: str, device: torch.device) -> Tensor:
+        """The tensor, dequantised where its format asks for it."""
+        ...
+
+    def packed(self, name: str) -> PackedTensor | None:
+        """Its blocks as they are, if the checkpoint stores it in a kind that `PackedTensor` knows."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsContext:
+    path: Path
+    """Folder or file."""
+    settings: Settings
+    slots: Iterable[WeightSlot] | None = None
+    """For readers that make weights up (dummy): what the model expects."""
+
+
+@dataclass(slots=True)
+class BuildContext:
+    """How to build a model: shared by all its layers."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of activations and of weights that are not packed."""
+    ops: Any
+    """`fluentllm.kernels.ops.Ops`: the tensor operations, fast or in fixed order (deterministic mode)."""
+    weight_precision: str = "float32"
+    """What matrix weights are packed to after loading: `float32`, `bfloat16`, `int8`, `int4`."""
+    max_positions: int = 0
+    """Rotary tables need no more rows than this."""
+
+
+class Model(Protocol):
+    """A loaded network."""
+
+    spec: ModelSpec
+
+    def weight_slots(self) -> Iterator[WeightSlot]: ...
+
+    def finalize(self) -> None:
+        """After loading: pack, fuse, free what is no longer needed."""
+        ...
+
+    def forward(self, batch: Batch, attention: AttentionBackend) -> Tensor:
+        """Hidden states after the final norm, [T, hidden]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, hidden] → [R, vocab] float32."""
+        ...
+
+
+class ModelFamily(Protocol):
+    """One architecture: reads its config, builds its network."""
+
+    def spec(self, config: Mapping[str, Any]) -> ModelSpec:
+        """Raises `CheckpointError` for what it cannot honour (a rope scaling it does not know, by name)."""
+        ...
+
+    def build(self, config: Mapping[str, Any], context: BuildContext) -> Model: ...
+
+
+# --------------------------------------------------------------------------------------------------------------- attention
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What `supports` and the factory of an attention backend are asked about."""
+
+    model: ModelSpec
+    device: str
+    """`cpu`, `cuda`."""
+    dtype: str
+    kv_dtype: str
+    page_size: int
+    deterministic: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionContext:
+    spec: AttentionSpec
+    pool: KVPool
+    settings: Settings
+
+
+class AttentionBackend(Protocol):
+    """Writes KV to the pool's pages and attends over them. `layer` counts KV layers, 0 … kv.layers - 1."""
+
+    def begin(self, batch: Batch) -> None:
+        """Once a forward pass, before its first layer: plan what all layers share."""
+        ...
+
+    def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
+        """q [T, H, D], k [T, Hkv, D], v [T, Hkv, Dv], rotary applied → [T, H, Dv]."""
+        ...
+
+    def mla(
+        self,
+        layer: int,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        up_k: Tensor,
+        up_v: Tensor,
+        batch: Batch,
+        scale: float,
+    ) -> Tensor:
+        """q_nope [T, H, nope], q_rope [T, H, rope], latent [T, C] (normed, scaled), k_rope [T, rope] (rotary applied),
+        up_k [H, nope, C], up_v [H, Dv, C] (the two halves of kv_b) → [T, H, Dv]. The backend chooses the absorbed or the
+        expanded form."""
+        ...
+
+
+# --------------------------------------------------------------------------------------------------------------- observers
+@dataclass(frozen=True, slots=True)
+class RequestEvent:
+    """A request's life, for observers."""
+
+    kind: Literal["queued", "scheduled", "first_token", "finished"]
+    id: str
+    time: float
+    """Seconds, monotonic clock."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """finished: reason, prompt_tokens, cached_tokens, generated_tokens."""

@@ -1,0 +1,97 @@
+"""Every setting of FluentLLM, in one tree of Structs: the only place of defaults, units and help texts.
+
+`core/config.py` fills the tree from one YAML or TOML file, the environment (`FLUENT_SERVER__PORT=8001`) and the command line.
+Plugins add their own Structs under `plugins.<name>`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, field
+
+
+def _help(text: str, unit: str | None = None, **bounds: Any) -> Meta:
+    return Meta(description=text, extra_json_schema={"unit": unit} if unit else None, **bounds)
+
+
+class ModelSettings(Struct, kw_only=True, forbid_unknown_fields=True):
+    name: Annotated[str, _help("A default's name, a folder, a .gguf file or a Hugging Face id.")] = "smollm2"
+    served_name: Annotated[str | None, _help("Name at the API; the model's own name if null.")] = None
+    revision: Annotated[str | None, _help("Branch, tag or commit of a Hugging Face id.")] = None
+    load_format: Annotated[
+        Literal["auto", "safetensors", "gguf", "dummy"],
+        _help("`dummy` draws random weights from config.json alone, for benchmarks."),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        _help("Activations and unpacked weights. auto: float32 on a CPU, bfloat16 on a GPU."),
+    ] = "auto"
+    weight_precision: Annotated[
+        Literal["auto", "float32", "bfloat16", "int8", "int4"],
+        _help("Matrix weights. auto: the fastest on this device that keeps the checkpoint's own precision; see docs."),
+    ] = "auto"
+    max_model_len: Annotated[int | None, _help("Longest context, prompt and answer; the checkpoint's if null.", "tokens", ge=8)] = None
+    chat_template: Annotated[str | None, _help("Path of a Jinja chat template instead of the checkpoint's.")] = None
+
+
+class ServerSettings(Struct, kw_only=True, forbid_unknown_fields=True):
+    host: Annotated[str, _help("Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, _help("Port; 0 takes a free one.", ge=0, le=65535)] = 8000
+    api_key: Annotated[str | None, _help("If set, every request needs `Authorization: Bearer <key>`.")] = None
+    max_body_bytes: Annotated[int, _help("Larger bodies are refused with 413.", "bytes", ge=1024)] = 32 * 1024 * 1024
+    max_choices: Annotated[int, _help("Largest `n` of one request.", ge=1)] = 128
+    tokenizer_threads: Annotated[int, _help("Threads that render and tokenize.", ge=1)] = 2
+    shutdown_timeout: Annotated[float, _help("How long running requests may finish after a stop signal.", "seconds", ge=0)] = 10.0
+
+
+class EngineSettings(Struct, kw_only=True, forbid_unknown_fields=True):
+    device: Annotated[str, _help("auto, cpu, cuda, cuda:N. auto takes a GPU where there is one.")] = "auto"
+    overlap_depth: Annotated[int, _help("Steps launched ahead of what has been read.", "steps", ge=0, le=2)] = 1
+    deterministic: Annotated[bool, _help("Fixed-order arithmetic: a token does not depend on what else runs. Slower.")] = False
+    threads: Annotated[int | None, _help("CPU threads of the executor; all cores if null.", ge=1)] = None
+    max_restarts: Annotated[int, _help("Give up after this many crashes in ten minutes.", ge=0)] = 5
+    hang_timeout: Annotated[float, _help("A step that takes longer is a hang: the engine is restarted.", "seconds", gt=0)] = 300.0
+
+
+class SchedulerSettings(Struct, kw_only=True, forbid_unknown_fields=True):
+    policy: Annotated[str, _help("Scheduling policy, by the name a plugin gave it.")] = "fcfs"
+    max_running: Annotated[int | None, _help("Sequences on the device at once. auto: 64 on a CPU, 256 on a GPU.", ge=1)] = None
+    max_waiting: Annotated[int, _help("Bound of the queue; beyond it requests get 429.", ge=1)] = 4096
+    prefill_tokens: Annotated[int, _help("Most prompt tokens computed in one step.", "tokens", ge=16)] = 512
+
+
+class KVSettings(Struct, kw_only=True, forbid_unknown_fields=True):
+    page_size: Annotated[int | None, _help("Tokens a page. auto: 16, 64 for MLA.", "tokens", ge=1)] = None
+    memory: Annotated[str | None, _help("Size of the KV pool, such as 2GiB; planned from what is free if null.")] = None
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "fp8"], _help("auto: the model's dtype.")] = "auto"
+    prefix_cache: Annotated[bool, _help("Keep finished prompts' pages in a radix tree.")] = True
+
+
+class AttentionSettings(Struct, kw_only=True, forbid_unknown_fields=True):
+    backend: Annotated[str, _help("Attention backend by name; auto takes the fastest that supports the model.")] = "auto"
+
+
+class LogSettings(Struct, kw_only=True, forbid_unknown_fields=True):
+    level: Annotated[Literal["debug", "info", "warning", "error"], _help("Least severity that is printed.")] = "info"
+    requests: Annotated[bool, _help("One line for each finished request.")] = False
+
+
+class PluginSettings(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Next to these two, every plugin's own settings are at `plugins.<name>`."""
+
+    allow: Annotated[list[str] | None, _help("Load only these third-party plugins; all if null, none if empty. Built-ins always load.")] = None
+    deny: Annotated[list[str], _help("Never load these, built-in or not.")] = field(default_factory=list)
+
+
+class Settings(Struct, kw_only=True, forbid_unknown_fields=True):
+    model: ModelSettings = field(default_factory=ModelSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    kv: KVSettings = field(default_factory=KVSettings)
+    attention: AttentionSettings = field(default_factory=AttentionSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    plugins: PluginSettings = field(default_factory=PluginSettings)
+    plugin: dict[str, Any] = field(default_factory=dict)
+    """Filled by `core/config.py` from `plugins.<name>`: plugin name → its own Struct."""
