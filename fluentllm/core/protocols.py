@@ -75,7 +75,7 @@ class Scheduler(Protocol):
     """Decides what each step computes. Called from the engine's loop only; may not block.
 
     The engine launches up to `overlap_depth` steps ahead of what it has collected, so `plan` must count on the longest
-    that a sequence can be (`Sequence.planned`), not on what is known of it.
+    that a sequence can be (`Sequence.longest`), not on what is known of it.
     """
 
     def add(self, sequence: Sequence) -> None:

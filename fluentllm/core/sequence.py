@@ -1,7 +1,7 @@
 """The host's view of one request on its way through the engine: what is known of it, and how long it may be by now.
 
 The device's own state is in the slot tables; this is what the scheduler plans with. With steps in flight the host lags
-behind the device, so two lengths are kept: `tokens`, what has been collected, and `planned`, the longest that it can be
+behind the device, so two lengths are kept: `len(tokens)`, what has been collected, and `longest`, what it can be at most
 once every launched step has run.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from .types import Request
+from .types import Feature, FinishReason, Request, SamplingParams
 
 
 class Phase(Enum):
@@ -19,35 +19,57 @@ class Phase(Enum):
     FINISHED = "finished"
 
 
+def features_of(params: SamplingParams) -> int:
+    """Bits of `Feature` that a request needs."""
+    features = 0
+    if params.temperature > 0:
+        features |= Feature.SAMPLING
+        if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
+            features |= Feature.FILTER
+    if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
+        features |= Feature.PENALTIES
+    if params.logit_bias:
+        features |= Feature.BIAS
+    if params.logprobs is not None:
+        features |= Feature.LOGPROBS
+    if params.min_tokens > 0:
+        features |= Feature.MIN_TOKENS
+    return features
+
+
 class Sequence:
     """A request and its progress. Owned by the engine's loop; not shared between threads."""
 
     __slots__ = (
+        "arrival",
         "cached_tokens",
+        "features",
         "finish_reason",
         "generation",
+        "in_flight",
         "last_step",
         "pages",
         "phase",
-        "planned",
         "prefilled",
         "prompt_length",
         "published",
         "request",
         "slot",
-        "started",
         "stop_ids",
         "tokens",
     )
 
-    def __init__(self, request: Request, stop_ids: list[int]) -> None:
+    def __init__(self, request: Request, stop_ids: list[int], arrival: int = 0) -> None:
         self.request = request
+        self.arrival = arrival
+        """Counts requests as they come; a preempted one keeps its number and so its place."""
+        self.features = features_of(request.params)
         self.stop_ids = stop_ids
         self.tokens = list(request.prompt)
         """Prompt and collected new tokens."""
         self.prompt_length = len(request.prompt)
         self.phase = Phase.WAITING
-        self.finish_reason: str | None = None
+        self.finish_reason: FinishReason | None = None
         self.slot: int | None = None
         self.generation = 0
         """Counts admissions, so that results of an earlier stay in a slot are told apart."""
@@ -59,17 +81,20 @@ class Sequence:
         """Of the prompt, at the first admission."""
         self.prefilled = 0
         """Tokens whose KV is written or will be by a launched prefill (cached ones included)."""
-        self.planned = 0
-        """Upper bound of tokens with KV once every launched step has run."""
+        self.in_flight = 0
+        """Most tokens that launched but not collected steps can bring."""
         self.last_step = -1
         """Last launched step that names it."""
-        self.started = False
-        """A token has been sent to the client."""
 
     @property
     def budget_end(self) -> int:
         """Most tokens, prompt included, that it may ever have."""
         return self.prompt_length + self.request.params.max_tokens
+
+    @property
+    def longest(self) -> int:
+        """Upper bound of the tokens it has once every launched step has run."""
+        return min(len(self.tokens) + self.in_flight, self.budget_end)
 
     @property
     def generated(self) -> int:

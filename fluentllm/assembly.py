@@ -1,0 +1,210 @@
+"""Put an engine together: checkpoint → model → memory plan → pool, tables, attention, programs → engine.
+
+The one place that knows which plugin objects the settings ask for. Used by the engine process and by `LLM`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .core.engine import Engine
+from .core.errors import CheckpointError, ConfigError
+from .core.executor import Executor
+from .core.kv.cache import KVCache
+from .core.kv.pool import KVPool
+from .core.protocols import AttentionContext, AttentionSpec, BuildContext, Model, SchedulerContext, WeightsContext
+from .core.settings import Settings
+from .core.slots import SlotTables
+from .core.types import ModelInfo, ModelSpec
+from .hub import ModelFiles, load_config
+from .kernels import choose_ops, choose_precision
+from .layers.loading import load_weights
+from .memory import plan_pages
+from .step.programs import StepPrograms
+
+if TYPE_CHECKING:
+    from .core.plugins import PluginManager
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: Model
+    device: torch.device
+    dtype: torch.dtype
+    weight_bytes: int
+    weight_precision: str
+
+
+def build_engine(settings: Settings, files: ModelFiles, plugins: PluginManager, progress: Progress | None = None) -> Engine:
+    """Load the model and build an engine around it; `progress` gets a line for each stage.
+
+    Raises `CheckpointError`, `ConfigError`, `OutOfMemory`.
+    """
+    tell = progress or (lambda line: None)
+    started = time.perf_counter()
+    loaded = load_model(settings, files, plugins)
+    tell(f"loaded {loaded.weight_bytes / 1e6:.0f} MB of weights in {time.perf_counter() - started:.1f} s")
+    return assemble(settings, files.name, loaded, plugins)
+
+
+def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) -> LoadedModel:
+    """Build the network that the checkpoint's config names, and fill it."""
+    device = choose_device(settings.engine.device)
+    dtype = choose_dtype(settings.model.dtype, device)
+    if device.type == "cpu" and settings.engine.threads is not None:
+        torch.set_num_threads(settings.engine.threads)
+    config = load_config(files)
+    family = plugins.registry("models").get(_architecture(config)).factory
+    spec: ModelSpec = family.spec(config)
+    precision = choose_precision(settings.model.weight_precision, device, dtype, settings.engine.deterministic)
+    context = BuildContext(
+        device=device,
+        dtype=dtype,
+        ops=choose_ops(device, settings.engine.deterministic),
+        weight_precision=precision,
+        max_positions=max_model_len(settings, spec),
+    )
+    with torch.inference_mode():
+        model: Model = family.build(config, context)
+        reader = _reader(settings, files, plugins)
+        checkpoint = reader(WeightsContext(files.path, settings, slots=model.weight_slots()))
+        try:
+            report = load_weights(model, checkpoint, device)
+        finally:
+            checkpoint.close()
+    return LoadedModel(model, device, dtype, report.bytes, precision)
+
+
+def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: PluginManager) -> Engine:
+    """An engine around a loaded model."""
+    spec, device = loaded.model.spec, loaded.device
+    page_size = settings.kv.page_size or (64 if spec.kv.kind == "mla" else 16)
+    kv_dtype = loaded.dtype if settings.kv.dtype == "auto" else _dtype(settings.kv.dtype)
+    slots = settings.scheduler.max_running or _DEFAULT_SLOTS.get(device.type, 64)
+    longest = max_model_len(settings, spec)
+
+    tables = SlotTables(slots, longest, page_size, spec.vocab_size, device)
+    page_bytes = KVPool.bytes_per_page(spec.kv, page_size, kv_dtype)
+    pages = plan_pages(settings.kv.memory, device, page_bytes, wanted=slots * tables.max_pages, least=tables.max_pages)
+    pool = KVPool(spec.kv, pages, page_size, kv_dtype, device)
+    attention_spec = AttentionSpec(
+        model=spec,
+        device=device.type,
+        dtype=_name(loaded.dtype),
+        kv_dtype=_name(kv_dtype),
+        page_size=page_size,
+        deterministic=settings.engine.deterministic,
+    )
+    backend = _attention(settings, attention_spec, plugins)
+    attention = backend(AttentionContext(attention_spec, pool, settings))
+
+    kv = KVCache(pages, page_size, settings.kv.prefix_cache, listen=plugins.observers.watches_kv)
+    make_scheduler = plugins.registry("schedulers").get(settings.scheduler.policy).factory
+    scheduler = make_scheduler(SchedulerContext(settings, kv, slots, longest, spec.eos_token_ids))
+    info = ModelInfo(
+        name=settings.model.served_name or name,
+        spec=spec,
+        max_model_len=longest,
+        device=str(device),
+        dtype=_name(loaded.dtype),
+        memory={"weights": loaded.weight_bytes, "kv_pool": page_bytes * (pages + 1), "slots": tables.nbytes()},
+        kv_tokens=pages * page_size,
+        page_size=page_size,
+        slots=slots,
+    )
+    return Engine(
+        info=info,
+        scheduler=scheduler,
+        executor=Executor(StepPrograms(loaded.model, attention, tables), tables, threads=settings.engine.threads),
+        kv=kv,
+        overlap_depth=settings.engine.overlap_depth,
+        observers=plugins.observers,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------ choices
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"engine.device is {name!r}.", fix="Use auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"engine.device is {name!r}, but PyTorch sees no GPU.", fix="Use --device cpu, or run `fluent doctor`.")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _dtype(name)
+
+
+def max_model_len(settings: Settings, spec: ModelSpec) -> int:
+    wanted = settings.model.max_model_len
+    if wanted is None:
+        return spec.max_position
+    if wanted > spec.max_position:
+        raise ConfigError(
+            f"model.max_model_len is {wanted}, but the checkpoint's context is {spec.max_position} tokens.",
+            fix=f"Use at most {spec.max_position}.",
+        )
+    return wanted
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {name!r} is not available here.", fix=f"Use one of {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _architecture(config: Any) -> str:
+    names = config.get("architectures") or []
+    if not names:
+        raise CheckpointError("config.json names no architecture.", fix='Add "architectures": ["LlamaForCausalLM"] or the like.')
+    return str(names[0])
+
+
+def _reader(settings: Settings, files: ModelFiles, plugins: PluginManager) -> Callable[[WeightsContext], Any]:
+    registry = plugins.registry("weights")
+    if settings.model.load_format != "auto":
+        factory: Callable[[WeightsContext], Any] = registry.get(settings.model.load_format).factory
+        return factory
+    supported = registry.supported(files.path)
+    if not supported:
+        reasons = "; ".join(f"{name}: {why}" for name, why in registry.why_not(files.path).items())
+        raise CheckpointError(f"No reader can open {files.path} ({reasons}).", fix="Give a folder with .safetensors, or a .gguf.")
+    return supported[0].factory
+
+
+def _attention(settings: Settings, spec: AttentionSpec, plugins: PluginManager) -> Callable[[AttentionContext], Any]:
+    registry = plugins.registry("attention")
+    name = settings.attention.backend
+    if name != "auto":
+        entry = registry.get(name)
+        reason = entry.supports(spec)
+        if reason is not None:
+            raise ConfigError(f"attention.backend {name!r} cannot serve this model: {reason}.", fix="Use attention.backend=auto.")
+        return entry.factory
+    supported = registry.supported(spec)
+    if not supported:
+        raise ConfigError(f"No attention backend supports this model: {registry.why_not(spec)}.", fix="Run `fluent doctor`.")
+    return supported[0].factory
+
+
+__all__ = ["LoadedModel", "assemble", "build_engine", "choose_device", "choose_dtype", "load_model"]

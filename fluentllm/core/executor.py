@@ -1,0 +1,125 @@
+"""The executor: applies a plan to the slot tables, launches the step programs, brings back what they produced.
+
+It owns the device. It knows plans, streams and buffers, and not what is inside a program: the programs are injected
+(`fluentllm.step`). Launches happen on one thread of its own, in order, so the engine's loop never waits for the device and
+what a step writes is seen by the next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from .sequence import features_of
+from .slots import SlotTables
+from .types import SlotResult, StepPlan, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRows:
+    """Host mirror of who was in each slot when a step was launched."""
+
+    generations: tuple[int, ...]
+    logprobs: tuple[int | None, ...]
+
+
+class Pending(Protocol):
+    """What a launched program left on the device."""
+
+    def read(self, rows: SlotRows) -> list[SlotResult]:
+        """Copy it to the host; called once the program has finished."""
+        ...
+
+
+class Programs(Protocol):
+    def run(self, plan: StepPlan) -> list[Pending]: ...
+
+
+class Executor:
+    """Runs plans over one device's slot tables."""
+
+    def __init__(self, programs: Programs, tables: SlotTables, *, threads: int | None = None) -> None:
+        self.programs = programs
+        self.tables = tables
+        self.device = tables.device
+        self._rows = SlotRows((0,) * (tables.slots + 1), (None,) * (tables.slots + 1))
+        self._launcher = ThreadPoolExecutor(1, "fluent-launch", initializer=_initialise_thread, initargs=(self.device, threads))
+        # Reading back waits for the device, so on a GPU it must not keep the next step from being launched.
+        self._reader = ThreadPoolExecutor(1, "fluent-read", initializer=_initialise_thread, initargs=(self.device, threads))
+
+    def launch(self, plan: StepPlan) -> Future[StepResult]:
+        """Enqueue a step. The future fails with what the step raised."""
+        future: Future[StepResult] = Future()
+        self._launcher.submit(self._guard(future, self._launch), plan, future)
+        return future
+
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
+        """Run something on the launch thread, between steps."""
+        return self._launcher.submit(function)
+
+    def close(self) -> None:
+        self._launcher.shutdown(wait=True)
+        self._reader.shutdown(wait=True)
+
+    def _guard(self, future: Future[StepResult], function: Callable[..., None]) -> Callable[..., None]:
+        """What fails on a thread must reach who waits."""
+
+        def run(*args: Any) -> None:
+            try:
+                function(*args)
+            except BaseException as error:  # noqa: BLE001 - handed on whole
+                future.set_exception(error)
+
+        return run
+
+    @torch.inference_mode()
+    def _launch(self, plan: StepPlan, future: Future[StepResult]) -> None:
+        started = time.perf_counter()
+        self._apply(plan)
+        pending = self.programs.run(plan)
+        rows = self._rows
+        if self.device.type == "cpu":
+            self._read(plan, pending, rows, started, None, future)
+            return
+        done = torch.cuda.Event()
+        done.record()
+        self._reader.submit(self._guard(future, self._read), plan, pending, rows, started, done, future)
+
+    def _apply(self, plan: StepPlan) -> None:
+        """Admissions and page grants, before the programs of the same step, on their stream."""
+        if plan.admit:
+            generations, logprobs = list(self._rows.generations), list(self._rows.logprobs)
+            for init in plan.admit:
+                self.tables.admit(init, features_of(init.params))
+                generations[init.slot], logprobs[init.slot] = init.generation, init.params.logprobs
+            self._rows = replace(self._rows, generations=tuple(generations), logprobs=tuple(logprobs))
+        for grant in plan.grants:
+            self.tables.grant(grant)
+
+    @torch.inference_mode()
+    def _read(
+        self,
+        plan: StepPlan,
+        pending: list[Pending],
+        rows: SlotRows,
+        started: float,
+        done: torch.cuda.Event | None,
+        future: Future[StepResult],
+    ) -> None:
+        if done is not None:
+            done.synchronize()
+        slots = [result for program in pending for result in program.read(rows)]
+        future.set_result(StepResult(step=plan.step, slots=slots, seconds=time.perf_counter() - started))
+
+
+def _initialise_thread(device: torch.device, threads: int | None) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif threads is not None:
+        # OpenMP's pool belongs to the thread that opens the parallel region.
+        torch.set_num_threads(threads)

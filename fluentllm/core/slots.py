@@ -1,0 +1,116 @@
+"""The slot tables: the device-resident state of running requests, one row a slot.
+
+What a decode step needs and what it produces stays in these tables, so that a step can be launched before the one before
+it has been read. A step program gathers rows by slot, and writes back what it drew; the host writes a row only when a
+request enters (`admit`) or gets more pages (`grant`), ordered on the same stream as the programs.
+
+Terms: a slot's *history* is its prompt and what it has generated; `length` counts the tokens of it. While a request
+decodes, the KV of all but the last token of the history is written, and drafts to be verified stand in the history from
+`length` on. The last row of every table belongs to no request: it is finished for ever and pads batches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .types import MAX_LOGIT_BIAS, MAX_STOP_IDS, Feature, PageGrant, SamplingParams, SlotInit
+
+_INTS = ("length", "prompt_length", "end", "min_end", "top_k", "logprobs", "seed")
+_FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
+
+
+class SlotTables:
+    """Tables of `slots` + 1 rows on `device`.
+
+    `ints` and `floats` hold the scalars of a slot side by side, so that an admission is one copy each; the named columns
+    are views of them.
+    """
+
+    def __init__(
+        self, slots: int, max_model_len: int, page_size: int, vocab_size: int, device: torch.device, *, max_drafts: int = 0
+    ) -> None:
+        rows = slots + 1
+        self.slots = slots
+        self.padding_slot = slots
+        self.device = device
+        self.page_size = page_size
+        self.vocab_size = vocab_size
+        self.max_pages = -(-(max_model_len + max_drafts) // page_size)
+        self.history = torch.zeros(rows, max_model_len + max_drafts + 1, dtype=torch.int32, device=device)
+        self.page_table = torch.zeros(rows, self.max_pages, dtype=torch.int32, device=device)
+        self.stop_ids = torch.full((rows, MAX_STOP_IDS), -1, dtype=torch.int32, device=device)
+        self.bias_ids = torch.zeros(rows, MAX_LOGIT_BIAS, dtype=torch.int64, device=device)
+        self.bias_values = torch.zeros(rows, MAX_LOGIT_BIAS, dtype=torch.float32, device=device)
+        self.ints = torch.zeros(rows, len(_INTS), dtype=torch.int64, device=device)
+        self.floats = torch.zeros(rows, len(_FLOATS), dtype=torch.float32, device=device)
+        self.finished = torch.ones(rows, dtype=torch.bool, device=device)
+        # Only requests with penalties read or write these two.
+        self.prompt_seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
+        self.output_counts = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
+
+        self.length, self.prompt_length, self.end, self.min_end, self.top_k, self.logprobs, self.seed = self.ints.unbind(1)
+        self.temperature, self.top_p, self.min_p, self.presence, self.frequency, self.repetition = self.floats.unbind(1)
+        self.ints[self.padding_slot, 0] = 1
+        self.floats[self.padding_slot, _FLOATS.index("repetition")] = 1.0
+
+    def nbytes(self) -> int:
+        tables = (self.history, self.page_table, self.stop_ids, self.bias_ids, self.bias_values, self.ints, self.floats)
+        return sum(t.nbytes for t in (*tables, self.finished, self.prompt_seen, self.output_counts))
+
+    def admit(self, init: SlotInit, features: int) -> None:
+        """Fill the row of a request that enters, or comes back after a preemption."""
+        row, params = init.slot, init.params
+        self.history[row, : len(init.tokens)] = self._upload(init.tokens, torch.int32)
+        self.page_table[row, : len(init.pages)] = self._upload(init.pages, torch.int32)
+        stops = (init.stop_ids + [-1] * MAX_STOP_IDS)[:MAX_STOP_IDS]
+        self.stop_ids[row] = self._upload(stops, torch.int32)
+        self.ints[row] = self._upload(_ints(init), torch.int64)
+        self.floats[row] = self._upload(_floats(params), torch.float32)
+        self.finished[row] = False
+        if features & Feature.BIAS:
+            self._admit_bias(row, params.logit_bias)
+        if features & Feature.PENALTIES:
+            self._admit_counts(row, init)
+
+    def grant(self, grant: PageGrant) -> None:
+        self.page_table[grant.slot, grant.first : grant.first + len(grant.pages)] = self._upload(grant.pages, torch.int32)
+
+    def _admit_bias(self, row: int, bias: dict[int, float]) -> None:
+        # Padding adds 0 to token 0.
+        padding = MAX_LOGIT_BIAS - len(bias)
+        self.bias_ids[row] = self._upload([*bias.keys(), *[0] * padding], torch.int64)
+        self.bias_values[row] = self._upload([*bias.values(), *[0.0] * padding], torch.float32)
+
+    def _admit_counts(self, row: int, init: SlotInit) -> None:
+        self.prompt_seen[row] = False
+        self.output_counts[row] = 0
+        tokens = self._upload(init.tokens, torch.int64)
+        prompt, output = tokens[: init.prompt_length], tokens[init.prompt_length :]
+        self.prompt_seen[row, prompt] = True
+        self.output_counts[row].scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+
+    def _upload(self, values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
+        host = torch.tensor(values, dtype=dtype)
+        if self.device.type == "cpu":
+            return host
+        # Pinned memory is kept by PyTorch's caching host allocator until the copy on this stream is done.
+        return host.pin_memory().to(self.device, non_blocking=True)
+
+
+def _ints(init: SlotInit) -> list[int]:
+    params = init.params
+    end = init.prompt_length + params.max_tokens
+    logprobs = -1 if params.logprobs is None else params.logprobs
+    return [len(init.tokens), init.prompt_length, end, init.prompt_length + params.min_tokens, params.top_k, logprobs, params.seed]
+
+
+def _floats(params: SamplingParams) -> list[float]:
+    return [
+        params.temperature,
+        params.top_p,
+        params.min_p,
+        params.presence_penalty,
+        params.frequency_penalty,
+        params.repetition_penalty,
+    ]

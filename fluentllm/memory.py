@@ -1,0 +1,69 @@
+"""Plan the KV pool from what the machine has left, or from what the settings ask for."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+
+from .core.errors import ConfigError, OutOfMemory
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+CPU_POOL_LIMIT = 4 * 2**30
+"""Largest pool that is planned on a CPU without being asked for: the machine is not ours alone."""
+CPU_SHARE, GPU_SHARE = 0.4, 0.9
+"""Of the free memory, after the weights are loaded."""
+
+
+def parse_bytes(text: str) -> int:
+    """`2GiB`, `500 MB`, `1073741824` → bytes. Raises `ConfigError`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ConfigError(f"kv.memory is {text!r}.", fix="Write a size such as 2GiB or 500MB.", param="kv.memory")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def plan_pages(setting: str | None, device: torch.device, page_bytes: int, *, wanted: int, least: int) -> int:
+    """Pages of the pool: what `kv.memory` holds, else what is free, never more than `wanted` (all slots at full length).
+
+    Raises `OutOfMemory` where not even `least` pages (one sequence at full length) fit.
+    """
+    if setting is not None:
+        size = parse_bytes(setting)
+        pages = size // page_bytes
+        if pages < least:
+            raise OutOfMemory(
+                f"kv.memory {setting} holds {pages} pages of {page_bytes} bytes; one full context needs {least}.",
+                fix=f"Set kv.memory to {-(-least * page_bytes // 2**20)}MiB or more, or lower model.max_model_len.",
+                param="kv.memory",
+            )
+        return min(pages, wanted)
+    size = _free_bytes(device)
+    pages = min(size // page_bytes, wanted)
+    if pages < least:
+        raise OutOfMemory(
+            f"{size / 2**20:.0f} MiB are free for the KV pool; one full context needs {least * page_bytes / 2**20:.0f} MiB.",
+            fix=f"Lower model.max_model_len to {pages * 100 // max(least, 1)} % of what it is, or free memory.",
+            param="model.max_model_len",
+        )
+    return pages
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * GPU_SHARE)
+    return min(int(_available_host_bytes() * CPU_SHARE), CPU_POOL_LIMIT)
+
+
+def _available_host_bytes() -> int:
+    """What the kernel says can be taken without swapping; physical memory where it does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,0 +1,216 @@
+"""Who runs in the next step: decodes first, then prompts in chunks, in order of (priority, arrival).
+
+Continuous batching with chunked prefill: every running sequence that can decode does, and what is left of the step's
+budget of prompt tokens goes to prompts that have begun, then to those that wait. When pages run short the last in order
+gives its own back and waits; its KV stays in the radix tree as long as nobody needs the room, so coming back is cheap.
+
+Steps in flight: a slot and its pages are released only when every step that names them has been collected. Until then the
+sequence is *leaving*.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Sequence as SequenceOf
+
+from ...core.errors import QueueFull
+from ...core.protocols import SchedulerContext
+from ...core.sequence import Phase, Sequence
+from ...core.types import PageGrant, PrefillChunk, SlotInit, StepPlan
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.request.priority, sequence.arrival
+
+
+class FcfsScheduler:
+    """Implements `core.protocols.Scheduler`."""
+
+    def __init__(self, context: SchedulerContext) -> None:
+        settings = context.settings.scheduler
+        self._kv = context.kv
+        self._max_waiting = settings.max_waiting
+        self._prefill_tokens = settings.prefill_tokens
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._leaving: dict[Sequence, bool] = {}
+        """Sequence → whether it waits again once released (preempted) or is done with."""
+        self._slots: dict[int, Sequence] = {}
+        self._free_slots = list(range(context.slots))
+        self._collected_step = -1
+        self._preemptions = 0
+
+    # ------------------------------------------------------------------------------------------------------------ protocol
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._slots)
+
+    @property
+    def preemptions(self) -> int:
+        return self._preemptions
+
+    def sequence(self, slot: int) -> Sequence:
+        return self._slots[slot]
+
+    def add(self, sequence: Sequence) -> None:
+        if len(self._waiting) >= self._max_waiting:
+            raise QueueFull(f"{len(self._waiting)} requests are waiting.", fix="Try again later, or raise scheduler.max_waiting.")
+        insort(self._waiting, sequence, key=_order)
+
+    def abort(self, sequence: Sequence) -> None:
+        if sequence.slot is None:
+            self._waiting.remove(sequence)
+        else:
+            self._leave(sequence, again=False)
+
+    def plan(self, step: int) -> StepPlan | None:
+        grants: list[PageGrant] = []
+        decode = self._plan_decode(grants)
+        admit: list[SlotInit] = []
+        prefill = self._plan_prefill(admit)
+        if not decode and not prefill:
+            return None
+        features = 0
+        for slot in (*decode, *(chunk.slot for chunk in prefill if chunk.last)):
+            features |= self._slots[slot].features
+        for slot in (*decode, *(chunk.slot for chunk in prefill)):
+            self._slots[slot].last_step = step
+        return StepPlan(step=step, admit=admit, grants=grants, prefill=prefill, decode=decode, features=features)
+
+    def collected(self, plan: StepPlan, finished: SequenceOf[Sequence]) -> None:
+        self._collected_step = plan.step
+        for chunk in plan.prefill:
+            sequence = self._slots[chunk.slot]
+            sequence.in_flight -= chunk.last
+            self._kv.publish(sequence, chunk.start + chunk.count)
+        for slot in plan.decode:
+            self._slots[slot].in_flight -= plan.k_verify + 1
+        for sequence in finished:
+            self._leave(sequence, again=False)
+        for sequence in [s for s in self._leaving if s.last_step <= plan.step]:
+            self._release(sequence)
+
+    # ------------------------------------------------------------------------------------------------------------ planning
+    def _plan_decode(self, grants: list[PageGrant]) -> list[int]:
+        slots = []
+        for sequence in list(self._running):
+            if sequence.phase is not Phase.DECODE or sequence in self._leaving:
+                continue
+            if sequence.longest >= sequence.budget_end:
+                # Every token it may have is drawn or in flight.
+                continue
+            if not self._grow(sequence, grants):
+                continue
+            sequence.in_flight += 1
+            assert sequence.slot is not None
+            slots.append(sequence.slot)
+        return slots
+
+    def _grow(self, sequence: Sequence, grants: list[PageGrant]) -> bool:
+        """Pages for the KV that the next step writes; those behind it in order give theirs up for it."""
+        while True:
+            first = len(sequence.pages)
+            pages = self._kv.reserve(sequence, sequence.longest)
+            if pages is not None:
+                if pages:
+                    assert sequence.slot is not None
+                    grants.append(PageGrant(sequence.slot, first, pages))
+                return True
+            if not self._preempt_after(_order(sequence)):
+                return False
+
+    def _plan_prefill(self, admit: list[SlotInit]) -> list[PrefillChunk]:
+        chunks: list[PrefillChunk] = []
+        budget = self._prefill_tokens
+        for sequence in self._running:
+            if sequence.phase is Phase.PREFILL and sequence not in self._leaving and budget > 0:
+                chunks.append(self._next_chunk(sequence, budget))
+                budget -= chunks[-1].count
+        while budget > 0 and self._waiting:
+            sequence = self._waiting[0]
+            if not self._make_room(sequence):
+                break
+            self._waiting.pop(0)
+            admit.append(self._enter(sequence))
+            chunks.append(self._next_chunk(sequence, budget))
+            budget -= chunks[-1].count
+        return chunks
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """A slot, and pages for all tokens it has so far and the next; from sequences of lower priority if need be."""
+        priority = sequence.request.priority
+        while not (self._free_slots and self._kv.admit(sequence, len(sequence.tokens) + 1)):
+            # Only a strictly lower priority yields to a newcomer: among equals the one that runs stays.
+            if not self._preempt_after((priority + 1, -1)):
+                return False
+        return True
+
+    def _enter(self, sequence: Sequence) -> SlotInit:
+        slot = heapq.heappop(self._free_slots)
+        sequence.slot = slot
+        sequence.generation += 1
+        sequence.phase = Phase.PREFILL
+        self._slots[slot] = sequence
+        insort(self._running, sequence, key=_order)
+        return SlotInit(
+            slot,
+            sequence.generation,
+            list(sequence.tokens),
+            sequence.prompt_length,
+            sequence.prefilled,
+            list(sequence.pages),
+            sequence.request.params,
+            sequence.stop_ids,
+        )
+
+    def _next_chunk(self, sequence: Sequence, budget: int) -> PrefillChunk:
+        start = sequence.prefilled
+        count = min(budget, len(sequence.tokens) - start)
+        sequence.prefilled = start + count
+        last = sequence.prefilled == len(sequence.tokens)
+        if last:
+            sequence.phase = Phase.DECODE
+            sequence.in_flight += 1
+        # A sequence that comes back after a preemption has told its prompt's logprobs already.
+        wanted = sequence.request.params.prompt_logprobs if sequence.generated == 0 else None
+        assert sequence.slot is not None
+        return PrefillChunk(sequence.slot, start, count, last, wanted)
+
+    # ------------------------------------------------------------------------------------------------------------- leaving
+    def _preempt_after(self, order: tuple[int, int]) -> bool:
+        """Make the last sequence behind `order` leave. True if its pages are free at once; False if there is none, or
+        steps in flight still name it (its pages come when they are collected)."""
+        if any(again for again in self._leaving.values()):
+            return False
+        victim = next((s for s in reversed(self._running) if s.phase is Phase.DECODE and s not in self._leaving), None)
+        if victim is None or _order(victim) <= order:
+            return False
+        self._preemptions += 1
+        self._leave(victim, again=True)
+        return victim not in self._leaving
+
+    def _leave(self, sequence: Sequence, *, again: bool) -> None:
+        self._leaving[sequence] = again
+        if sequence.last_step <= self._collected_step:
+            self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        again = self._leaving.pop(sequence)
+        if sequence.finish_reason != "abort" and sequence.phase is not Phase.PREFILL:
+            # The last token's KV is written only by the step after it.
+            self._kv.publish(sequence, len(sequence.tokens) - 1)
+        self._kv.release(sequence)
+        self._running.remove(sequence)
+        assert sequence.slot is not None
+        del self._slots[sequence.slot]
+        heapq.heappush(self._free_slots, sequence.slot)
+        sequence.slot = None
+        if again:
+            sequence.phase = Phase.WAITING
+            sequence.prefilled = 0
+            insort(self._waiting, sequence, key=_order)

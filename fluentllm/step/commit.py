@@ -1,0 +1,67 @@
+"""Verify drafts against drawn tokens, and write what is accepted into the slot tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.slots import SlotTables
+from ..core.types import Feature
+
+RUNNING, STOPPED, OUT_OF_BUDGET = 0, 1, 2
+
+
+@dataclass(slots=True)
+class Committed:
+    """What B slots got in one step; on the device until the executor copies it out."""
+
+    tokens: Tensor
+    """[B, q] int64; the first `counts` of each row are new."""
+    counts: Tensor
+    """[B] int64, 0 for a slot that had finished before."""
+    states: Tensor
+    """[B] int64, RUNNING, STOPPED or OUT_OF_BUDGET."""
+    accepted: Tensor
+    """[B] int64, drafts that were right."""
+
+
+def commit(drawn: Tensor, drafts: Tensor, slots: Tensor, tables: SlotTables, features: int) -> Committed:
+    """drawn [B, q] int64, the target's own token at each of q = K + 1 positions; drafts [B, K] int64; slots [B] int64.
+
+    Draft j is accepted if it is the token drawn at its position and all before it were; the first token that differs is
+    the target's own. The new tokens end at the first stop id and at the budget.
+    """
+    batch, rows = drawn.shape
+    offsets = torch.arange(rows, device=drawn.device)
+    live = ~tables.finished[slots]
+    length = tables.length[slots]
+
+    right = (drawn[:, :-1] == drafts).to(torch.int64).cumprod(1).sum(1)
+    # Rows with `offsets` ≤ right are new, unless something ends the request before.
+    is_stop = (drawn.unsqueeze(2) == tables.stop_ids[slots].unsqueeze(1)).any(2)
+    before_stop = (is_stop.to(torch.int64).cumsum(1) - is_stop.to(torch.int64)) == 0
+    room = (tables.end[slots] - length).unsqueeze(1)
+    new = (offsets <= right.unsqueeze(1)) & before_stop & (offsets < room) & live.unsqueeze(1)
+    counts = new.sum(1)
+
+    stopped = (new & is_stop).any(1)
+    full = live & (length + counts >= tables.end[slots]) & ~stopped
+    states = stopped.to(torch.int64) * STOPPED + full.to(torch.int64) * OUT_OF_BUDGET
+
+    _append(drawn, new, length, slots, tables, features)
+    tables.length[slots] = length + counts
+    tables.finished[slots] |= stopped | full
+    return Committed(drawn, counts, states, torch.minimum(right, (counts - 1).clamp(min=0)))
+
+
+def _append(drawn: Tensor, new: Tensor, length: Tensor, slots: Tensor, tables: SlotTables, features: int) -> None:
+    """Write the new tokens into history and counts; rows that are not new go to the padding slot."""
+    rows = drawn.shape[1]
+    target = slots.unsqueeze(1).where(new, tables.padding_slot)
+    index = (length.unsqueeze(1) + torch.arange(rows, device=drawn.device)).where(new, 0)
+    tables.history[target, index] = drawn.to(torch.int32)
+    if features & Feature.PENALTIES:
+        one = torch.ones((), dtype=torch.int32, device=drawn.device).expand(drawn.shape)
+        tables.output_counts.index_put_((target, drawn), one, accumulate=True)

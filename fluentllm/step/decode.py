@@ -1,0 +1,75 @@
+"""The decode program: one function from slots to their next tokens, the same for any number of drafts.
+
+    gather slots → embed the last token and K drafts → target layers → logits at K+1 positions → processors → draw → verify →
+    append to history, lengths and counts
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.batch import Batch
+from ..core.protocols import AttentionBackend, Model
+from ..core.slots import SlotTables
+from ..core.types import Feature
+from .commit import Committed, commit
+from .logprobs import Logprobs, logprobs_of
+from .processors import process_logits
+from .sample import draw
+
+
+def decode_batch(slots: Tensor, drafts: int, tables: SlotTables) -> Batch:
+    """slots [B] int64 → the rows of one decode pass: each slot's last token and its `drafts` drafts.
+
+    Rows of finished slots are inert: they write to the scratch page, and what they compute is not committed.
+    """
+    rows = drafts + 1
+    batch = slots.shape[0]
+    device = slots.device
+    first = tables.length[slots] - 1
+    positions = (first.unsqueeze(1) + torch.arange(rows, device=device)).view(-1)
+    row_slots = slots.repeat_interleave(rows) if drafts else slots
+    page_table = tables.page_table[slots]
+    sequences = torch.arange(batch, device=device)
+    sequences = sequences.repeat_interleave(rows) if drafts else sequences
+    pages = page_table[sequences, positions // tables.page_size]
+    kv_rows = (pages * tables.page_size + positions % tables.page_size).where(~tables.finished[row_slots], 0)
+    return Batch(
+        tokens=tables.history[row_slots, positions].to(torch.int64),
+        positions=positions,
+        sequences=sequences,
+        slots=slots,
+        query_start=torch.arange(0, batch * rows + 1, rows, dtype=torch.int32, device=device),
+        kv_lengths=(first + rows).to(torch.int32),
+        page_table=page_table,
+        kv_rows=kv_rows,
+        history=tables.history,
+        page_size=tables.page_size,
+        query_length=rows,
+        query_lengths=None,
+    )
+
+
+def decode(
+    slots: Tensor, drafts: int, features: int, tables: SlotTables, model: Model, attention: AttentionBackend
+) -> tuple[Committed, Logprobs | None]:
+    """Advance slots [B] int64 by one step that verifies `drafts` drafts each."""
+    batch = decode_batch(slots, drafts, tables)
+    hidden = model.forward(batch, attention)
+    logits = model.logits(hidden)
+    return draw_and_commit(logits, batch, features, tables)
+
+
+def draw_and_commit(logits: Tensor, batch: Batch, features: int, tables: SlotTables) -> tuple[Committed, Logprobs | None]:
+    """logits [B × q, V] float32 of a pass with q rows a slot → tokens in the slots' histories."""
+    rows = batch.query_length or 1
+    slots = batch.slots
+    row_slots = slots[batch.sequences]
+    positions = batch.positions + 1
+    drafts = batch.tokens.view(-1, rows)[:, 1:]
+    raw = logits.clone() if features & Feature.LOGPROBS else logits
+    logits = process_logits(logits, row_slots, positions, drafts, tables, features)
+    drawn = draw(logits, row_slots, positions, tables, features)
+    logprobs = logprobs_of(raw, drawn) if features & Feature.LOGPROBS else None
+    return commit(drawn.view(-1, rows), drafts, slots, tables, features), logprobs
