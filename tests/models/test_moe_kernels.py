@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from fluentllm.kernels.moe import Routing, combine, combine_reference, ordered_sigmoid, route
 from torch import Tensor
+
+from fluentllm.kernels.moe import Routing, combine, combine_reference, ordered_sigmoid, route
 
 HIDDEN, INNER = 24, 20
 
@@ -69,13 +70,11 @@ def route_reference(logits: Tensor, routing: Routing, bias: Tensor | None) -> tu
         scores = (row.softmax(-1) if routing.scores == "softmax" else row.sigmoid()).tolist()
         choice = [s + (bias[e].item() if bias is not None else 0.0) for e, s in enumerate(scores)]
         size = len(choice) // routing.groups
-        best = {
-            g: sorted(choice[g * size : (g + 1) * size])[-(1 if routing.group_score == "max" else 2) :]
-            for g in range(routing.groups)
-        }
-        groups = sorted(best, key=lambda g: -sum(best[g]))[: routing.top_groups]  # noqa: B023
+        counted = 1 if routing.group_score == "max" else 2
+        best = {g: sum(sorted(choice[g * size : (g + 1) * size])[-counted:]) for g in range(routing.groups)}
+        groups = sorted(best, key=lambda g: -best[g])[: routing.top_groups]
         allowed = [e for e in range(len(choice)) if e // size in groups]
-        ids = sorted(allowed, key=lambda e: -choice[e])[: routing.top_k]  # noqa: B023
+        ids = sorted(allowed, key=lambda e: -choice[e])[: routing.top_k]
         total = sum(scores[e] for e in ids) if routing.renormalise else 1.0
         all_weights.append([scores[e] / total * routing.scale for e in ids])
         all_ids.append(ids)

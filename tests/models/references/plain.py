@@ -111,10 +111,10 @@ def deepseek_moe(state: State, prefix: str, x: Tensor, top_k: int, groups: int, 
         scores = torch.sigmoid(state[f"{prefix}.gate.weight"] @ row)
         choice = scores + state[f"{prefix}.gate.e_score_correction_bias"]
         grouped = choice.view(groups, -1)
-        best = sorted(range(groups), key=lambda g: -grouped[g].topk(2).values.sum().item())[:top_groups]  # noqa: B023
+        best = sorted(range(groups), key=lambda g: -grouped[g].topk(2).values.sum().item())[:top_groups]
         size = grouped.shape[1]
         allowed = [e for e in range(len(scores)) if e // size in best]
-        chosen = sorted(allowed, key=lambda e: -choice[e].item())[:top_k]  # noqa: B023
+        chosen = sorted(allowed, key=lambda e: -choice[e].item())[:top_k]
         total = sum(scores[e] for e in chosen)
         for e in chosen:
             out[t] += scale * scores[e] / total * swiglu(state, f"{prefix}.experts.{e}", row)
