@@ -122,6 +122,8 @@ class WeightSlot:
     optional: bool = False
     init: Literal["normal", "ones", "zeros"] = "normal"
     """How `--load-format dummy` fills it: normal is N(0, 0.02²)."""
+    unused: bool = False
+    """Accepted where a checkpoint has it, and dropped: never read."""
 
 
 @dataclass(slots=True)

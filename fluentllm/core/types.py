@@ -205,7 +205,11 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     max_position: int
     """Longest context the checkpoint allows, prompt and answer together."""
     kv: KVSpec
+    """Of the target; `kv.layers` does not count the draft layers."""
     eos_token_ids: tuple[int, ...] = ()
+    draft_kv_layers: int = 0
+    """KV layers, of the same shape, that the model's own draft layers (MTP) use: numbers kv.layers and up. A pool for
+    speculation has kv.layers + draft_kv_layers layers."""
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
