@@ -76,9 +76,9 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     wanted = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab).unsqueeze(1)
     kept = keys >= _largest_threshold(keys, None, wanted)
     probs = torch.softmax(logits.masked_fill(~kept, float("-inf")), dim=1)
+    nucleus = keys >= _largest_threshold(keys, probs, top_p.unsqueeze(1))
     # What rounding leaves short of 1 must not exclude anything when top_p is 1.
-    mass = torch.where(top_p < 1, top_p, -1.0).unsqueeze(1)
-    kept &= keys >= _largest_threshold(keys, probs, mass)
+    kept &= nucleus | (top_p >= 1).unsqueeze(1)
     kept &= probs >= min_p.unsqueeze(1) * probs.amax(1, keepdim=True)
     # The most likely token always stays, whatever the parameters.
     kept |= logits == logits.amax(1, keepdim=True)

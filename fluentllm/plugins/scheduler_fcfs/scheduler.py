@@ -142,9 +142,9 @@ class FcfsScheduler:
         return chunks
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """A slot, and pages for all tokens it has so far and the next; from sequences of lower priority if need be."""
+        """A slot, and pages for all tokens it has so far; from sequences of lower priority if need be."""
         priority = sequence.request.priority
-        while not (self._free_slots and self._kv.admit(sequence, len(sequence.tokens) + 1)):
+        while not (self._free_slots and self._kv.admit(sequence, len(sequence.tokens))):
             # Only a strictly lower priority yields to a newcomer: among equals the one that runs stays.
             if not self._preempt_after((priority + 1, -1)):
                 return False
