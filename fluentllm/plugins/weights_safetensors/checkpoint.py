@@ -1,0 +1,144 @@
+"""A safetensors checkpoint, opened lazily: headers at once, a tensor's bytes when it is read."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from fluentllm.core.errors import CheckpointError
+from fluentllm.hub.config import config_at
+
+from .blocks import SCALE_SUFFIX, dequantize_blocks, fp8_block
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+
+    from fluentllm.core.protocols import PackedTensor
+
+INDEX = "model.safetensors.index.json"
+
+
+class SafetensorsCheckpoint:
+    """`Checkpoint` over a folder. Raises `CheckpointError` for damaged files and quantisations that are not known."""
+
+    config: Mapping[str, Any]
+
+    def __init__(self, path: Path) -> None:
+        self.config = config_at(path)
+        self._block = fp8_block(self.config)
+        self._files: dict[str, Any] = {}
+        """Tensor → open file."""
+        self._places: dict[str, Path] = {}
+        self._stored: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
+        files, index = _files_of(path)
+        for file in files:
+            self._open(file)
+        _compare_with_index(path, index, self._places)
+        self._scales = _pair_scales(self._dtypes, self._stored, self._block, path)
+
+    def _open(self, file: Path) -> None:
+        try:
+            handle = safe_open(file, framework="pt")
+            for name in handle.offset_keys():
+                if name in self._files:
+                    first = self._places[name].name
+                    raise CheckpointError(
+                        f"The tensor {name!r} is in {first} and again in {file.name} of {file.parent}.",
+                        fix="Remove one of the files.",
+                    )
+                part = handle.get_slice(name)
+                self._files[name], self._places[name] = handle, file
+                self._stored[name], self._dtypes[name] = tuple(part.get_shape()), part.get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise _damaged(file, error) from error
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        scales = set(self._scales.values())
+        return {name: shape for name, shape in self._stored.items() if name not in scales}
+
+    def read(self, name: str, device: torch.device) -> torch.Tensor:
+        tensor = self._read(name, device)
+        scale = self._scales.get(name)
+        if scale is None or self._block is None:
+            return tensor
+        return dequantize_blocks(tensor, self._read(scale, device), self._block)
+
+    def _read(self, name: str, device: torch.device) -> torch.Tensor:
+        try:
+            tensor: torch.Tensor = self._files[name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(self._places[name], error) from error
+        return tensor.to(device)
+
+    def packed(self, name: str) -> PackedTensor | None:
+        return None
+
+    def close(self) -> None:
+        self._files.clear()
+
+
+def _files_of(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files that make up the checkpoint, and tensor → file where there is an index."""
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single], None
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+            names = list(dict.fromkeys(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not an index of safetensors files ({error}).") from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            listed = ", ".join(missing[:8])
+            raise CheckpointError(
+                f"{folder} lacks {len(missing)} of the {len(names)} files that its index names: {listed}.",
+                fix="Finish the download.",
+            )
+        return [folder / name for name in sorted(names)], weight_map
+    return sorted(folder.glob("*.safetensors")), None
+
+
+def _compare_with_index(folder: Path, index: dict[str, str] | None, places: Mapping[str, Path]) -> None:
+    if index is None:
+        return
+    wrong = [name for name, file in index.items() if name not in places or places[name].name != file]
+    if wrong:
+        raise CheckpointError(
+            f"{folder / INDEX} names {len(wrong)} tensors that are not where it says: {', '.join(wrong[:8])}.",
+            fix="Index and files are of different downloads: fetch them again.",
+        )
+
+
+def _pair_scales(
+    dtypes: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], block: tuple[int, int] | None, folder: Path
+) -> dict[str, str]:
+    """FP8 weight → its scales. Raises `CheckpointError` where one has none, or of a shape that its blocks do not have."""
+    scales: dict[str, str] = {}
+    for name, dtype in dtypes.items():
+        if dtype != "F8_E4M3":
+            if dtype.startswith("F8_"):
+                raise CheckpointError(f"{name} in {folder} is {dtype}; of the FP8 kinds only F8_E4M3 in blocks can be read.")
+            continue
+        scale = name + SCALE_SUFFIX
+        if block is None or scale not in shapes:
+            why = "its config.json has no quantization_config" if block is None else f"there is no {scale!r}"
+            raise CheckpointError(f"{name} in {folder} is FP8 (F8_E4M3), but {why}: it cannot be scaled.")
+        shape = shapes[name]
+        expected = tuple(-(-size // side) for size, side in zip(shape, block, strict=False))
+        if len(shape) != 2 or shapes[scale] != expected:
+            seen = f"{scale} has shape {list(shapes[scale])}; {name} {list(shape)}"
+            raise CheckpointError(f"{seen} in blocks of {block[0]} × {block[1]} needs {list(expected)}.")
+        scales[name] = scale
+    return scales
+
+
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"Cannot read {file}: {error}.", fix="It is cut off or damaged: fetch it again.")
