@@ -1,0 +1,241 @@
+"""The plugin manager: loads the plugins that a process needs and resolves their hooks, once, at start.
+
+    plugins = PluginManager.load({"engine", "executor"}, settings.plugins.allow, settings.plugins.deny)
+    plugins.registry("schedulers").get("fcfs").factory(context)
+
+`discovery.py` finds the entry points, `plugin_checks.py` holds each plugin to the contract, `registry.py` keeps what they
+offer, `observers.py` times and contains the calls. What a third-party plugin breaks by itself (an import, its own
+registration) is contained, reported and leaves it out; what leaves in doubt who does what stops the start.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import time
+from functools import partial
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pluggy
+
+from . import hookspecs
+from .discovery import PluginInfo, admit, allowed_by_environment, discover, normalized
+from .errors import PluginError
+from .hookspecs import PROJECT
+from .observers import OBSERVER_HOOKS, Call, Ledger, Observer, Observers
+from .plugin_checks import check
+from .registry import Entry, Registry, supports_everything
+from .routes import Route, RouteTable
+from .staleness import stale_entries
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+    import typer
+
+    from .protocols import Supports
+
+log = logging.getLogger("fluentllm.plugins")
+
+REGISTRIES: dict[str, tuple[str, str | None]] = {
+    "models": ("model architecture", None),
+    "weights": ("checkpoint reader", "model.load_format"),
+    "schedulers": ("scheduling policy", "scheduler.policy"),
+    "attention": ("attention backend", "attention.backend"),
+    "proposers": ("proposer of drafts", None),
+    "kv_transports": ("KV transport", None),
+    "grammars": ("grammar engine", None),
+}
+"""Kind → what one is called, and the setting that chooses it. The hook is `fluent_<kind>`."""
+
+
+class PluginManager:
+    """The plugins of one process. Made by `load`."""
+
+    def __init__(self, infos: list[PluginInfo], sink: Callable[[Call], None] | None = None) -> None:
+        self.infos = infos
+        """Every installed plugin, loaded or not."""
+        self.ledger = Ledger(sink)
+        self._hooks = pluggy.PluginManager(PROJECT)
+        self._hooks.add_hookspecs(hookspecs)
+        self._registries = {kind: Registry(kind, *about) for kind, about in REGISTRIES.items()}
+        self._routes = RouteTable()
+        self._structs: dict[str, type[msgspec.Struct]] = {}
+        self.observers = Observers(self.ledger, {})
+
+    @classmethod
+    def load(
+        cls,
+        processes: Collection[str] | None,
+        allow: Collection[str] | None = None,
+        deny: Collection[str] = (),
+        *,
+        objects: Mapping[str, Any] | None = None,
+        trace: Callable[[Call], None] | None = None,
+        only: Collection[str] | None = None,
+    ) -> PluginManager:
+        """Load the plugins that run in any of `processes` (None: in any at all), and resolve their hooks.
+
+        `allow`: the third-party plugins that may load; None means what `FLUENT_PLUGINS` says, and all if that is unset.
+        `deny`: plugins, built-in or not, that may not. `objects`: further plugins, as name → object, without an entry point.
+        `trace` is told every call into a plugin. `only`: of all these, import no others.
+        Raises `PluginError`, or `ConfigError` for a name on the allow list that is not installed.
+        """
+        infos = discover()
+        unknown = admit(infos, allowed_by_environment() if allow is None else allow, deny)
+        for name in unknown:
+            log.warning("plugins.deny names %r, which is not installed", name)
+        manager = cls(infos, trace)
+        for stale in stale_entries(infos):
+            log.warning("%s", stale)
+        for info in infos:
+            wanted = processes is None or info.runs_in(processes)
+            if info.state == "found" and wanted and (only is None or info.name in only):
+                manager._import(info)
+        for name, plugin in (objects or {}).items():
+            manager._add_object(normalized(name), plugin)
+        manager._hooks.check_pending()
+        manager._resolve()
+        return manager
+
+    # -------------------------------------------------------------------------------------------------- what plugins gave
+    def registry(self, kind: str) -> Registry:
+        """`models`, `weights`, `schedulers`, `attention`, `proposers`, `kv_transports` or `grammars`."""
+        return self._registries[kind]
+
+    def routes(self) -> Sequence[Route]:
+        return self._routes.routes
+
+    def config_structs(self) -> dict[str, type[msgspec.Struct]]:
+        """Plugin name → the Struct of its settings, for the loaded plugins that have some."""
+        return dict(self._structs)
+
+    def info(self, name: str) -> PluginInfo | None:
+        return next((info for info in self.infos if info.name == normalized(name)), None)
+
+    def add_commands(self, app: typer.Typer) -> None:
+        """Let plugins add subcommands to `app`. Raises `PluginError` if two commands have one name."""
+        from .commands import CommandTable  # noqa: PLC0415  (only the command line needs Typer)
+
+        table = CommandTable(app)
+        for info, function, positions in self._implementations("fluent_commands"):
+            table.begin(info)
+            self._contained(info, "fluent_commands", partial(function, *(app for _ in positions)), table.roll_back)
+            table.end(info)
+
+    # ------------------------------------------------------------------------------------------------------------ loading
+    def _import(self, info: PluginInfo) -> None:
+        assert info.entry is not None
+        module = info.value.split(":")[0].strip()
+        started = time.monotonic()
+        try:
+            if info.builtin and importlib.util.find_spec(module) is None:
+                info.state, info.problem = "missing", f"there is no module {module}; reinstall {info.distribution}"
+                log.warning("%s: %s", info, info.problem)
+                return
+            info.plugin = self.ledger.call(info.name, "import", info.entry.load)
+        except Exception as error:
+            self._leave_out(info, f"importing {info.value} raised", error)
+            return
+        info.import_seconds = time.monotonic() - started
+        info.file = getattr(importlib.import_module(module), "__file__", None)
+        self._register(info)
+
+    def _add_object(self, name: str, plugin: Any) -> None:
+        module = getattr(plugin, "__module__", getattr(plugin, "__name__", "?"))
+        info = PluginInfo(name, module, "given as an object", "", (), builtin=False, plugin=plugin)
+        if any(other.name == name and other.state == "loaded" for other in self.infos):
+            raise PluginError(f"Two plugins are named {name!r}: {self.info(name)} and {info}.", fix="Rename the object.")
+        self.infos.append(info)
+        self._register(info)
+
+    def _register(self, info: PluginInfo) -> None:
+        check(info)
+        self._hooks.register(info.plugin, name=info.name)
+        info.state = "loaded"
+
+    def _leave_out(self, info: PluginInfo, what: str, error: Exception) -> None:
+        """A built-in plugin that fails is a broken installation; another's is that plugin's own affair."""
+        if info.builtin:
+            raise PluginError(
+                f"The built-in {info} failed: {what} {type(error).__name__}: {error}.",
+                fix=f"Reinstall fluentllm, or start without it: `plugins.deny: [{info.name}]`.",
+            ) from error
+        info.state, info.problem = "failed", f"{what} {type(error).__name__}: {error}"
+        log.warning("%s is left out: %s", info, info.problem, exc_info=error)
+
+    # ---------------------------------------------------------------------------------------------------------- resolving
+    def _implementations(self, hook: str) -> Iterable[tuple[PluginInfo, Callable[..., Any], tuple[int, ...]]]:
+        """Who implements it, in the order of calls; with the positions of the hook's arguments that each one takes."""
+        caller = getattr(self._hooks.hook, hook)
+        names = list(caller.spec.argnames)
+        by_name = {info.name: info for info in self.infos if info.state == "loaded"}
+        for implementation in reversed(caller.get_hookimpls()):
+            info = by_name.get(implementation.plugin_name)
+            if info is not None:
+                yield info, implementation.function, tuple(names.index(name) for name in implementation.argnames)
+
+    def _contained(self, info: PluginInfo, hook: str, call: Callable[[], Any], undo: Callable[[str], None]) -> None:
+        try:
+            self.ledger.call(info.name, hook, call)
+        except PluginError:
+            raise
+        except Exception as error:
+            undo(info.name)
+            self._leave_out(info, f"{hook} raised", error)
+
+    def _resolve(self) -> None:
+        steps: list[tuple[str, Callable[[PluginInfo], Callable[..., None]]]] = [("fluent_config", self._config_register)]
+        steps += [(f"fluent_{kind}", self._registrar(kind)) for kind in REGISTRIES]
+        steps += [("fluent_routes", self._routes.registrar)]
+        for hook, registrar in steps:
+            for info, function, positions in self._implementations(hook):
+                call = partial(function, *(registrar(info) for _ in positions))
+                self._contained(info, hook, call, self._forget)
+        observers = {
+            hook: [
+                Observer(info.name, hook, _selecting(function, positions, len(getattr(self._hooks.hook, hook).spec.argnames)))
+                for info, function, positions in self._implementations(hook)
+            ]
+            for hook in OBSERVER_HOOKS
+        }
+        self.observers = Observers(self.ledger, observers)
+
+    def _forget(self, plugin: str) -> None:
+        for registry in self._registries.values():
+            registry.remove_plugin(plugin)
+        self._routes.remove_plugin(plugin)
+        self._structs.pop(plugin, None)
+
+    def _registrar(self, kind: str) -> Callable[[PluginInfo], Callable[..., None]]:
+        def for_plugin(info: PluginInfo) -> Callable[..., None]:
+            def register(name: str, factory: Any, *, supports: Supports = supports_everything) -> None:
+                self._registries[kind].add(Entry(name, factory, info.name, str(info), supports))
+
+            return register
+
+        return for_plugin
+
+    def _config_register(self, info: PluginInfo) -> Callable[..., None]:
+        def register(struct: type[msgspec.Struct]) -> None:
+            if not (isinstance(struct, type) and issubclass(struct, msgspec.Struct)):
+                raise PluginError(f"{info} registers {struct!r} as its settings.", fix="Register a subclass of msgspec.Struct.")
+            if info.name in self._structs:
+                raise PluginError(f"{info} registers two Structs for its settings.", fix="Nest one in the other.")
+            self._structs[info.name] = struct
+
+        return register
+
+
+def _selecting(function: Callable[..., Any], positions: tuple[int, ...], arity: int) -> Callable[..., Any]:
+    """`function` as one that takes all of the hook's arguments."""
+    if positions == tuple(range(arity)):
+        return function
+    return lambda *arguments: function(*(arguments[position] for position in positions))
+
+
+def installed_plugins() -> list[PluginInfo]:
+    """All of them, without importing any and without regard to allow and deny lists."""
+    return discover(metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP))
