@@ -83,6 +83,8 @@ class KVCache:
         if sequence in self._holdings:
             raise IntegrityError(f"request {sequence.request.id} is admitted already")
         length = len(sequence.tokens)
+        if self._hopeless(length, first_tokens):
+            return False
         lease = self.allocator.lease("request", sequence.request.id)
         cached, node = 0, None
         pages: list[int] = []
@@ -167,6 +169,12 @@ class KVCache:
             return self._holdings[sequence]
         except KeyError:
             raise IntegrityError(f"request {sequence.request.id} is not admitted") from None
+
+    def _hopeless(self, length: int, first_tokens: int) -> bool:
+        """Whether pages are short however much is cached. O(1): a request that waits is asked for again every step."""
+        # A cached page costs nothing only if a request holds it too; else leasing it takes it from what is evictable.
+        shared = min(self.pages_cached - self.allocator.evictable, max(length - 1, 0) // self.page_size)
+        return self.pages_for(min(first_tokens, length)) - shared > self.allocator.available
 
     def _allocate(self, lease: Lease, count: int) -> list[int] | None:
         if count <= 0:
