@@ -31,38 +31,48 @@ class ModelSettings(Struct, kw_only=True, forbid_unknown_fields=True):
         Literal["auto", "float32", "bfloat16", "int8", "int4"],
         _help("Matrix weights. auto: the fastest on this device that keeps the checkpoint's own precision; see docs."),
     ] = "auto"
-    max_model_len: Annotated[int | None, _help("Longest context, prompt and answer; the checkpoint's if null.", "tokens", ge=8)] = None
+    max_model_len: Annotated[
+        Annotated[int, Meta(ge=8)] | None, _help("Longest context, prompt and answer; the checkpoint's if null.", "tokens")
+    ] = None
     chat_template: Annotated[str | None, _help("Path of a Jinja chat template instead of the checkpoint's.")] = None
 
 
 class ServerSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     host: Annotated[str, _help("Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, _help("Port; 0 takes a free one.", ge=0, le=65535)] = 8000
-    api_key: Annotated[str | None, _help("If set, every request needs `Authorization: Bearer <key>`.")] = None
+    api_key: Annotated[
+        str | None, _help("If set, every request but /health and /live needs `Authorization: Bearer <key>`.")
+    ] = None
     max_body_bytes: Annotated[int, _help("Larger bodies are refused with 413.", "bytes", ge=1024)] = 32 * 1024 * 1024
     max_choices: Annotated[int, _help("Largest `n` of one request.", ge=1)] = 128
     tokenizer_threads: Annotated[int, _help("Threads that render and tokenize.", ge=1)] = 2
-    shutdown_timeout: Annotated[float, _help("How long running requests may finish after a stop signal.", "seconds", ge=0)] = 10.0
+    shutdown_timeout: Annotated[float, _help("How long running requests may finish after a stop signal.", "seconds", ge=0)] = (
+        10.0
+    )
 
 
 class EngineSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     device: Annotated[str, _help("auto, cpu, cuda, cuda:N. auto takes a GPU where there is one.")] = "auto"
     overlap_depth: Annotated[int, _help("Steps launched ahead of what has been read.", "steps", ge=0, le=2)] = 1
     deterministic: Annotated[bool, _help("Fixed-order arithmetic: a token does not depend on what else runs. Slower.")] = False
-    threads: Annotated[int | None, _help("CPU threads of the executor; all cores if null.", ge=1)] = None
+    threads: Annotated[Annotated[int, Meta(ge=1)] | None, _help("CPU threads of the executor; all cores if null.")] = None
     max_restarts: Annotated[int, _help("Give up after this many crashes in ten minutes.", ge=0)] = 5
-    hang_timeout: Annotated[float, _help("A step that takes longer is a hang: the engine is restarted.", "seconds", gt=0)] = 300.0
+    hang_timeout: Annotated[float, _help("A step that takes longer is a hang: the engine is restarted.", "seconds", gt=0)] = (
+        300.0
+    )
 
 
 class SchedulerSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     policy: Annotated[str, _help("Scheduling policy, by the name a plugin gave it.")] = "fcfs"
-    max_running: Annotated[int | None, _help("Sequences on the device at once. auto: 64 on a CPU, 256 on a GPU.", ge=1)] = None
+    max_running: Annotated[
+        Annotated[int, Meta(ge=1)] | None, _help("Sequences on the device at once. auto: 64 on a CPU, 256 on a GPU.")
+    ] = None
     max_waiting: Annotated[int, _help("Bound of the queue; beyond it requests get 429.", ge=1)] = 4096
     prefill_tokens: Annotated[int, _help("Most prompt tokens computed in one step.", "tokens", ge=16)] = 512
 
 
 class KVSettings(Struct, kw_only=True, forbid_unknown_fields=True):
-    page_size: Annotated[int | None, _help("Tokens a page. auto: 16, 64 for MLA.", "tokens", ge=1)] = None
+    page_size: Annotated[Annotated[int, Meta(ge=1)] | None, _help("Tokens a page. auto: 16, 64 for MLA.", "tokens")] = None
     memory: Annotated[str | None, _help("Size of the KV pool, such as 2GiB; planned from what is free if null.")] = None
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "fp8"], _help("auto: the model's dtype.")] = "auto"
     prefix_cache: Annotated[bool, _help("Keep finished prompts' pages in a radix tree.")] = True
@@ -80,7 +90,9 @@ class LogSettings(Struct, kw_only=True, forbid_unknown_fields=True):
 class PluginSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     """Next to these two, every plugin's own settings are at `plugins.<name>`."""
 
-    allow: Annotated[list[str] | None, _help("Load only these third-party plugins; all if null, none if empty. Built-ins always load.")] = None
+    allow: Annotated[
+        list[str] | None, _help("Load only these third-party plugins; all if null, none if empty. Built-ins always load.")
+    ] = None
     deny: Annotated[list[str], _help("Never load these, built-in or not.")] = field(default_factory=list)
 
 
