@@ -192,7 +192,7 @@ class _Keys:
         value = self.get(key, default)
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and default != 0):
             raise CheckpointError(
                 f"{self.header.path.name} has {value!r} as '{self.prefix}.{key}' where one integer is needed."
             )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-_STRING, _ARRAY, _BOOL = 8, 9, 7
+_STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MAX_DIMS = 8
 
@@ -107,21 +107,21 @@ class _Reader:
         self.at = end
         return text
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
-            return self.array()
+            return self.array(depth)
         if kind not in _SCALARS:
             raise IndexError(f"a value of unknown type {kind} at byte {self.at}")
         return self.scalar(_SCALARS[kind])
 
-    def array(self) -> list[Any]:
+    def array(self, depth: int) -> list[Any]:
         kind, count = self.scalar("I"), self.scalar("Q")
-        if count > len(self.data):
+        if count > len(self.data) or depth > _MAX_DIMS:
             raise IndexError(f"an array of {count} items at byte {self.at}")
         if kind in (_STRING, _ARRAY):
-            return [self.value(kind) for _ in range(count)]
+            return [self.value(kind, depth + 1) for _ in range(count)]
         if kind not in _SCALARS:
             raise IndexError(f"an array of unknown type {kind} at byte {self.at}")
         code = f"<{count}{_SCALARS[kind]}"

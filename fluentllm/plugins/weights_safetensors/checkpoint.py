@@ -44,7 +44,7 @@ class SafetensorsCheckpoint:
 
     def _open(self, file: Path) -> None:
         try:
-            handle = safe_open(file, framework="pt")
+            handle: Any = safe_open(file, framework="pt")
             for name in handle.offset_keys():
                 if name in self._files:
                     first = self._places[name].name
