@@ -1,6 +1,6 @@
 """FluentLLM: an LLM serving engine built as an asyncio microkernel whose every capability is a plugin.
 
-    from fluentllm import LLM, SamplingParams
+    from fluentllm import LLM, SamplingOptions
     print(LLM("smollm2").generate("The capital of France is")[0].text)
 
 Importing this package is cheap: nothing heavy is loaded until `LLM` is touched.
@@ -11,14 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingOptions", "__version__"]
 
 if TYPE_CHECKING:
-    from .llm import LLM, SamplingParams
+    from .llm import LLM, SamplingOptions
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("LLM", "SamplingParams"):
+    if name in ("LLM", "SamplingOptions"):
         from . import llm
 
         return getattr(llm, name)

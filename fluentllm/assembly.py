@@ -95,7 +95,8 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
 
     tables = SlotTables(slots, longest, page_size, spec.vocab_size, device)
     page_bytes = KVPool.bytes_per_page(spec.kv, page_size, kv_dtype)
-    pages = plan_pages(settings.kv.memory, device, page_bytes, wanted=slots * tables.max_pages, least=tables.max_pages)
+    wanted, least = slots * tables.max_pages, tables.max_pages
+    pages = plan_pages(settings.kv.memory, device, page_bytes, page_size, wanted=wanted, least=least)
     pool = KVPool(spec.kv, pages, page_size, kv_dtype, device)
     attention_spec = AttentionSpec(
         model=spec,
@@ -141,7 +142,9 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"engine.device is {name!r}.", fix="Use auto, cpu, cuda or cuda:N.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"engine.device is {name!r}, but PyTorch sees no GPU.", fix="Use --device cpu, or run `fluent doctor`.")
+        raise ConfigError(
+            f"engine.device is {name!r}, but PyTorch sees no GPU.", fix="Use --device cpu, or run `fluent doctor`."
+        )
     return device
 
 
@@ -176,7 +179,9 @@ def _name(dtype: torch.dtype) -> str:
 def _architecture(config: Any) -> str:
     names = config.get("architectures") or []
     if not names:
-        raise CheckpointError("config.json names no architecture.", fix='Add "architectures": ["LlamaForCausalLM"] or the like.')
+        raise CheckpointError(
+            "config.json names no architecture.", fix='Add "architectures": ["LlamaForCausalLM"] or the like.'
+        )
     return str(names[0])
 
 
@@ -188,7 +193,9 @@ def _reader(settings: Settings, files: ModelFiles, plugins: PluginManager) -> Ca
     supported = registry.supported(files.path)
     if not supported:
         reasons = "; ".join(f"{name}: {why}" for name, why in registry.why_not(files.path).items())
-        raise CheckpointError(f"No reader can open {files.path} ({reasons}).", fix="Give a folder with .safetensors, or a .gguf.")
+        raise CheckpointError(
+            f"No reader can open {files.path} ({reasons}).", fix="Give a folder with .safetensors, or a .gguf."
+        )
     return supported[0].factory
 
 
@@ -199,7 +206,9 @@ def _attention(settings: Settings, spec: AttentionSpec, plugins: PluginManager) 
         entry = registry.get(name)
         reason = entry.supports(spec)
         if reason is not None:
-            raise ConfigError(f"attention.backend {name!r} cannot serve this model: {reason}.", fix="Use attention.backend=auto.")
+            raise ConfigError(
+                f"attention.backend {name!r} cannot serve this model: {reason}.", fix="Use attention.backend=auto."
+            )
         return entry.factory
     supported = registry.supported(spec)
     if not supported:

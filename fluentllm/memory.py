@@ -9,7 +9,9 @@ import torch
 
 from .core.errors import ConfigError, OutOfMemory
 
-_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS = {"": 1, "b": 1} | {
+    prefix + unit: base**power for power, prefix in enumerate("kmgt", 1) for unit, base in (("b", 1000), ("ib", 1024))
+}
 CPU_POOL_LIMIT = 4 * 2**30
 """Largest pool that is planned on a CPU without being asked for: the machine is not ours alone."""
 CPU_SHARE, GPU_SHARE = 0.4, 0.9
@@ -24,7 +26,7 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-def plan_pages(setting: str | None, device: torch.device, page_bytes: int, *, wanted: int, least: int) -> int:
+def plan_pages(setting: str | None, device: torch.device, page_bytes: int, page_size: int, *, wanted: int, least: int) -> int:
     """Pages of the pool: what `kv.memory` holds, else what is free, never more than `wanted` (all slots at full length).
 
     Raises `OutOfMemory` where not even `least` pages (one sequence at full length) fit.
@@ -44,7 +46,7 @@ def plan_pages(setting: str | None, device: torch.device, page_bytes: int, *, wa
     if pages < least:
         raise OutOfMemory(
             f"{size / 2**20:.0f} MiB are free for the KV pool; one full context needs {least * page_bytes / 2**20:.0f} MiB.",
-            fix=f"Lower model.max_model_len to {pages * 100 // max(least, 1)} % of what it is, or free memory.",
+            fix=f"Set model.max_model_len to {pages * page_size} or less, or free memory.",
             param="model.max_model_len",
         )
     return pages

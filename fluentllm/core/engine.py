@@ -64,7 +64,7 @@ class Connection:
         self.sequences: dict[str, Sequence] = {}
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises `ContextTooLong`, `InvalidRequest`, `QueueFull`; nothing is kept of one that does not enter."""
+        """Queue a request. Raises `ContextTooLong`, `InvalidRequest`, `QueueFull`; then nothing is kept of it."""
         self._engine.submit(self, request)
 
     def abort(self, ids: list[str]) -> None:
@@ -240,9 +240,9 @@ class Engine:
             logprobs=slot.logprobs,
             finish_reason=slot.finished,
             stop_token=slot.tokens[-1] if slot.finished == "stop" else None,
-            cached_tokens=sequence.cached_tokens,
         )
         if first:
+            output.cached_tokens = sequence.cached_tokens
             self._prompt_tokens += sequence.prompt_length
             self._cached_tokens += sequence.cached_tokens
             if sequence.request.params.prompt_logprobs is not None:

@@ -72,7 +72,7 @@ class Executor:
         def run(*args: Any) -> None:
             try:
                 function(*args)
-            except BaseException as error:  # noqa: BLE001 - handed on whole
+            except BaseException as error:
                 future.set_exception(error)
 
         return run
@@ -86,7 +86,7 @@ class Executor:
         if self.device.type == "cpu":
             self._read(plan, pending, rows, started, None, future)
             return
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         self._reader.submit(self._guard(future, self._read), plan, pending, rows, started, done, future)
 

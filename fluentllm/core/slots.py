@@ -102,7 +102,15 @@ def _ints(init: SlotInit) -> list[int]:
     params = init.params
     end = init.prompt_length + params.max_tokens
     logprobs = -1 if params.logprobs is None else params.logprobs
-    return [len(init.tokens), init.prompt_length, end, init.prompt_length + params.min_tokens, params.top_k, logprobs, params.seed]
+    return [
+        len(init.tokens),
+        init.prompt_length,
+        end,
+        init.prompt_length + params.min_tokens,
+        params.top_k,
+        logprobs,
+        params.seed,
+    ]
 
 
 def _floats(params: SamplingParams) -> list[float]:

@@ -83,7 +83,7 @@ class RequestOutput(Struct, kw_only=True, omit_defaults=True):
     stop_token: int | None = None
     """The stop id, where one ended the request."""
     cached_tokens: int = 0
-    """Prompt tokens whose KV came from the prefix cache."""
+    """Prompt tokens whose KV came from the prefix cache; told once, with the first output."""
 
 
 # --------------------------------------------------------------------------------------------------------------- one step

@@ -33,7 +33,7 @@ def commit(drawn: Tensor, drafts: Tensor, slots: Tensor, tables: SlotTables, fea
     Draft j is accepted if it is the token drawn at its position and all before it were; the first token that differs is
     the target's own. The new tokens end at the first stop id and at the budget.
     """
-    batch, rows = drawn.shape
+    rows = drawn.shape[1]
     offsets = torch.arange(rows, device=drawn.device)
     live = ~tables.finished[slots]
     length = tables.length[slots]

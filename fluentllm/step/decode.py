@@ -1,7 +1,7 @@
 """The decode program: one function from slots to their next tokens, the same for any number of drafts.
 
-    gather slots → embed the last token and K drafts → target layers → logits at K+1 positions → processors → draw → verify →
-    append to history, lengths and counts
+gather slots → embed the last token and K drafts → target layers → logits at K+1 positions → processors → draw → verify →
+append to history, lengths and counts
 """
 
 from __future__ import annotations

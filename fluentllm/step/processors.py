@@ -12,7 +12,9 @@ from ..core.slots import SlotTables
 from ..core.types import Feature
 
 
-def process_logits(logits: Tensor, slots: Tensor, positions: Tensor, drafts: Tensor, tables: SlotTables, features: int) -> Tensor:
+def process_logits(
+    logits: Tensor, slots: Tensor, positions: Tensor, drafts: Tensor, tables: SlotTables, features: int
+) -> Tensor:
     """[B × q, V] float32 → the same, in place. slots [B × q]; positions [B × q]: where in the history the drawn token will
     stand; drafts [B, q - 1]: the tokens that rows 1 … q-1 take for granted."""
     if features & Feature.PENALTIES:

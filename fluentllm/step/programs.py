@@ -86,7 +86,5 @@ def _slot_results(slots: list[int], committed: Committed, logprobs: Logprobs | N
         if lists is not None and wanted is not None:
             chosen = [keep_top(lp, wanted) for lp in lists[i * width : i * width + count]]
         finished = _FINISH[state] if count else None
-        results.append(
-            SlotResult(slot, rows.generations[slot], tokens[:count], finished, chosen, accepted_drafts=accepted)
-        )
+        results.append(SlotResult(slot, rows.generations[slot], tokens[:count], finished, chosen, accepted_drafts=accepted))
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from fluentllm.core.slots import SlotTables
 from fluentllm.core.types import SamplingParams, SlotInit
 from fluentllm.step.commit import OUT_OF_BUDGET, RUNNING, STOPPED, commit
@@ -52,5 +53,7 @@ def test_a_stop_id_or_the_budget_inside_accepted_drafts_ends_there() -> None:
 
 def test_no_slots() -> None:
     tables = tables_with([1], [[]])
-    got = commit(torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64), tables, 0)
+    got = commit(
+        torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64), tables, 0
+    )
     assert got.counts.shape == (0,)

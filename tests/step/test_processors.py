@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from fluentllm.core.sequence import features_of
 from fluentllm.core.slots import SlotTables
 from fluentllm.core.types import Feature, SamplingParams, SlotInit
@@ -11,7 +12,9 @@ from fluentllm.step.processors import process_logits
 VOCAB = 40
 
 
-def admit(tables: SlotTables, slot: int, tokens: list[int], prompt_length: int, params: SamplingParams, stops: list[int]) -> None:
+def admit(
+    tables: SlotTables, slot: int, tokens: list[int], prompt_length: int, params: SamplingParams, stops: list[int]
+) -> None:
     init = SlotInit(slot, 1, tokens, prompt_length, 0, [1], params, stops)
     tables.admit(init, features_of(params))
 
@@ -35,7 +38,12 @@ def test_every_row_sees_its_own_history_and_the_drafts_before_it() -> None:
     tables = SlotTables(4, 64, 16, VOCAB, torch.device("cpu"), max_drafts=3)
     cases = {
         0: ([3, 3, 5, 9], [7, 7, 3], SamplingParams(max_tokens=9, repetition_penalty=1.3, frequency_penalty=0.4), [2]),
-        2: ([1], [], SamplingParams(max_tokens=9, presence_penalty=-0.7, logit_bias={0: 2.0, 11: -100.0}, min_tokens=2), [0, 5]),
+        2: (
+            [1],
+            [],
+            SamplingParams(max_tokens=9, presence_penalty=-0.7, logit_bias={0: 2.0, 11: -100.0}, min_tokens=2),
+            [0, 5],
+        ),
         3: ([8, 9], [9], SamplingParams(max_tokens=9), []),
     }
     for slot, (prompt, output, params, stops) in cases.items():

@@ -59,7 +59,9 @@ class FcfsScheduler:
 
     def add(self, sequence: Sequence) -> None:
         if len(self._waiting) >= self._max_waiting:
-            raise QueueFull(f"{len(self._waiting)} requests are waiting.", fix="Try again later, or raise scheduler.max_waiting.")
+            raise QueueFull(
+                f"{len(self._waiting)} requests are waiting.", fix="Try again later, or raise scheduler.max_waiting."
+            )
         insort(self._waiting, sequence, key=_order)
 
     def abort(self, sequence: Sequence) -> None:

@@ -1,0 +1,1 @@
+"""What `fluent bench` measures: latency and throughput of an engine in this process, and a server under load."""

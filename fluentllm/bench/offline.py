@@ -1,0 +1,78 @@
+"""Latency and throughput of an engine in this process: token ids in, token ids out, no HTTP and no text."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..core.types import Request, SamplingParams
+from ..frontend.client import EngineClient
+from ..local import LocalEngine
+
+
+def startup(local: LocalEngine) -> None:
+    """One token, so that start-up time is measured to the first token."""
+    local.call(_run(local.generation.client, [_prompt(local, random.Random(0), 8)], [1]))
+
+
+def latency(
+    local: LocalEngine, batches: list[int], context: int, steps: int, rounds: int = 3, tell: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """For each batch: time a step takes, by (time of steps + 1 new tokens − time of 1) / steps; medians of `rounds` after a
+    warm-up. Every prompt is fresh, so nothing comes from the prefix cache."""
+    rng = random.Random(time.time_ns())
+    rows = []
+    for batch in batches:
+        firsts, alls = [], []
+        for round_number in range(rounds + 1):
+            for new, times in ((1, firsts), (steps + 1, alls)):
+                prompts = [_prompt(local, rng, context) for _ in range(batch)]
+                seconds, _ = local.call(_run(local.generation.client, prompts, [new] * batch))
+                if round_number:
+                    times.append(seconds)
+        first, whole = statistics.median(firsts), statistics.median(alls)
+        tpot = (whole - first) / steps
+        row = {"batch": batch, "ctx": context, "prefill_s": first, "tpot_ms": tpot * 1e3, "tok_s": batch / tpot}
+        tell(f"batch {batch:>3}  ctx {context}  prefill {first:.3f} s  TPOT {row['tpot_ms']:.2f} ms  {row['tok_s']:.1f} tok/s")
+        rows.append(row)
+    return rows
+
+
+def throughput(
+    local: LocalEngine, requests: int, inputs: tuple[int, int], outputs: tuple[int, int], seed: int
+) -> dict[str, Any]:
+    """All requests at once, lengths uniform in the given ranges, end of sequence ignored."""
+    rng = random.Random(seed)
+    warm = [_prompt(local, rng, inputs[0]) for _ in range(4)]
+    local.call(_run(local.generation.client, warm, [4] * 4))
+    prompts = [_prompt(local, rng, rng.randint(*inputs)) for _ in range(requests)]
+    budgets = [rng.randint(*outputs) for _ in range(requests)]
+    seconds, tokens = local.call(_run(local.generation.client, prompts, budgets))
+    return {
+        "requests": requests,
+        "in_tokens": sum(map(len, prompts)),
+        "out_tokens": tokens,
+        "s": seconds,
+        "tok_s": tokens / seconds,
+    }
+
+
+def _prompt(local: LocalEngine, rng: random.Random, length: int) -> list[int]:
+    return rng.choices(range(local.engine.info.spec.vocab_size), k=length)
+
+
+async def _run(client: EngineClient, prompts: list[list[int]], budgets: list[int]) -> tuple[float, int]:
+    """Seconds from the first submit to the last token, and how many tokens came."""
+
+    async def one(number: int, prompt: list[int], budget: int) -> int:
+        params = SamplingParams(max_tokens=budget, temperature=0.0, ignore_eos=True)
+        request = Request(id=f"bench-{started}-{number}", prompt=prompt, params=params)
+        return sum([len(output.tokens) async for output in client.submit(request)])
+
+    started = time.perf_counter()
+    counts = await asyncio.gather(*(one(i, p, b) for i, (p, b) in enumerate(zip(prompts, budgets, strict=True))))
+    return time.perf_counter() - started, sum(counts)

@@ -1,0 +1,144 @@
+"""`fluent bench latency|throughput|serve`: measure, print, and write `--json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..core.errors import ConfigError
+from . import options
+
+bench = typer.Typer(help="Measure latency, throughput, or a running server.", no_args_is_help=True)
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def latency(
+    model: options.Model = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, such as 1,8,32.")] = "1,8,32",
+    ctx: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
+    steps: Annotated[int, typer.Option(help="New tokens that are timed.")] = 64,
+    json: Json = None,
+    config: options.Config = None,
+    sets: options.Sets = None,
+    device: options.Device = None,
+    load_format: options.LoadFormat = None,
+) -> None:
+    """Time of a decode step at each batch size, on fresh random prompts."""
+    from ..bench import offline
+
+    batches = [_positive("--batch", part) for part in batch.split(",")]
+
+    def measure(local: Any) -> dict[str, Any]:
+        return {"decode": offline.latency(local, batches, ctx, steps, tell=typer.echo)}
+
+    _offline(
+        {"model.name": model, "engine.device": device, "model.load_format": load_format},
+        measure,
+        json,
+        config,
+        sets,
+        max(batches),
+    )
+
+
+@bench.command()
+def throughput(
+    model: options.Model = None,
+    requests: Annotated[int, typer.Option(help="Requests, all at once.")] = 256,
+    input_len: Annotated[str, typer.Option(help="Prompt tokens: N, or A:B for uniform.")] = "100:1024",
+    output_len: Annotated[str, typer.Option(help="New tokens: N, or A:B for uniform.")] = "100:1024",
+    seed: Annotated[int, typer.Option(help="Of lengths and prompts.")] = 1,
+    json: Json = None,
+    config: options.Config = None,
+    sets: options.Sets = None,
+    device: options.Device = None,
+    load_format: options.LoadFormat = None,
+) -> None:
+    """Tokens a second with all requests sent at once, end of sequence ignored."""
+    from ..bench import offline
+
+    inputs, outputs = _range("--input-len", input_len), _range("--output-len", output_len)
+
+    def measure(local: Any) -> dict[str, Any]:
+        figures = offline.throughput(local, requests, inputs, outputs, seed)
+        typer.echo(f"{requests} requests, {figures['out_tokens']} tokens in {figures['s']:.1f} s: {figures['tok_s']:.1f} tok/s")
+        return {"throughput": figures}
+
+    _offline({"model.name": model, "engine.device": device, "model.load_format": load_format}, measure, json, config, sets)
+
+
+@bench.command()
+def serve(
+    url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
+    requests: Annotated[int, typer.Option(help="How many.")] = 64,
+    rate: Annotated[float, typer.Option(help="Requests a second, arriving at random; 0 sends all at once.")] = 1.0,
+    input_len: Annotated[str, typer.Option(help="Prompt tokens: N, or A:B for uniform.")] = "32:256",
+    output_len: Annotated[str, typer.Option(help="New tokens: N, or A:B for uniform.")] = "16:128",
+    seed: Annotated[int, typer.Option(help="Of arrivals, lengths and prompts.")] = 1,
+    ttft_goal: Annotated[float, typer.Option(help="A good request's first token comes within this many ms.")] = 2000.0,
+    tpot_goal: Annotated[float, typer.Option(help="And its tokens within this many ms each.")] = 200.0,
+    api_key: Annotated[str | None, typer.Option(help="The server's key.")] = None,
+    json: Json = None,
+) -> None:
+    """Load on a running server: TTFT, TPOT, ITL percentiles and goodput."""
+    import asyncio
+
+    from ..bench import online, report
+
+    load = online.Load(
+        url, requests, rate, _range("--input-len", input_len), _range("--output-len", output_len), seed,
+        ttft_goal / 1e3, tpot_goal / 1e3, api_key,
+    )  # fmt: skip
+    figures = asyncio.run(online.measure(load))
+    for name in ("ttft_ms", "tpot_ms", "itl_ms"):
+        typer.echo(f"{name:8} " + "  ".join(f"{k} {v:8.1f}" for k, v in figures[name].items()))
+    typer.echo(
+        f"{figures['requests']} requests ({figures['failed']} failed) in {figures['s']:.1f} s: {figures['tok_s']:.1f} tok/s, "
+        f"goodput {figures['goodput_requests_s']:.2f} requests/s"
+    )
+    report.write(json, {"serve": figures, **report.environment()})
+
+
+def _offline(
+    flags: dict[str, str | None],
+    measure: Any,
+    json: Path | None,
+    config: Path | None,
+    sets: list[str] | None,
+    least_slots: int = 1,
+) -> None:
+    from ..bench import offline, report
+    from ..local import LocalEngine
+
+    settings = options.load(config, flags, sets).settings
+    slots = settings.scheduler.max_running
+    if slots is not None and slots < least_slots:
+        raise ConfigError(f"A batch of {least_slots} does not fit scheduler.max_running {slots}.", fix="Raise it.")
+    with LocalEngine(settings) as local:
+        offline.startup(local)
+        startup_s = report.seconds_since_process_start()
+        typer.echo(f"{local.model_name} on {local.engine.info.device}: first token after {startup_s:.2f} s")
+        figures = {"model": settings.model.name, "startup_s": startup_s, **measure(local)}
+    report.write(json, {**figures, "speculative": None, **report.environment()})
+
+
+def _positive(option: str, text: str) -> int:
+    if not text.strip().isdigit() or int(text) == 0:
+        raise ConfigError(f"{option} holds {text!r}.", fix="Use positive whole numbers, such as 1,8,32.")
+    return int(text)
+
+
+def _range(option: str, text: str) -> tuple[int, int]:
+    low, _, high = text.partition(":")
+    bounds = _positive(option, low), _positive(option, high or low)
+    if bounds[0] > bounds[1]:
+        raise ConfigError(f"{option} is {text!r}.", fix=f"Write the smaller first: {bounds[1]}:{bounds[0]}.")
+    return bounds

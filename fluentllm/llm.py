@@ -1,0 +1,72 @@
+"""The offline API: a model in this process, text in and text out.
+
+llm = LLM("smollm2")
+[answer] = llm.generate("The capital of France is", SamplingOptions(max_tokens=8, temperature=0))
+[answer] = llm.chat([{"role": "user", "content": "What is the capital of France?"}])
+print(answer.text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .frontend.generation import Completion
+from .frontend.sampling import SamplingOptions, check_options
+
+Prompt = str | list[int]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A loaded model. Close it, or use it in a `with` statement, to free its memory.
+
+    `settings` are dotted keys of the settings tree (`{"engine.deterministic": True}`), over those of the file `config`.
+    Raises `FluentError` subclasses for what cannot be loaded.
+    """
+
+    def __init__(
+        self, model: str = "smollm2", *, config: Path | None = None, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        import os
+
+        from .core.config import load
+        from .local import LocalEngine
+
+        loaded = load(config, {**(settings or {}), "model.name": model}, os.environ)
+        self._local = LocalEngine(loaded.settings)
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], options: SamplingOptions | None = None) -> list[Completion]:
+        """Continue each prompt (text or token ids): one completion a prompt and choice, in order.
+
+        Raises `InvalidRequest`, `ContextTooLong`.
+        """
+        several = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else prompts
+        return self._local.call(self._generate(list(several), check_options(options or SamplingOptions())))  # type: ignore[arg-type]
+
+    def chat(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], options: SamplingOptions | None = None
+    ) -> list[Completion]:
+        """Answer a conversation, or several: one completion a conversation and choice, in order."""
+        several = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        return self._local.call(self._chat(list(several), check_options(options or SamplingOptions())))  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self._local.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    async def _generate(self, prompts: list[Prompt], options: SamplingOptions) -> list[Completion]:
+        generation = self._local.generation
+        tokens = [await generation.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        return await generation.complete(generation.job(tokens, options))
+
+    async def _chat(self, conversations: list[Sequence[Message]], options: SamplingOptions) -> list[Completion]:
+        generation = self._local.generation
+        tokens = [await generation.encode_chat(messages) for messages in conversations]
+        return await generation.complete(generation.job(tokens, options))

@@ -1,0 +1,115 @@
+"""An engine in this process: the loop of `fluent serve`'s engine on a thread of its own, with the front end's text half on it.
+
+What `LLM`, `fluent run`, `fluent chat` and `fluent bench` run on. It works where an event loop runs already (a notebook).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from .core.engine import Engine
+    from .core.plugins import PluginManager
+    from .core.settings import Settings
+    from .frontend.generation import Generation
+    from .hub import ModelFiles
+
+T = TypeVar("T")
+
+
+class LocalEngine:
+    """`with LocalEngine(settings) as local: local.call(local.generation.complete(job))`
+
+    Raises what loading the model raises. Everything async runs on the engine's own loop, so `generation` and `client` may be
+    used through `call` only, from any thread.
+    """
+
+    engine: Engine
+    generation: Generation
+
+    def __init__(self, settings: Settings, progress: Callable[[str], None] | None = None) -> None:
+        """`progress` gets a line for each stage of loading."""
+        from .core.plugins import PluginManager
+        from .hub import resolve
+
+        plugins = PluginManager.load({"engine", "executor"}, settings.plugins.allow, settings.plugins.deny)
+
+        self.settings = settings
+        self.files: ModelFiles = resolve(settings.model.name, revision=settings.model.revision)
+        self._loop = _new_loop()
+        self._ended: str | None = None
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fluent-engine", daemon=True)
+        self._thread.start()
+        try:
+            self.call(self._start(plugins, progress))
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    @property
+    def model_name(self) -> str:
+        return self.engine.info.name
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the engine's loop and wait for it; an interrupt cancels it."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Abort what runs, and free the model."""
+        if self._thread.is_alive():
+            self.call(self._stop())
+            self._stop_loop()
+
+    def __enter__(self) -> LocalEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    async def _start(self, plugins: PluginManager, progress: Callable[[str], None] | None) -> None:
+        from .assembly import build_engine
+        from .frontend.client import LocalEngineClient
+        from .frontend.generation import Generation
+        from .frontend.services import load_text
+
+        tokenizer, template = load_text(self.settings, self.files)
+        self.engine = build_engine(self.settings, self.files, plugins, progress)
+        self._client = LocalEngineClient(self.engine)
+        self.generation = Generation(self._client, tokenizer, template, threads=self.settings.server.tokenizer_threads)
+        self._running = asyncio.create_task(self._run(), name="engine")
+
+    async def _run(self) -> None:
+        try:
+            await self.engine.run()
+        except Exception as error:
+            self._client.stopped(f"{type(error).__name__}: {error}")
+            raise
+
+    async def _stop(self) -> None:
+        self._client.close()
+        self.generation.close()
+        self.engine.stop()
+        await asyncio.gather(self._running, return_exceptions=True)
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # not on Windows
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
