@@ -19,6 +19,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")]
 
 
+def register(root: typer.Typer) -> None:
+    root.add_typer(app, name="models")
+
+
 @app.command("list")
 def list_models(as_json: AsJson = False) -> None:
     """Models known by name, and those in the Hugging Face hub's cache. Touches no network."""

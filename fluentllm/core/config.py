@@ -64,15 +64,15 @@ def load(
     """Read and check everything. Raises `ConfigError` that lists every mistake.
 
     `overrides`: dotted key → value, the strongest source; a string stands for a value of the setting's type, as in a
-    shell. `environ`: `os.environ` if None. `named`: dotted key → how the override was given (`--port`), for messages.
-    `structs`: the plugins' Structs; if None the installed plugins are asked, of which only those are imported that were
-    given settings.
+    shell. `named`: dotted key → how the override was given (`command line, --port`), for messages.
+    `environ`: `os.environ` if None. `structs`: the plugins' Structs; if None the installed plugins are asked, of which
+    only those are imported that were given settings.
     """
     environ = os.environ if environ is None else environ
     given = list(ConfigFile(Path(file)).given()) if file is not None else []
     given += from_environment(environ)
     for key, value in (overrides or {}).items():
-        where = f"command line, {(named or {}).get(key, f'--set {key}')}"
+        where = (named or {}).get(key, f"override of {key}")
         given.append(Given(tuple(key.split(".")), value, where, text=isinstance(value, str)))
     if structs is None:
         structs = installed_structs
@@ -99,8 +99,15 @@ def from_json(data: bytes, structs: Structs | None = None) -> Settings:
     gets its Struct, filled with defaults where nothing was given. Other plugins' settings stay plain dicts."""
     settings = msgspec.json.decode(data, type=Settings)
     for name, struct in (structs or {}).items():
-        if struct is not None:
+        if struct is None:
+            continue
+        try:
             settings.plugin[name] = msgspec.convert(settings.plugin.get(name, {}), struct)
+        except msgspec.ValidationError as error:
+            hint = f"Give it in the config file or as {environment_name(f'plugins.{name}.KEY')}."
+            raise ConfigError(
+                f"The settings at plugins.{name} do not fit: {error}.", fix=hint, param=f"plugins.{name}"
+            ) from error
     return settings
 
 
@@ -112,6 +119,11 @@ def installed_structs(lists: PluginSettings, configured: frozenset[str]) -> Stru
     if configured & names.keys():
         names.update(PluginManager.load(None, lists.allow, lists.deny, only=configured).config_structs())
     return names
+
+
+def every_struct(lists: PluginSettings, configured: frozenset[str]) -> Structs:
+    """Ask the installed plugins, all of them, whether configured or not."""
+    return installed_structs(lists, configured | {info.name for info in discover()})
 
 
 def _plugin_lists(given: list[Given]) -> PluginSettings:
@@ -204,7 +216,11 @@ class _Filler:
             for name, child in self.tree.children.items()
             if isinstance(child, Section)
         }
-        core["plugin"] = {name: self._build_section(child) for name, child in own.items() if child.struct is not None}
+        core["plugin"] = {
+            name: self._build_section(child)
+            for name, child in own.items()
+            if child.struct is not None and (_complete(child) or any(leaf.key in self.values for leaf in child.leaves()))
+        }
         return Settings() if self.problems else Settings(**core)
 
     def _build_section(self, section: Section, skip: frozenset[str] = frozenset()) -> Any:
@@ -235,6 +251,11 @@ class _Filler:
 def _sections(section: Section) -> list[Section]:
     inner = [child for child in section.children.values() if isinstance(child, Section)]
     return inner + [below for child in inner for below in _sections(child)]
+
+
+def _complete(section: Section) -> bool:
+    """Nothing in it must be given. (What is missing is an error once the plugin is configured, or loaded.)"""
+    return all(leaf.default is not UNSET for leaf in section.leaves())
 
 
 def _seen(value: Any) -> str:

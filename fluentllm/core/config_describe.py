@@ -30,6 +30,9 @@ class Explanation(Struct, frozen=True, kw_only=True):
     origin: str
     """Where the value came from; `default` if nobody gave one."""
 
+    def as_dict(self) -> dict[str, Any]:
+        return msgspec.structs.asdict(self)
+
 
 def explain(key: str, loaded: Loaded) -> list[Explanation]:
     """The setting, or every setting of the section. Raises `ConfigError` with the nearest valid key."""
@@ -64,6 +67,8 @@ def value_of(settings: Settings, key: str) -> Any:
     else:
         node = settings
     for part in parts:
+        if node is None:
+            return None  # a plugin whose settings are not complete
         if isinstance(node, Struct):
             names = {info.encode_name: info.name for info in msgspec.structs.fields(node)}
             node = getattr(node, names[part])

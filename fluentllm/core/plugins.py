@@ -54,9 +54,10 @@ REGISTRIES: dict[str, tuple[str, str | None]] = {
 class PluginManager:
     """The plugins of one process. Made by `load`."""
 
-    def __init__(self, infos: list[PluginInfo], sink: Callable[[Call], None] | None = None) -> None:
+    def __init__(self, infos: list[PluginInfo], sink: Callable[[Call], None] | None = None, strict: bool = True) -> None:
         self.infos = infos
         """Every installed plugin, loaded or not."""
+        self._strict = strict
         self.ledger = Ledger(sink)
         self._hooks = pluggy.PluginManager(PROJECT)
         self._hooks.add_hookspecs(hookspecs)
@@ -75,19 +76,21 @@ class PluginManager:
         objects: Mapping[str, Any] | None = None,
         trace: Callable[[Call], None] | None = None,
         only: Collection[str] | None = None,
+        strict: bool = True,
     ) -> PluginManager:
         """Load the plugins that run in any of `processes` (None: in any at all), and resolve their hooks.
 
         `allow`: the third-party plugins that may load; None means what `FLUENT_PLUGINS` says, and all if that is unset.
         `deny`: plugins, built-in or not, that may not. `objects`: further plugins, as name → object, without an entry point.
         `trace` is told every call into a plugin. `only`: of all these, import no others.
+        `strict`: False contains also what a built-in plugin breaks, for commands that list and diagnose.
         Raises `PluginError`, or `ConfigError` for a name on the allow list that is not installed.
         """
         infos = discover()
         unknown = admit(infos, allowed_by_environment() if allow is None else allow, deny)
         for name in unknown:
             log.warning("plugins.deny names %r, which is not installed", name)
-        manager = cls(infos, trace)
+        manager = cls(infos, trace, strict)
         for stale in stale_entries(infos):
             log.warning("%s", stale)
         for info in infos:
@@ -158,7 +161,7 @@ class PluginManager:
 
     def _leave_out(self, info: PluginInfo, what: str, error: Exception) -> None:
         """A built-in plugin that fails is a broken installation; another's is that plugin's own affair."""
-        if info.builtin:
+        if info.builtin and self._strict:
             raise PluginError(
                 f"The built-in {info} failed: {what} {type(error).__name__}: {error}.",
                 fix=f"Reinstall fluentllm, or start without it: `plugins.deny: [{info.name}]`.",

@@ -1,0 +1,106 @@
+"""The one place where the command line becomes settings: `--config`, `--set key=value` and named flags.
+
+A command declares its flags with the types below and hands what it got to `load`:
+
+    def serve(model: options.Model = None, port: options.Port = None, config: options.Config = None, sets: options.Sets = None):
+        loaded = options.load(config, {"model.name": model, "server.port": port}, sets)
+
+A flag that was not given is None and overrides nothing. Help texts come from `core/settings.py`. Modules that use these
+types must import this module at run time, since Typer evaluates their annotations.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fluentllm.core.config_tree import Setting, settings_tree
+from fluentllm.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from fluentllm.core.config import Loaded
+
+CONFIG_VARIABLE = "FLUENT_CONFIG"
+
+_TREE = settings_tree({})
+_FLAGS: dict[str, str] = {}
+"""Dotted key → how the command line spells it."""
+
+
+def flag(key: str, *names: str) -> Any:
+    """A Typer option for the setting, with its help text: `flag("server.port", "--port", "-p")`."""
+    _FLAGS[key] = names[0]
+    return typer.Option(*names, help=_help(key), show_default=False)
+
+
+def argument(key: str, name: str) -> Any:
+    """A positional argument for the setting."""
+    _FLAGS[key] = name
+    return typer.Argument(metavar=f"[{name}]", help=_help(key), show_default=False)
+
+
+def _help(key: str) -> str:
+    setting = _TREE.find(key)
+    assert isinstance(setting, Setting), key
+    unit = f", {setting.unit}" if setting.unit else ""
+    return f"{setting.help} [{key}{unit}; default {'null' if setting.default is None else setting.default}]"
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="YAML or TOML file of settings.", envvar=CONFIG_VARIABLE, show_default=False),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its dotted key; repeatable.", show_default=False),
+]
+Model = Annotated[str | None, argument("model.name", "MODEL")]
+ServedName = Annotated[str | None, flag("model.served_name", "--served-name")]
+Revision = Annotated[str | None, flag("model.revision", "--revision")]
+LoadFormat = Annotated[str | None, flag("model.load_format", "--load-format")]
+Dtype = Annotated[str | None, flag("model.dtype", "--dtype")]
+WeightPrecision = Annotated[str | None, flag("model.weight_precision", "--weight-precision")]
+MaxModelLen = Annotated[str | None, flag("model.max_model_len", "--max-model-len")]
+Host = Annotated[str | None, flag("server.host", "--host")]
+Port = Annotated[str | None, flag("server.port", "--port", "-p")]
+ApiKey = Annotated[str | None, flag("server.api_key", "--api-key")]
+Device = Annotated[str | None, flag("engine.device", "--device")]
+OverlapDepth = Annotated[str | None, flag("engine.overlap_depth", "--overlap-depth")]
+Deterministic = Annotated[bool | None, flag("engine.deterministic", "--deterministic/--no-deterministic")]
+Threads = Annotated[str | None, flag("engine.threads", "--threads")]
+Policy = Annotated[str | None, flag("scheduler.policy", "--scheduler")]
+KVMemory = Annotated[str | None, flag("kv.memory", "--kv-memory")]
+LogLevel = Annotated[str | None, flag("log.level", "--log-level")]
+
+
+def load(
+    config_file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    sets: Sequence[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    every_plugin: bool = False,
+) -> Loaded:
+    """File < environment < command line, where `--set` beats named flags. Raises `ConfigError`.
+
+    `overrides`: dotted key → what the flag got, None where it was not given. `sets`: `key=value` each.
+    `every_plugin`: import also plugins that were given no settings, to show theirs.
+    """
+    from fluentllm.core.config import every_struct, installed_structs, load as load_settings
+
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    named = {key: f"command line, {_FLAGS.get(key, '--' + key.rpartition('.')[2].replace('_', '-'))}" for key in given}
+    for text in sets or ():
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {text!r} is not of the form KEY=VALUE.", fix="Type for instance: --set server.port=8001")
+        given[key.strip()] = value
+        named[key.strip()] = f"command line, --set {key.strip()}"
+    environ = os.environ if environ is None else environ
+    structs = every_struct if every_plugin else installed_structs
+    return load_settings(config_file, given, environ, named=named, structs=structs)
