@@ -49,6 +49,12 @@ class Engine(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
+    @property
+    def has_work(self) -> bool: ...
+
+    last_progress: float
+    """When a step was last collected, or the loop idled; monotonic clock."""
+
     async def run(self) -> None:
         """Until `stop`."""
         ...

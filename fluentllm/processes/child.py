@@ -1,0 +1,95 @@
+"""What the front end's and the engine's process have in common: arguments, logging, the control line, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from fluentllm.core.config import from_json
+from fluentllm.core.errors import FluentError
+from fluentllm.core.plugins import PluginManager
+
+from .control import EXIT_REFUSED, ChildEnd
+from .runtime import RuntimeFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fluentllm.core.settings import Settings
+    from fluentllm.hub.files import ModelFiles
+
+    from .control import Up
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class Child:
+    """This process, as its supervisor started it."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.runtime = RuntimeFolder(Path(arguments.runtime))
+        self.generation: int = arguments.generation
+        self.listen_fd: int | None = arguments.listen_fd
+        self._start = self.runtime.read_start()
+        self.settings: Settings = from_json(self._start.settings)
+        self.files: ModelFiles = self._start.files
+        self.control = ChildEnd(arguments.control_fd)
+        self.serving = False
+
+    def load_plugins(self, processes: set[str]) -> PluginManager:
+        """The plugins of these processes; their settings get their types. Raises `PluginError`."""
+        plugins = PluginManager.load(processes, self.settings.plugins.allow, self.settings.plugins.deny)
+        self.settings = from_json(self._start.settings, plugins.config_structs())
+        return plugins
+
+    def up(self, message: Up) -> None:
+        """Tell the supervisor that this process serves now. An error from here on is a crash, not a refusal to start."""
+        self.serving = True
+        self.control.send(message)
+
+
+def run(main: Callable[[Child], None], description: str) -> None:
+    """Run `main` as the whole life of a child process.
+
+    Exit code 0: it was asked to end. 2: it cannot start, and has said why on the control line. 1: it crashed. Any but 0 end
+    the process at once, without waiting for threads: one may be stuck in what went wrong.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--runtime", required=True, help="the supervisor's runtime folder")
+    parser.add_argument("--generation", type=int, default=1, help="counts the starts of this process")
+    parser.add_argument("--control-fd", type=int, required=True, help="inherited end of the control line")
+    parser.add_argument("--listen-fd", type=int, help="inherited public socket (front end)")
+    arguments = parser.parse_args()
+    child = Child(arguments)
+    child.control.start(on_orphaned=child.runtime.remove)
+    logging.basicConfig(level=child.settings.log.level.upper(), format=LOG_FORMAT, stream=sys.stderr)
+    try:
+        main(child)
+    except FluentError as error:
+        if not child.serving:
+            child.control.refuse(error)
+            _leave(EXIT_REFUSED)
+        traceback.print_exc()
+        _leave(1)
+    except BaseException:
+        traceback.print_exc()
+        _leave(1)
+
+
+def settle() -> None:
+    """After start: what lives now lives for good, so the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def _leave(code: int) -> NoReturn:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

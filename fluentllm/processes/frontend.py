@@ -1,0 +1,89 @@
+"""The front end's process: HTTP on the public socket that it inherits, tokenizers, a client of the engine. No torch.
+
+    python -m fluentllm.processes.frontend --runtime DIR --generation N --control-fd F --listen-fd S
+
+SIGTERM takes no more connections and lets running requests finish within `server.shutdown_timeout`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+import uvicorn
+import uvloop
+
+from fluentllm.frontend.app import create_app
+from fluentllm.frontend.client import SocketEngineClient
+from fluentllm.frontend.services import Services
+
+from .child import Child, run, settle
+from .control import Up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fluentllm.core.plugins import PluginManager
+
+    from .control import EngineState
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with the signals left to us: its own handlers end the process before the client is closed."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        def stop() -> None:
+            self.should_exit = True
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self.on_started()
+
+    def on_started(self) -> None: ...
+
+
+async def serve(child: Child, plugins: PluginManager) -> None:
+    """Until SIGTERM."""
+    client = SocketEngineClient(child.runtime.engine_socket)
+    services = Services.load(child.settings, client, child.files.path, child.files.name)
+    loop = asyncio.get_running_loop()
+
+    def told(state: EngineState) -> None:
+        loop.call_soon_threadsafe(client.told, state)
+
+    child.control.on_state(told)
+    await client.start()
+    config = uvicorn.Config(
+        create_app(services, plugins.routes()),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        log_level=child.settings.log.level,
+        server_header=False,
+        timeout_graceful_shutdown=child.settings.server.shutdown_timeout,  # type: ignore[arg-type]  # waits with wait_for
+    )
+    server = Server(config)
+    server.on_started = lambda: child.up(Up(chat=services.generation.template is not None))  # type: ignore[method-assign]
+    settle()
+    assert child.listen_fd is not None
+    with socket.socket(fileno=child.listen_fd) as public:
+        await server.serve(sockets=[public])
+    services.close()
+    await client.close()
+
+
+def main(child: Child) -> None:
+    uvloop.run(serve(child, child.load_plugins({"frontend"})))
+
+
+if __name__ == "__main__":
+    run(main, "FluentLLM's front-end process; `fluent serve` starts it.")
