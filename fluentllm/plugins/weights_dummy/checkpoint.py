@@ -40,7 +40,7 @@ class DummyCheckpoint:
             return tensor.fill_(1)
         if init == "zeros":
             return tensor.zero_()
-        generator = torch.Generator(device=device).manual_seed((self._seed << 32) ^ zlib.crc32(name.encode()))
+        generator = torch.Generator(device=device).manual_seed(zlib.crc32(f"{self._seed}:{name}".encode()))
         return tensor.normal_(0, STD, generator=generator)
 
     def _dtype_on(self, device: torch.device) -> torch.dtype:
