@@ -59,6 +59,12 @@ class ContextTooLong(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class BodyTooLarge(FluentError):
+    """An HTTP body over `server.max_body_bytes`."""
+
+    status, code = 413, "body_too_large"
+
+
 class QueueFull(FluentError):
     """The bounded queue is full: try again later."""
 

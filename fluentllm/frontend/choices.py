@@ -1,0 +1,136 @@
+"""One choice of one request while it is generated: engine outputs in, text with its logprobs out.
+
+The pure half of `generation`: no engine, no tasks, no clock.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+from .detokenizer import Detokenizer, StopStrings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..core.types import RequestOutput, TokenLogprob
+    from .tokenizer import Tokenizer
+
+
+class TokenInfo(Struct):
+    """One token with its log-probability, for those who asked for logprobs."""
+
+    token: int
+    offset: int
+    """Characters of text before the one that it begins or continues."""
+    logprob: float | None
+    """None for a prompt's first token, which nothing predicts."""
+    top: list[tuple[int, float]]
+    """(token, logprob), most likely first."""
+
+
+class Delta(Struct):
+    """What one step brought one choice."""
+
+    index: int
+    """Of the choice: prompt number × n + choice number."""
+    text: str
+    tokens: list[int]
+    """Without the stop id that ended it."""
+    logprobs: list[TokenInfo] | None = None
+    """Of the tokens whose text begins in what was given up to here, if asked for."""
+    finish_reason: str | None = None
+    """`stop` or `length`, with the last one."""
+    stop: str | int | None = None
+    """The stop string or stop id that ended it."""
+    new_tokens: int = 0
+    """Generated tokens this step, the stop id included."""
+    cached_tokens: int = 0
+    """With the first delta."""
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+
+class Choice:
+    """Detokenizes one sequence and watches for its stop strings."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_generated",
+        "_given",
+        "_infos",
+        "_logprobs",
+        "_min_tokens",
+        "_seen",
+        "_started",
+        "_stops",
+        "index",
+    )
+
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, stops: Sequence[str] = (), *, min_tokens: int = 0, logprobs: bool = False
+    ) -> None:
+        self.index = index
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopStrings(stops) if stops else None
+        self._min_tokens = min_tokens
+        self._logprobs = logprobs
+        self._infos: list[TokenInfo] = []
+        self._generated = 0
+        self._started = False
+        self._seen = 0  # characters that tokens have completed
+        self._given = 0  # characters handed out
+
+    def take(self, output: RequestOutput) -> Delta:
+        """Everything that an engine output changes. After a delta with a finish reason there is no more."""
+        tokens = output.tokens
+        cached = 0 if self._started else output.cached_tokens
+        self._started = True
+        if output.stop_token is not None:
+            tokens = tokens[:-1]
+        reason: str | None = output.finish_reason
+        stop: str | int | None = output.stop_token
+        if self._stops is None and not self._logprobs:
+            text = self._detokenizer.push_all(tokens)
+            if reason is not None:
+                text += self._detokenizer.flush()
+            return Delta(self.index, text, tokens, None, reason, stop, len(output.tokens), cached, output.prompt_logprobs)
+        pieces = []
+        new_tokens = len(output.tokens)
+        for position, token in enumerate(tokens):
+            self._generated += 1
+            offset = self._seen
+            pieces.append(self._release(self._detokenizer.push(token)))
+            if self._logprobs and output.logprobs is not None:
+                known = output.logprobs[position]
+                self._infos.append(TokenInfo(token, offset, known.logprob, known.top))
+            if self._stops is not None and self._stops.hit is not None:
+                reason, stop = "stop", self._stops.hit
+                tokens, new_tokens = tokens[: position + 1], position + 1
+                break
+        else:
+            if reason is not None:
+                pieces.append(self._release(self._detokenizer.flush()))
+                if self._stops is not None:
+                    if self._stops.hit is not None:
+                        reason, stop = "stop", self._stops.hit
+                    pieces.append(self._stops.flush())
+        text = "".join(pieces)
+        self._given += len(text)
+        infos = self._ready_infos(reason is not None, cut=isinstance(stop, str)) if self._logprobs else None
+        return Delta(self.index, text, tokens, infos, reason, stop, new_tokens, cached, output.prompt_logprobs)
+
+    def _release(self, text: str) -> str:
+        self._seen += len(text)
+        if self._stops is None or self._generated < self._min_tokens:
+            return text
+        return self._stops.push(text)
+
+    def _ready_infos(self, final: bool, cut: bool) -> list[TokenInfo]:
+        """Those whose text has begun to be given; at the end all, but for those that a stop string cut off."""
+        if final and not cut:
+            ready, self._infos = self._infos, []
+            return ready
+        ready = [info for info in self._infos if info.offset < self._given]
+        self._infos = [] if final else self._infos[len(ready) :]
+        return ready

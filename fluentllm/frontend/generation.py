@@ -1,0 +1,279 @@
+"""Text in, text out, on top of an engine client: what the API, `LLM` and `fluent run|chat` have in common.
+
+    prompt = await generation.encode("Once upon a time")
+    job = generation.job([prompt], SamplingOptions(max_tokens=20, stop="."))
+    async with aclosing(generation.stream(job)) as deltas:
+        async for delta in deltas: ...
+
+Leaving a stream early, by an error, a cancellation or a stop string, aborts what still runs of its job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import Struct
+
+from ..core.errors import ContextTooLong, EngineDied, EngineUnavailable, InvalidRequest
+from ..core.types import Request, SamplingParams
+from .choices import Choice, Delta, TokenInfo
+from .detokenizer import Detokenizer
+from .sampling import SamplingOptions, check_prompt, choice_seed, sampling_params
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+
+    from ..core.types import ModelInfo, TokenLogprob
+    from .client import EngineClient
+    from .templates import ChatTemplate
+    from .tokenizer import Tokenizer
+
+
+class Job(Struct, kw_only=True):
+    """Prompts to continue, `n` times each, all with the same options."""
+
+    id: str
+    prompts: list[list[int]]
+    params: list[SamplingParams]
+    """One a prompt."""
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    priority: int = 0
+
+
+class Completion(Struct, kw_only=True):
+    """A finished choice."""
+
+    index: int
+    """Prompt number × n + choice number."""
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    stop: str | int | None = None
+    logprobs: list[TokenInfo] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    new_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class Usage(Struct):
+    """Tokens of one job. A prompt counts once, however many choices continue it."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def add(self, delta: Delta, n: int) -> None:
+        self.completion_tokens += delta.new_tokens
+        if delta.cached_tokens and delta.index % n == 0:
+            self.cached_tokens += delta.cached_tokens
+
+
+def new_id(prefix: str) -> str:
+    """A request id that no other request has: `chatcmpl-3f2a…`."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+class Generation:
+    """A front end's way to its engine. Used in one event loop."""
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, template: ChatTemplate | None, *, threads: int = 2) -> None:
+        """`threads`: of the pool that renders and tokenizes."""
+        self.client = client
+        self.tokenizer = tokenizer
+        self.template = template
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def info(self) -> ModelInfo:
+        """Raises `EngineUnavailable` before the engine was first ready."""
+        info = self.client.info
+        if info is None:
+            raise EngineUnavailable(
+                f"The engine is {self.client.state}.", fix="Try again in a moment; /health says when it is ready."
+            )
+        return info
+
+    # ------------------------------------------------------------------------------------------------------------- prompts
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of plain text. Raises `ContextTooLong` without reading a text that cannot fit, `InvalidRequest`."""
+        return await self._in_pool(self._encode, text, add_special_tokens)
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        """Ids of the rendered chat. Raises `InvalidRequest` if the model has no template or it refuses the messages."""
+        return await self._in_pool(self._encode_chat, messages, add_generation_prompt)
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """Text of a whole sequence, special tokens spelt out. Raises `InvalidRequest` for ids outside the vocabulary."""
+        check_prompt(list(tokens), self.info.spec.vocab_size)
+        return await self._in_pool(lambda: self.tokenizer.decode(tokens, skip_special_tokens=False))
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """The chat as the model reads it."""
+        if self.template is None:
+            raise InvalidRequest(
+                "The model has no chat template.", fix="Use /v1/completions, or name a template with model.chat_template."
+            )
+        return self.template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    def prompt_text(self, prompt: Sequence[int]) -> tuple[str, list[int]]:
+        """Text of a prompt, special tokens but a leading bos spelt out, and the offset of each token in it."""
+        detokenizer = Detokenizer(self.tokenizer, skip_special_tokens=False)
+        pieces: list[str] = []
+        offsets: list[int] = []
+        seen = 0
+        for position, token in enumerate(prompt):
+            offsets.append(seen)
+            if position == 0 and token == self.tokenizer.bos_id:
+                continue
+            piece = detokenizer.push(token)
+            if self.tokenizer.trims_first_space and not pieces:
+                piece = piece.removeprefix(" ")
+            pieces.append(piece)
+            seen += len(piece)
+        pieces.append(detokenizer.flush())
+        return "".join(pieces), offsets
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        limit = self.info.max_model_len
+        least = self.tokenizer.least_tokens(text)
+        if least > limit:
+            raise ContextTooLong(
+                f"The prompt has {len(text)} characters, at least {least} tokens, but the model's context is {limit} tokens.",
+                fix=f"Shorten the prompt to at most {limit - 1} tokens.",
+            )
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[int]:
+        return self._encode(self.render(messages, add_generation_prompt=add_generation_prompt), False)
+
+    async def _in_pool(self, call: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
+
+    # ---------------------------------------------------------------------------------------------------------- generation
+    def job(
+        self,
+        prompts: Sequence[list[int]],
+        options: SamplingOptions,
+        *,
+        id: str | None = None,
+        default_max_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> Job:
+        """Check everything that can be checked before the engine sees it.
+
+        `default_max_tokens` holds where the options have no max_tokens; None means what is left of the context. Raises
+        `InvalidRequest`, `ContextTooLong`, `EngineUnavailable`.
+        """
+        info = self.info
+        params = []
+        for prompt in prompts:
+            check_prompt(prompt, info.spec.vocab_size)
+            params.append(
+                sampling_params(
+                    options,
+                    len(prompt),
+                    info,
+                    self.tokenizer,
+                    default_max_tokens=default_max_tokens,
+                    logprobs=logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                )
+            )
+        return Job(
+            id=id or new_id("req"),
+            prompts=list(prompts),
+            params=params,
+            n=options.n or 1,
+            stop=options.stop_strings(),
+            priority=options.priority or 0,
+        )
+
+    async def stream(self, job: Job) -> AsyncGenerator[Delta, None]:
+        """Deltas of all choices as they come. Close it (`contextlib.aclosing`) if you leave early.
+
+        Raises what the engine refuses or ends a choice with (`QueueFull`, `EngineDied` …); the other choices are aborted.
+        """
+        choices = [self._choice(job, index) for index in range(len(job.prompts) * job.n)]
+        merged = choices[0] if len(choices) == 1 else _merge(choices)
+        async with aclosing(merged) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def complete(self, job: Job) -> list[Completion]:
+        """All choices, finished, in order."""
+        results = [Completion(index=i, text="", tokens=[], finish_reason="") for i in range(len(job.prompts) * job.n)]
+        pieces: list[list[str]] = [[] for _ in results]
+        async with aclosing(self.stream(job)) as deltas:
+            async for delta in deltas:
+                result = results[delta.index]
+                pieces[delta.index].append(delta.text)
+                result.tokens += delta.tokens
+                result.new_tokens += delta.new_tokens
+                result.cached_tokens += delta.cached_tokens
+                if delta.logprobs is not None:
+                    result.logprobs = (result.logprobs or []) + delta.logprobs
+                if delta.prompt_logprobs is not None:
+                    result.prompt_logprobs = delta.prompt_logprobs
+                if delta.finish_reason is not None:
+                    result.finish_reason, result.stop = delta.finish_reason, delta.stop
+        for result, text in zip(results, pieces, strict=True):
+            result.text = "".join(text)
+        return results
+
+    async def _choice(self, job: Job, index: int) -> AsyncGenerator[Delta, None]:
+        number, which = divmod(index, job.n)
+        params = job.params[number]
+        if which:
+            params = msgspec.structs.replace(params, seed=choice_seed(params.seed, which))
+        choice = Choice(index, self.tokenizer, job.stop, min_tokens=params.min_tokens, logprobs=params.logprobs is not None)
+        request = Request(id=f"{job.id}-{index}", prompt=job.prompts[number], params=params, priority=job.priority)
+        async with aclosing(self.client.submit(request)) as outputs:
+            async for output in outputs:
+                if output.finish_reason in ("abort", "error"):
+                    raise EngineDied("The engine gave the request up.", fix="Send it again.")
+                delta = choice.take(output)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        raise EngineDied("The engine ended the request without a reason.", fix="Send it again.")
+
+
+async def _merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
+    """Items of all streams as they come. The first error ends all of them; so does leaving."""
+    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+
+    async def pump(stream: AsyncGenerator[Delta, None]) -> None:
+        end: Exception | None = None
+        try:
+            async with aclosing(stream) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait(delta)
+        except Exception as error:  # handed to the reader, who raises it
+            end = error
+        queue.put_nowait(end)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if isinstance(item, Delta):
+                yield item
+            elif item is None:
+                running -= 1
+            else:
+                raise item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,162 @@
+"""Answer bodies, as the public OpenAI schema has them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+FinishReason = Literal["stop", "length"]
+
+
+class PromptTokensDetails(Struct, kw_only=True):
+    cached_tokens: int
+    """Whose KV came from the prefix cache."""
+
+
+class UsageBody(Struct, kw_only=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(Struct, kw_only=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprobBody(Struct, kw_only=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct, kw_only=True):
+    content: list[TokenLogprobBody]
+    refusal: None = None
+
+
+class AnswerMessage(Struct, kw_only=True):
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(Struct, kw_only=True):
+    index: int
+    message: AnswerMessage
+    finish_reason: FinishReason
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(Struct, kw_only=True):
+    """Answer of `POST /v1/chat/completions`."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageBody
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class AnswerDelta(Struct, kw_only=True, omit_defaults=True):
+    content: str
+    role: Literal["assistant"] | None = None
+    """With a choice's first chunk."""
+
+
+class ChunkChoice(Struct, kw_only=True):
+    index: int
+    delta: AnswerDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(Struct, kw_only=True):
+    """One event of a streamed chat completion. `stream` splices these; this Struct is their schema."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: UsageBody | None = None
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+
+class TextLogprobs(Struct, kw_only=True):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+    """Where each token begins in the text, in characters."""
+
+
+class TextChoice(Struct, kw_only=True):
+    index: int
+    text: str
+    finish_reason: FinishReason | None
+    logprobs: TextLogprobs | None = None
+
+
+class TextCompletion(Struct, kw_only=True):
+    """Answer of `POST /v1/completions`, and each event of a streamed one."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: UsageBody | None = None
+    object: Literal["text_completion"] = "text_completion"
+
+
+class ModelCard(Struct, kw_only=True):
+    id: str
+    created: int
+    max_model_len: int | None
+    """Longest context, prompt and answer; null before the engine was first ready."""
+    owned_by: str = "fluentllm"
+    object: Literal["model"] = "model"
+
+
+class ModelList(Struct, kw_only=True):
+    data: list[ModelCard]
+    object: Literal["list"] = "list"
+
+
+class Tokenized(Struct, kw_only=True):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class Detokenized(Struct, kw_only=True):
+    prompt: str
+
+
+class Health(Struct, kw_only=True):
+    status: Literal["starting", "ready", "restarting", "failed"]
+
+
+class Live(Struct, kw_only=True):
+    status: Literal["live"] = "live"
+
+
+class Version(Struct, kw_only=True):
+    version: str
+
+
+class ErrorDetail(Struct, kw_only=True):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Struct, kw_only=True):
+    """Every answer with a status of 400 and above."""
+
+    error: ErrorDetail

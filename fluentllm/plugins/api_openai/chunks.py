@@ -1,0 +1,76 @@
+"""The bytes of one server-sent event, spliced: all that is constant in an answer is encoded once, before its first chunk.
+
+A chunk costs one JSON encoding of its text and one concatenation. `answers.ChatChunk` and `answers.TextCompletion` are the
+schema of what comes out; the tests decode every chunk as these.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from .answers import PromptTokensDetails, UsageBody
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from msgspec import Struct
+
+    from fluentllm.frontend.generation import Usage
+
+_encode = msgspec.json.Encoder().encode
+_NULL = b"null"
+_REASONS = {None: b"null", "stop": b'"stop"', "length": b'"length"'}
+
+
+class Splicer:
+    """Makes the events of one answer."""
+
+    def __init__(
+        self, *, kind: str, id: str, created: int, model: str, choices: int, text: tuple[bytes, bytes, bytes], with_usage: bool
+    ) -> None:
+        """`text`: what comes before the text in a choice's first chunk, in the others, and after it.
+        `with_usage`: the answer will end in a chunk with usage, so the others say that theirs is null."""
+        head = _encode({"id": id, "object": kind, "created": created, "model": model})
+        self._open = b"data: " + head[:-1] + b',"choices":['
+        first, later, self._text_end = text
+        self._first = [self._open + b'{"index":%d,' % index + first for index in range(choices)]
+        self._later: Sequence[bytes] = [self._open + b'{"index":%d,' % index + later for index in range(choices)]
+        self._end = b'}],"usage":null}\n\n' if with_usage else b"}]}\n\n"
+        self._plain_end = self._text_end + b',"logprobs":null,"finish_reason":null' + self._end
+
+    def chunk(self, index: int, text: str, logprobs: Struct | None = None, finish_reason: str | None = None) -> bytes:
+        head = self._first[index]
+        if head is not self._later[index]:
+            self._first[index] = self._later[index]
+        if logprobs is None and finish_reason is None:
+            return head + _encode(text) + self._plain_end
+        tail = b',"logprobs":%b,"finish_reason":%b' % (_encode(logprobs) if logprobs else _NULL, _REASONS[finish_reason])
+        return head + _encode(text) + self._text_end + tail + self._end
+
+    def usage(self, usage: Usage) -> bytes:
+        return self._open + b'],"usage":' + _encode(usage_body(usage)) + b"}\n\n"
+
+
+def chat_splicer(*, id: str, created: int, model: str, choices: int, with_usage: bool) -> Splicer:
+    text = (b'"delta":{"role":"assistant","content":', b'"delta":{"content":', b"}")
+    return Splicer(
+        kind="chat.completion.chunk", id=id, created=created, model=model, choices=choices, text=text, with_usage=with_usage
+    )
+
+
+def text_splicer(*, id: str, created: int, model: str, choices: int, with_usage: bool) -> Splicer:
+    text = (b'"text":', b'"text":', b"")
+    return Splicer(
+        kind="text_completion", id=id, created=created, model=model, choices=choices, text=text, with_usage=with_usage
+    )
+
+
+def usage_body(usage: Usage) -> UsageBody:
+    return UsageBody(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
+    )

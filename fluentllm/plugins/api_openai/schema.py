@@ -1,0 +1,161 @@
+"""Request bodies, as the public OpenAI schema has them, with the extensions that serving engines share.
+
+What is a field here is honoured, or listed in `IGNORED` (fields that mean nothing on a local server), or takes only the
+values that ask for nothing (`REFUSED`). Everything else is refused by the decoder.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from fluentllm.core.types import MAX_LOGPROBS
+from fluentllm.frontend.sampling import SamplingOptions
+
+IGNORED = {
+    "user": "Names an end user of the caller's, for OpenAI's abuse monitoring.",
+    "safety_identifier": "The same, hashed.",
+    "metadata": "Labels of stored completions.",
+    "store": "Asks OpenAI to keep the completion.",
+    "service_tier": "Chooses among OpenAI's prices.",
+    "prompt_cache_key": "Routes to OpenAI's caches; the prefix cache here finds prefixes by itself.",
+    "prompt_cache_retention": "How long OpenAI's caches keep a prefix.",
+}
+"""Accepted and without effect, with the reason."""
+
+REFUSED = {
+    "tools": "calling tools is not supported",
+    "tool_choice": "calling tools is not supported; only 'none' asks for nothing",
+    "parallel_tool_calls": "calling tools is not supported",
+    "functions": "calling functions is not supported",
+    "function_call": "calling functions is not supported; only 'none' asks for nothing",
+    "response_format": 'only {"type": "text"} is supported, no JSON mode',
+    "audio": "this server writes text only",
+    "modalities": "this server writes text only: ['text']",
+    "prediction": "predicted outputs are not supported",
+    "reasoning_effort": "the model's reasoning cannot be steered; only 'none' asks for nothing",
+    "verbosity": "the model's verbosity cannot be steered",
+    "web_search_options": "this server does not search the web",
+    "suffix": "filling in before a suffix is not supported",
+    "best_of": "it must equal n: choices are not ranked",
+}
+"""Field → why no other value is taken."""
+
+TEXT_ONLY_PARTS = {"image_url", "input_audio", "file"}
+
+
+class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
+    include_usage: Annotated[bool, Meta(description="Send a last chunk with the token counts.")] | None = None
+    include_obfuscation: Annotated[bool, Meta(description="Only false: chunks are not padded.")] | None = None
+
+
+class TextPart(Struct, kw_only=True, forbid_unknown_fields=True):
+    text: str
+    type: Literal["text"]
+
+
+class FunctionCall(Struct, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    arguments: Annotated[str, Meta(description="A JSON object, as text.")]
+
+
+class ToolCall(Struct, kw_only=True, forbid_unknown_fields=True):
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
+class Message(Struct, kw_only=True, forbid_unknown_fields=True):
+    """One turn. What a role may hold is checked by the chat template of the model."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: Annotated[str, Meta(description="Of the speaker, if the model's template prints names.")] | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(description="An assistant's earlier calls.")] | None = None
+    tool_call_id: Annotated[str, Meta(description="The call that a tool message answers.")] | None = None
+    # What an answer of the API holds, so that it can be sent back as it came.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
+
+
+class TextFormat(Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["text"]
+
+
+class GenerationRequest(SamplingOptions, kw_only=True, forbid_unknown_fields=True):
+    """What chat and text completions have in common; the last seven are those of `IGNORED`."""
+
+    model: Annotated[str, Meta(description="The served model's name; may be left out.")] | None = None
+    stream: Annotated[bool, Meta(description="Send the answer as server-sent events while it is generated.")] | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: (
+        Annotated[int, Meta(ge=1, le=2**31 - 1, description="Most new tokens. Default: what is left of the context.")] | None
+    ) = None
+    logprobs: Annotated[bool, Meta(description="Return each token's log-probability.")] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS, description="And this many of the likeliest tokens.")] | None = (
+        None
+    )
+    tools: None = None
+    tool_choice: Literal["none"] | None = None
+    parallel_tool_calls: None = None
+    functions: None = None
+    function_call: Literal["none"] | None = None
+    response_format: TextFormat | None = None
+    audio: None = None
+    modalities: list[Literal["text"]] | None = None
+    prediction: None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: None = None
+    web_search_options: None = None
+
+
+class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Annotated[
+        str | list[str | int | list[int]], Meta(description="Text, token ids, or a list of one of these: a prompt each.")
+    ]
+    echo: Annotated[bool, Meta(description="Begin the text with the prompt; with logprobs, the prompt's too.")] | None = None
+    logprobs: (
+        Annotated[
+            int, Meta(ge=0, le=MAX_LOGPROBS, description="Log-probabilities: the token's and this many of the likeliest.")
+        ]
+        | None
+    ) = None
+    best_of: Annotated[int, Meta(ge=1)] | None = None
+    suffix: None = None
+
+
+class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Body of `POST /tokenize`: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    add_special_tokens: Annotated[bool, Meta(description="Frame a prompt as the model expects. Default true.")] | None = None
+    add_generation_prompt: (
+        Annotated[bool, Meta(description="Of messages: end where the answer begins. Default true.")] | None
+    ) = None
+
+
+class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Body of `POST /detokenize`."""
+
+    tokens: list[int]
+    model: str | None = None
