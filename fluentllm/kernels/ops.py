@@ -1,0 +1,66 @@
+"""The tensor operations that layers are written in, so that a model has one text and several arithmetics.
+
+`plain.PlainOps` is the fast one; `fixed_order.FixedOrderOps` gives each row the same bits whatever else is in the batch
+(deterministic mode). A model gets one of them in its `BuildContext` and calls nothing else for arithmetic on activations.
+Rows are tokens: T of them, in any number, none included.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from .weights import Weight
+
+
+class Ops(Protocol):
+    """What a layer may ask for. Results are new tensors unless said otherwise."""
+
+    deterministic: bool
+
+    def pack(self, weight: Tensor, precision: str) -> Weight:
+        """weight [out, in], float; precision `float32`, `bfloat16`, `int8` or `int4` → what `linear` takes."""
+        ...
+
+    def pack_blocks(self, kind: str, parts: Mapping[str, Tensor], precision: str) -> Weight | None:
+        """Take a checkpoint's blocks as they are (`kind` and `parts` as in `core.protocols.PackedTensor`), or None if
+        this precision has no place for them."""
+        ...
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x [T, in] → x Wᵀ + bias [T, out], in x's dtype."""
+        ...
+
+    def bmm(self, a: Tensor, b: Tensor) -> Tensor:
+        """a [B, T, K], b [B, K, N] → [B, T, N]: one product of all T rows for each of B weights (heads, experts)."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., D], weight [D] → x / sqrt(mean(x²) + eps) · weight, computed in float32."""
+        ...
+
+    def add_rms_norm(self, delta: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """residual += delta, in place; → rms_norm(residual)."""
+        ...
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor: ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """gate_up [T, 2 I] → silu(gate) · up [T, I]."""
+        ...
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+        """x [T, H, D], cos and sin [T, 1, R] of each row's position, R ≤ D: rotates the first R values of each head.
+
+        neox: pairs (i, i + R/2); interleaved: pairs (2i, 2i + 1). `cos` and `sin` come from `layers.rotary.Rotary`, which
+        lays them out for the kind in question, signs included: out = x · cos + partner(x) · sin.
+        """
+        ...
+
+    def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """tokens [T] int64, table [V, D] → [T, D]."""
+        ...

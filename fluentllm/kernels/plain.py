@@ -1,0 +1,62 @@
+"""The tensor operations in eager torch, on any device: few calls a layer, no regard to the order of sums."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from .weights import Weight, pack, pack_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+
+class PlainOps:
+    """`Ops` for speed."""
+
+    deterministic = False
+
+    def pack(self, weight: Tensor, precision: str) -> Weight:
+        return pack(weight, precision)
+
+    def pack_blocks(self, kind: str, parts: Mapping[str, Tensor], precision: str) -> Weight | None:
+        return pack_blocks(kind, parts, precision)
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        return weight.product(x, bias)
+
+    def bmm(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.bmm(a, b)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def add_rms_norm(self, delta: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(residual.add_(delta), weight.shape, weight, eps)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+        width = cos.shape[-1]
+        rotated = x if width == x.shape[-1] else x[..., :width]
+        out = (rotated * cos).addcmul_(partner(rotated, interleaved), sin)
+        return out if rotated is x else torch.cat((out, x[..., width:]), -1)
+
+    def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(tokens, table)
+
+
+def partner(x: Tensor, interleaved: bool) -> Tensor:
+    """Each value's partner in its rotary pair: neox (i, i + D/2), interleaved (2i, 2i + 1)."""
+    if interleaved:
+        return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.roll(x, x.shape[-1] // 2, -1)

@@ -1,0 +1,64 @@
+"""Attention with grouped key and value heads: projections, optional norms of queries and keys, rotary; the backend does the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .linear import Linear
+from .module import Module, join
+from .norm import RMSNorm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.batch import Batch
+    from ..core.protocols import AttentionBackend, BuildContext
+    from .rotary import Rotary
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    bias: bool = False
+    """On q, k and v."""
+    out_bias: bool = False
+    norm_eps: float | None = None
+    """If set, queries and keys are normed head by head before rotary (`q_norm`, `k_norm`)."""
+
+
+class Attention(Module):
+    """[T, hidden] → [T, hidden]. q, k and v are one product, and q and k are rotated in one call."""
+
+    def __init__(self, ctx: BuildContext, prefix: str, shape: AttentionShape, layer: int, rotary: Rotary) -> None:
+        self.layer = layer
+        self.shape = shape
+        dim = shape.head_dim
+        parts = {"q_proj": shape.heads * dim, "k_proj": shape.kv_heads * dim, "v_proj": shape.kv_heads * dim}
+        self.qkv = Linear(ctx, prefix, shape.hidden, parts, bias=shape.bias)
+        self.o = Linear(ctx, prefix, shape.heads * dim, {"o_proj": shape.hidden}, bias=shape.out_bias)
+        self.q_norm = self.k_norm = None
+        if shape.norm_eps is not None:
+            self.q_norm = RMSNorm(ctx, join(prefix, "q_norm"), dim, shape.norm_eps)
+            self.k_norm = RMSNorm(ctx, join(prefix, "k_norm"), dim, shape.norm_eps)
+        self._rotary = rotary
+        self._scale = dim**-0.5
+        self._heads = (shape.heads + 2 * shape.kv_heads, dim)
+        self._first_v = shape.heads + shape.kv_heads
+
+    def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, backend: AttentionBackend) -> Tensor:
+        """`rope` is `Rotary.rows(batch.positions)`."""
+        heads = self.shape.heads
+        qkv = self.qkv(x).view(-1, *self._heads)
+        v = qkv[:, self._first_v :]
+        if self.q_norm is None or self.k_norm is None:
+            qk = self._rotary(qkv[:, : self._first_v], rope)
+            q, k = qk[:, :heads], qk[:, heads:]
+        else:
+            q = self._rotary(self.q_norm(qkv[:, :heads]), rope)
+            k = self._rotary(self.k_norm(qkv[:, heads : self._first_v]), rope)
+        out = backend.gqa(self.layer, q, k, v, batch, self._scale)
+        return self.o(out.flatten(1))

@@ -1,0 +1,67 @@
+"""Token embedding, and the head that turns hidden states into logits; some models tie the two to one matrix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..core.protocols import PackedTensor, WeightSlot
+from ..kernels.weights import dequantise_blocks
+from .module import Module, join
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from ..core.protocols import BuildContext
+    from ..kernels.weights import Weight
+
+
+class Embedding(Module):
+    """tokens [T] int64 → [T, size] in the context's dtype; `<name>.weight` in the checkpoint."""
+
+    def __init__(self, ctx: BuildContext, name: str, rows: int, size: int) -> None:
+        self.name = name
+        self.table = torch.zeros(rows, size, dtype=ctx.dtype, device=ctx.device)
+        self._embedding = ctx.ops.embedding
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return self._embedding(tokens, self.table)
+
+    def own_slots(self) -> Iterator[WeightSlot]:
+        yield WeightSlot(join(self.name, "weight"), tuple(self.table.shape), self.table.copy_)
+
+
+class Head(Module):
+    """hidden [R, size] → logits [R, vocab] float32. `name` is `lm_head`, or the embedding's where the two are tied: then the
+    checkpoint's one tensor fills both (the head keeps its own copy, packed for products)."""
+
+    def __init__(self, ctx: BuildContext, name: str, rows: int, size: int) -> None:
+        self.name = name
+        self.shape = (rows, size)
+        self.weight: Weight | None = None
+        self._ops = ctx.ops
+        self._linear = ctx.ops.linear
+        self._precision = ctx.weight_precision
+        self._device = ctx.device
+        self._dtype = ctx.dtype
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self._linear(hidden, self.weight).float()
+
+    def own_slots(self) -> Iterator[WeightSlot]:
+        yield WeightSlot(join(self.name, "weight"), self.shape, self._take, self._take_packed)
+
+    def _take(self, tensor: Tensor) -> None:
+        self.weight = self._ops.pack(tensor.to(self._device), self._precision)
+
+    def _take_packed(self, packed: PackedTensor) -> bool:
+        self.weight = self._ops.pack_blocks(packed.kind, packed.parts, self._precision)
+        return self.weight is not None
+
+
+def dequantised(packed: PackedTensor) -> Tensor:
+    """[rows, columns] float32."""
+    return dequantise_blocks(packed.kind, packed.parts)

@@ -1,0 +1,104 @@
+"""Matrix products with weights from a checkpoint: several of its matrices side by side in one product."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..core.protocols import WeightSlot
+from ..kernels.weights import dequantise_blocks
+from .module import Module, join
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from ..core.protocols import BuildContext, PackedTensor
+    from ..kernels.weights import Weight
+
+
+class Linear(Module):
+    """x [T, in] → [T, Σ parts]: y = x Wᵀ + b, W being the parts' matrices one below the other.
+
+    `parts`: name → rows; the checkpoint calls them `<prefix>.<name>.weight` and `.bias`. The matrix is packed as soon as all
+    parts are there, so that loading a model needs little more memory than the model.
+    """
+
+    def __init__(
+        self,
+        ctx: BuildContext,
+        prefix: str,
+        in_features: int,
+        parts: Mapping[str, int],
+        *,
+        bias: bool = False,
+        precision: str | None = None,
+    ) -> None:
+        self.in_features = in_features
+        self.parts = dict(parts)
+        self.out_features = sum(parts.values())
+        self.prefix = prefix
+        self.weight: Weight | None = None
+        self.bias: Tensor | None = None
+        self._ops = ctx.ops
+        self._linear = ctx.ops.linear
+        self._device = ctx.device
+        self._dtype = ctx.dtype
+        self._precision = precision or ctx.weight_precision
+        self._has_bias = bias
+        self._arrived: dict[str, Tensor | PackedTensor] = {}
+        if bias:
+            self.bias = torch.zeros(self.out_features, dtype=ctx.dtype, device=ctx.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._linear(x, self.weight, self.bias)
+
+    def split(self, y: Tensor) -> tuple[Tensor, ...]:
+        """[T, Σ parts] → a view for each part."""
+        return y.split(list(self.parts.values()), dim=-1)
+
+    def own_slots(self) -> Iterator[WeightSlot]:
+        start = 0
+        for name, rows in self.parts.items():
+            yield WeightSlot(
+                join(self.prefix, name, "weight"),
+                (rows, self.in_features),
+                partial(self._take, name),
+                partial(self._take_packed, name),
+            )
+            if self.bias is not None:
+                yield WeightSlot(join(self.prefix, name, "bias"), (rows,), self.bias[start : start + rows].copy_)
+            start += rows
+
+    def _take(self, name: str, tensor: Tensor) -> None:
+        self._arrived[name] = tensor.to(self._device, torch.float32 if tensor.device.type == "cpu" else self._dtype, copy=True)
+        self._pack_if_complete()
+
+    def _take_packed(self, name: str, packed: PackedTensor) -> bool:
+        if self._precision != "int4":
+            return False
+        self._arrived[name] = packed
+        self._pack_if_complete()
+        return True
+
+    def _pack_if_complete(self) -> None:
+        if len(self._arrived) < len(self.parts):
+            return
+        arrived = [self._arrived[name] for name in self.parts]
+        self._arrived = {}
+        self.weight = self._pack_blocks(arrived)
+        if self.weight is None:
+            floats = [part if isinstance(part, torch.Tensor) else dequantise_blocks(part.kind, part.parts) for part in arrived]
+            weight = floats[0] if len(floats) == 1 else torch.cat(floats)
+            self.weight = self._ops.pack(weight, self._precision)
+
+    def _pack_blocks(self, arrived: list[Tensor | PackedTensor]) -> Weight | None:
+        """As the checkpoint has them, if all parts are blocks of one kind."""
+        packed = [part for part in arrived if not isinstance(part, torch.Tensor)]
+        if len(packed) < len(arrived) or len({part.kind for part in packed}) > 1:
+            return None
+        parts = {key: torch.cat([part.parts[key] for part in packed]) for key in packed[0].parts}
+        return self._ops.pack_blocks(packed[0].kind, parts, self._precision)

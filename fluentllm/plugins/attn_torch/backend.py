@@ -1,0 +1,169 @@
+"""Attention by torch's scaled dot product: a constant number of calls a layer in decode, one a sequence in prefill."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from .plan import DecodePlan, SequencePlan, plan_decode, plan_prefill
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fluentllm.core.batch import Batch
+    from fluentllm.core.protocols import AttentionContext
+
+
+class TorchAttention:
+    """`core.protocols.AttentionBackend`. MLA: absorbed in decode, expanded in prefill."""
+
+    def __init__(self, context: AttentionContext) -> None:
+        pool = context.pool
+        self._dtype: torch.dtype = getattr(torch, context.spec.dtype)
+        self._kv_dtype = pool.dtype
+        layers = range(pool.spec.layers)
+        self._rows = [pool.rows(layer) for layer in layers]
+        if pool.spec.kind == "mla":
+            self._latent_pages = [pool.latent[layer] for layer in layers]
+        else:
+            self._pages = [(pool.k[layer], pool.v[layer]) for layer in layers]
+        self._decode: DecodePlan | None = None
+        self._prefill: list[SequencePlan] = []
+
+    def begin(self, batch: Batch) -> None:
+        if batch.query_length is None:
+            self._decode, self._prefill = None, plan_prefill(batch)
+        else:
+            self._decode, self._prefill = plan_decode(batch, self._dtype), []
+
+    # ------------------------------------------------------------------------------------------------------------------ gqa
+    def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
+        k_rows, v_rows = self._rows[layer]
+        k_rows.index_copy_(0, batch.kv_rows, k.to(self._kv_dtype))
+        v_rows.index_copy_(0, batch.kv_rows, v.to(self._kv_dtype))
+        if self._decode is not None:
+            return self._gqa_decode(layer, q, self._decode, scale)
+        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        for plan in self._prefill:
+            part = slice(plan.start, plan.stop)
+            if plan.pages is None:
+                keys, values = k[part], v[part]
+            else:
+                keys, values = (self._sequence(pages, plan) for pages in self._pages[layer])
+            out[part] = F.scaled_dot_product_attention(
+                q[part].transpose(0, 1).unsqueeze(0),
+                keys.transpose(0, 1).unsqueeze(0),
+                values.transpose(0, 1).unsqueeze(0),
+                attn_mask=plan.mask,
+                is_causal=plan.mask is None,
+                scale=scale,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
+        return out
+
+    def _gqa_decode(self, layer: int, q: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+        rows, heads, dim = q.shape
+        if not rows:
+            return q.new_empty(0, heads, self._pages[layer][1].shape[-1])
+        keys, values = (self._gather(pages, plan) for pages in self._pages[layer])
+        out = F.scaled_dot_product_attention(
+            q.view(plan.sequences, plan.rows, heads, dim).transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=plan.mask,
+            scale=scale,
+            enable_gqa=True,
+        )
+        return out.transpose(1, 2).reshape(rows, heads, -1)
+
+    # ------------------------------------------------------------------------------------------------------------------ mla
+    def mla(
+        self,
+        layer: int,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        up_k: Tensor,
+        up_v: Tensor,
+        batch: Batch,
+        scale: float,
+    ) -> Tensor:
+        (cache,) = self._rows[layer]
+        cache.index_copy_(0, batch.kv_rows, torch.cat((latent, k_rope), -1).to(self._kv_dtype))
+        if self._decode is not None:
+            return self._mla_absorbed(layer, q_nope, q_rope, up_k, up_v, self._decode, scale)
+        out = q_nope.new_empty(q_nope.shape[0], q_nope.shape[1], up_v.shape[1])
+        for plan in self._prefill:
+            part = slice(plan.start, plan.stop)
+            if plan.pages is None:
+                known = latent[part], k_rope[part]
+            else:
+                known = self._sequence(self._latent_pages[layer], plan).split((latent.shape[1], k_rope.shape[1]), -1)
+            out[part] = mla_expanded(q_nope[part], q_rope[part], *known, up_k, up_v, plan.mask, scale)
+        return out
+
+    def _mla_absorbed(
+        self, layer: int, q_nope: Tensor, q_rope: Tensor, up_k: Tensor, up_v: Tensor, plan: DecodePlan, scale: float
+    ) -> Tensor:
+        rows, heads, _ = q_nope.shape
+        if not rows:
+            return q_nope.new_empty(0, heads, up_v.shape[1])
+        known = self._gather(self._latent_pages[layer], plan)
+        return mla_absorbed(q_nope, q_rope, known, up_k, up_v, plan.mask, scale)
+
+    # ----------------------------------------------------------------------------------------------------------------- pages
+    def _gather(self, pages: Tensor, plan: DecodePlan) -> Tensor:
+        """[pages, page_size, ...] → [N, L, ...]."""
+        chosen = pages[plan.pages] if isinstance(plan.pages, slice) else pages.index_select(0, plan.pages)
+        return chosen.view(plan.sequences, plan.keys, *pages.shape[2:]).to(self._dtype)
+
+    def _sequence(self, pages: Tensor, plan: SequencePlan) -> Tensor:
+        """[pages, page_size, ...] → [keys, ...]."""
+        assert plan.pages is not None
+        return pages.index_select(0, plan.pages).flatten(0, 1)[: plan.keys].to(self._dtype)
+
+
+def mla_absorbed(
+    q_nope: Tensor, q_rope: Tensor, known: Tensor, up_k: Tensor, up_v: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """Queries taken to the latent space: q' = q_nope · up_k, scores = (q', q_rope) · (latent, k_rope), output = up_v · (weights ·
+    latent). known [N, L, C + rope], mask [N, 1, q, L] → [N · q, H, Dv]."""
+    rows, heads, _ = q_nope.shape
+    sequences, keys, _ = known.shape
+    width = up_k.shape[2]
+    absorbed = torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1)
+    queries = torch.cat((absorbed, q_rope), -1).view(sequences, -1, known.shape[2])
+    scores = torch.bmm(queries, known.transpose(1, 2)).view(sequences, -1, heads, keys).mul_(scale)
+    weights = torch.softmax(scores + mask.transpose(1, 2), -1, dtype=torch.float32).to(q_nope.dtype)
+    summed = torch.bmm(weights.view(sequences, -1, keys), known[..., :width]).view(rows, heads, width)
+    return torch.bmm(summed.transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)
+
+
+def mla_expanded(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    up_k: Tensor,
+    up_v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Keys and values of each head made from the latent: q_nope [T, H, nope], latent [L, C], k_rope [L, rope], mask [1, 1, T, L]
+    bool or None for plain causal → [T, H, Dv]."""
+    heads = q_nope.shape[1]
+    keys = torch.matmul(latent, up_k.transpose(1, 2))
+    keys = torch.cat((keys, k_rope.expand(heads, -1, -1)), -1)
+    values = torch.matmul(latent, up_v.transpose(1, 2))
+    out = F.scaled_dot_product_attention(
+        torch.cat((q_nope, q_rope), -1).transpose(0, 1).unsqueeze(0),
+        keys.unsqueeze(0),
+        values.unsqueeze(0),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+    )
+    return out[0].transpose(0, 1)

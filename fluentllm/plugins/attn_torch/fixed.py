@@ -1,0 +1,75 @@
+"""Deterministic attention: every row reads its keys from the pool, in a fixed order, whatever pass it is part of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fluentllm.kernels.attention_fixed import fixed_order_attention
+from fluentllm.kernels.attention_reference import gather_rows
+from fluentllm.kernels.fixed_order import FixedOrderOps
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from fluentllm.core.batch import Batch
+    from fluentllm.core.protocols import AttentionContext
+
+
+class FixedOrderAttention:
+    """`core.protocols.AttentionBackend` for deterministic mode. MLA is absorbed everywhere."""
+
+    def __init__(self, context: AttentionContext) -> None:
+        self._pool = context.pool
+        self._ops = FixedOrderOps()
+        self._spans: list[tuple[int, int, int]] = []
+
+    def begin(self, batch: Batch) -> None:
+        starts = batch.query_start.tolist()
+        self._spans = list(zip(starts, starts[1:], batch.kv_lengths.tolist(), strict=False))
+
+    def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
+        pool_k, pool_v = self._pool.k[layer], self._pool.v[layer]
+        for rows, new in zip(self._pool.rows(layer), (k, v), strict=True):
+            rows.index_copy_(0, batch.kv_rows, new.to(rows.dtype))
+        parts = [
+            fixed_order_attention(
+                q[span], gather_rows(pool_k, pages, keys), gather_rows(pool_v, pages, keys), batch.positions[span], scale
+            )
+            for span, pages, keys in self._sequences(batch)
+        ]
+        return torch.cat(parts) if parts else q.new_empty(0, q.shape[1], v.shape[2])
+
+    def mla(
+        self,
+        layer: int,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        up_k: Tensor,
+        up_v: Tensor,
+        batch: Batch,
+        scale: float,
+    ) -> Tensor:
+        (rows,) = self._pool.rows(layer)
+        rows.index_copy_(0, batch.kv_rows, torch.cat((latent, k_rope), -1).to(rows.dtype))
+        absorbed = self._ops.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1)
+        queries = torch.cat((absorbed, q_rope), -1)
+        width = latent.shape[1]
+        parts = []
+        for span, pages, keys in self._sequences(batch):
+            known = gather_rows(self._pool.latent[layer], pages, keys).unsqueeze(1)
+            parts.append(fixed_order_attention(queries[span], known, known[..., :width], batch.positions[span], scale))
+        if not parts:
+            return q_nope.new_empty(0, q_nope.shape[1], up_v.shape[1])
+        return self._ops.bmm(torch.cat(parts).transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)
+
+    def _sequences(self, batch: Batch) -> Iterator[tuple[slice, Tensor, int]]:
+        """(its rows, its pages, its keys) of each sequence that has rows."""
+        for number, (start, stop, keys) in enumerate(self._spans):
+            if stop > start:
+                yield slice(start, stop), batch.page_table[number], keys
