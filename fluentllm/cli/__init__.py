@@ -10,11 +10,14 @@ import importlib
 import importlib.util
 import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fluentllm.core.errors import FluentError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 COMMANDS = ("serve", "run", "chat", "bench", "models", "plugins", "config", "doctor")
 """Modules of this package, in the order of `fluent --help`."""
@@ -25,8 +28,11 @@ DIAGNOSTICS = (["plugins"], ["doctor"])
 """Commands that must work when plugins do not, so plugins add nothing to `fluent` while they run."""
 
 
-def create_app(plugin_commands: bool = True) -> typer.Typer:
-    """`fluent` with all of its subcommands. Raises `PluginError` if plugins' commands clash."""
+def create_app(arguments: Sequence[str] = ()) -> typer.Typer:
+    """`fluent` with all of its subcommands, for a command line that decides by its config which plugins may add some.
+
+    Raises `PluginError` if plugins' commands clash.
+    """
     app = typer.Typer(
         name="fluent",
         help="FluentLLM serves large language models. Start with: fluent serve",
@@ -39,10 +45,13 @@ def create_app(plugin_commands: bool = True) -> typer.Typer:
         module = f"{__name__}.{name}"
         if importlib.util.find_spec(module) is not None:
             importlib.import_module(module).register(app)
-    if plugin_commands:
+    if list(arguments[:1]) not in DIAGNOSTICS:
         from fluentllm.core.plugins import PluginManager
 
-        PluginManager.load({"cli"}).add_commands(app)
+        from .options import plugin_lists
+
+        lists = plugin_lists(arguments)
+        PluginManager.load({"cli"}, lists.allow, lists.deny).add_commands(app)
     return app
 
 
@@ -50,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the script `fluent`. Exits with 2, and without a traceback, on what a user can mend."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        create_app(plugin_commands=arguments[:1] not in DIAGNOSTICS)(arguments, prog_name="fluent")
+        create_app(arguments)(arguments, prog_name="fluent")
     except FluentError as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             raise

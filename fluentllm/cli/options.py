@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from fluentllm.core.config import Loaded
+    from fluentllm.core.settings import PluginSettings
 
 CONFIG_VARIABLE = "FLUENT_CONFIG"
 
@@ -94,13 +95,38 @@ def load(
     from fluentllm.core.config import every_struct, installed_structs, load as load_settings
 
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    given |= parse_sets(sets)
     named = {key: f"command line, {_FLAGS.get(key, '--' + key.rpartition('.')[2].replace('_', '-'))}" for key in given}
+    named |= {key: f"command line, --set {key}" for key in parse_sets(sets)}
+    environ = os.environ if environ is None else environ
+    structs = every_struct if every_plugin else installed_structs
+    return load_settings(config_file, given, environ, named=named, structs=structs)
+
+
+def parse_sets(sets: Sequence[str] | None) -> dict[str, str]:
+    """`key=value` each → key → value. Raises `ConfigError`."""
+    given = {}
     for text in sets or ():
         key, separator, value = text.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"--set {text!r} is not of the form KEY=VALUE.", fix="Type for instance: --set server.port=8001")
         given[key.strip()] = value
-        named[key.strip()] = f"command line, --set {key.strip()}"
+    return given
+
+
+def plugin_lists(arguments: Sequence[str], environ: Mapping[str, str] | None = None) -> PluginSettings:
+    """The allow and deny lists that a command line leads to, before it is parsed: plugins add commands to the parser, and
+    a denied one must not be imported for that."""
+    from fluentllm.core.config import load_lists
+
     environ = os.environ if environ is None else environ
-    structs = every_struct if every_plugin else installed_structs
-    return load_settings(config_file, given, environ, named=named, structs=structs)
+    file = environ.get(CONFIG_VARIABLE) or None
+    sets = []
+    for flag_text, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, separator, attached = flag_text.partition("=")
+        if name in ("--config", "-c"):
+            file = attached if separator else value
+        elif name == "--set":
+            sets.append(attached if separator else value)
+    lists = {key: value for key, value in parse_sets(sets).items() if key in ("plugins.allow", "plugins.deny")}
+    return load_lists(file, lists, environ)

@@ -69,11 +69,7 @@ def load(
     only those are imported that were given settings.
     """
     environ = os.environ if environ is None else environ
-    given = list(ConfigFile(Path(file)).given()) if file is not None else []
-    given += from_environment(environ)
-    for key, value in (overrides or {}).items():
-        where = (named or {}).get(key, f"override of {key}")
-        given.append(Given(tuple(key.split(".")), value, where, text=isinstance(value, str)))
+    given = _gather(file, overrides, environ, named)
     if structs is None:
         structs = installed_structs
     if callable(structs):
@@ -87,6 +83,13 @@ def load(
     if filler.problems:
         raise _as_error(filler.problems)
     return Loaded(settings, filler.origins, filler.tree)
+
+
+def load_lists(
+    file: Path | str | None = None, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+) -> PluginSettings:
+    """The allow and deny lists alone, which decide what may be imported before anything else can be checked."""
+    return _plugin_lists(_gather(file, overrides, os.environ if environ is None else environ, None))
 
 
 def to_json(loaded: Loaded) -> bytes:
@@ -117,7 +120,8 @@ def installed_structs(lists: PluginSettings, configured: frozenset[str]) -> Stru
     admit(infos, lists.allow, lists.deny)
     names: dict[str, type[Struct] | None] = {info.name: None for info in infos if info.state != "excluded"}
     if configured & names.keys():
-        names.update(PluginManager.load(None, lists.allow, lists.deny, only=configured).config_structs())
+        asked = PluginManager.load(None, lists.allow, lists.deny, only=configured, hooks=("fluent_config",))
+        names.update(asked.config_structs())
     return names
 
 
@@ -126,8 +130,19 @@ def every_struct(lists: PluginSettings, configured: frozenset[str]) -> Structs:
     return installed_structs(lists, configured | {info.name for info in discover()})
 
 
+def _gather(
+    file: Path | str | None, overrides: Mapping[str, Any] | None, environ: Mapping[str, str], named: Mapping[str, str] | None
+) -> list[Given]:
+    """All that was given, the weakest source first."""
+    given = list(ConfigFile(Path(file)).given()) if file is not None else []
+    given += from_environment(environ)
+    for key, value in (overrides or {}).items():
+        where = (named or {}).get(key, f"override of {key}")
+        given.append(Given(tuple(key.split(".")), value, where, text=isinstance(value, str)))
+    return given
+
+
 def _plugin_lists(given: list[Given]) -> PluginSettings:
-    """The allow and deny lists alone, before anything else can be checked. Mistakes in them surface when all is filled."""
     filler = _Filler(settings_tree({}))
     for item in given:
         if item.path[0] != "plugins":

@@ -99,9 +99,9 @@ class Observer:
 class Observers:
     """Tells every observer, each on its own: one that raises stops no other and not the engine."""
 
-    def __init__(self, ledger: Ledger, observers: Mapping[str, Sequence[Observer]]) -> None:
-        self._ledger = ledger
-        self._step, self._request, self._kv_events = (list(observers.get(hook, ())) for hook in OBSERVER_HOOKS)
+    def __init__(self, ledger: Ledger | None = None, observers: Mapping[str, Sequence[Observer]] | None = None) -> None:
+        self.ledger = ledger or Ledger()
+        self._step, self._request, self._kv_events = (list((observers or {}).get(hook, ())) for hook in OBSERVER_HOOKS)
 
     def step(self, plan: StepPlan, result: StepResult) -> None:
         if self._step:
@@ -116,18 +116,18 @@ class Observers:
             self._tell(self._kv_events, events)
 
     @property
-    def wants_requests(self) -> bool:
+    def watches_requests(self) -> bool:
         """False: nobody listens, so no event needs to be made."""
         return bool(self._request)
 
     @property
-    def wants_kv_events(self) -> bool:
+    def watches_kv(self) -> bool:
         return bool(self._kv_events)
 
     def _tell(self, observers: list[Observer], *args: Any) -> None:
         for observer in tuple(observers):
             try:
-                self._ledger.call(observer.plugin, observer.hook, observer.function, *args)
+                self.ledger.call(observer.plugin, observer.hook, observer.function, *args)
             except Exception as error:
                 self._failed(observer, error)
                 if not observer.enabled:

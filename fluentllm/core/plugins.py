@@ -51,12 +51,25 @@ REGISTRIES: dict[str, tuple[str, str | None]] = {
 """Kind → what one is called, and the setting that chooses it. The hook is `fluent_<kind>`."""
 
 
+HOOK_PROCESSES = {"fluent_routes": "frontend", **dict.fromkeys(OBSERVER_HOOKS, "engine"), "fluent_commands": "cli"}
+"""Hooks that are called in one process only, since what they import is heavy or what they watch is there. The others
+are called wherever the plugin is loaded."""
+
+
 class PluginManager:
     """The plugins of one process. Made by `load`."""
 
-    def __init__(self, infos: list[PluginInfo], sink: Callable[[Call], None] | None = None, strict: bool = True) -> None:
+    def __init__(
+        self,
+        infos: list[PluginInfo],
+        sink: Callable[[Call], None] | None = None,
+        *,
+        processes: Collection[str] | None = None,
+        strict: bool = True,
+    ) -> None:
         self.infos = infos
         """Every installed plugin, loaded or not."""
+        self._processes = processes
         self._strict = strict
         self.ledger = Ledger(sink)
         self._hooks = pluggy.PluginManager(PROJECT)
@@ -76,13 +89,14 @@ class PluginManager:
         objects: Mapping[str, Any] | None = None,
         trace: Callable[[Call], None] | None = None,
         only: Collection[str] | None = None,
+        hooks: Collection[str] | None = None,
         strict: bool = True,
     ) -> PluginManager:
         """Load the plugins that run in any of `processes` (None: in any at all), and resolve their hooks.
 
         `allow`: the third-party plugins that may load; None means what `FLUENT_PLUGINS` says, and all if that is unset.
         `deny`: plugins, built-in or not, that may not. `objects`: further plugins, as name → object, without an entry point.
-        `trace` is told every call into a plugin. `only`: of all these, import no others.
+        `trace` is told every call into a plugin. `only`: of all these, import no others. `hooks`: call none but these.
         `strict`: False contains also what a built-in plugin breaks, for commands that list and diagnose.
         Raises `PluginError`, or `ConfigError` for a name on the allow list that is not installed.
         """
@@ -90,7 +104,7 @@ class PluginManager:
         unknown = admit(infos, allowed_by_environment() if allow is None else allow, deny)
         for name in unknown:
             log.warning("plugins.deny names %r, which is not installed", name)
-        manager = cls(infos, trace, strict)
+        manager = cls(infos, trace, processes=processes, strict=strict)
         for stale in stale_entries(infos):
             log.warning("%s", stale)
         for info in infos:
@@ -100,7 +114,7 @@ class PluginManager:
         for name, plugin in (objects or {}).items():
             manager._add_object(normalized(name), plugin)
         manager._hooks.check_pending()
-        manager._resolve()
+        manager._resolve(hooks)
         return manager
 
     # -------------------------------------------------------------------------------------------------- what plugins gave
@@ -120,7 +134,7 @@ class PluginManager:
 
     def add_commands(self, app: typer.Typer) -> None:
         """Let plugins add subcommands to `app`. Raises `PluginError` if two commands have one name."""
-        from .commands import CommandTable  # noqa: PLC0415  (only the command line needs Typer)
+        from .commands import CommandTable
 
         table = CommandTable(app)
         for info, function, positions in self._implementations("fluent_commands"):
@@ -167,7 +181,7 @@ class PluginManager:
                 fix=f"Reinstall fluentllm, or start without it: `plugins.deny: [{info.name}]`.",
             ) from error
         info.state, info.problem = "failed", f"{what} {type(error).__name__}: {error}"
-        log.warning("%s is left out: %s", info, info.problem, exc_info=error)
+        log.warning("%s is left out: %s", info, info.problem, exc_info=error if log.isEnabledFor(logging.DEBUG) else None)
 
     # ---------------------------------------------------------------------------------------------------------- resolving
     def _implementations(self, hook: str) -> Iterable[tuple[PluginInfo, Callable[..., Any], tuple[int, ...]]]:
@@ -189,11 +203,13 @@ class PluginManager:
             undo(info.name)
             self._leave_out(info, f"{hook} raised", error)
 
-    def _resolve(self) -> None:
+    def _resolve(self, hooks: Collection[str] | None) -> None:
         steps: list[tuple[str, Callable[[PluginInfo], Callable[..., None]]]] = [("fluent_config", self._config_register)]
         steps += [(f"fluent_{kind}", self._registrar(kind)) for kind in REGISTRIES]
         steps += [("fluent_routes", self._routes.registrar)]
         for hook, registrar in steps:
+            if not self._calls(hook, hooks):
+                continue
             for info, function, positions in self._implementations(hook):
                 call = partial(function, *(registrar(info) for _ in positions))
                 self._contained(info, hook, call, self._forget)
@@ -203,8 +219,14 @@ class PluginManager:
                 for info, function, positions in self._implementations(hook)
             ]
             for hook in OBSERVER_HOOKS
+            if self._calls(hook, hooks)
         }
         self.observers = Observers(self.ledger, observers)
+
+    def _calls(self, hook: str, hooks: Collection[str] | None) -> bool:
+        process = HOOK_PROCESSES.get(hook)
+        here = process is None or self._processes is None or process in self._processes
+        return here and (hooks is None or hook in hooks)
 
     def _forget(self, plugin: str) -> None:
         for registry in self._registries.values():
