@@ -88,7 +88,7 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) ->
 def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: PluginManager) -> Engine:
     """An engine around a loaded model."""
     spec, device = loaded.model.spec, loaded.device
-    page_size = settings.kv.page_size or (64 if spec.kv.kind == "mla" else 16)
+    page_size = choose_page_size(settings, spec)
     kv_dtype = loaded.dtype if settings.kv.dtype == "auto" else _dtype(settings.kv.dtype)
     slots = settings.scheduler.max_running or _DEFAULT_SLOTS.get(device.type, 64)
     longest = max_model_len(settings, spec)
@@ -152,6 +152,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return _dtype(name)
+
+
+def choose_page_size(settings: Settings, spec: ModelSpec) -> int:
+    return settings.kv.page_size or (64 if spec.kv.kind == "mla" else 16)
 
 
 def max_model_len(settings: Settings, spec: ModelSpec) -> int:
