@@ -79,13 +79,12 @@ class LocalEngine:
     async def _start(self, plugins: PluginManager, progress: Callable[[str], None] | None) -> None:
         from .assembly import build_engine
         from .frontend.client import LocalEngineClient
-        from .frontend.generation import Generation
-        from .frontend.services import load_text
+        from .frontend.services import Services
 
-        tokenizer, template = load_text(self.settings, self.files)
         self.engine = build_engine(self.settings, self.files, plugins, progress)
         self._client = LocalEngineClient(self.engine)
-        self.generation = Generation(self._client, tokenizer, template, threads=self.settings.server.tokenizer_threads)
+        self._services = Services.load(self.settings, self._client, self.files.path, self.files.name)
+        self.generation = self._services.generation
         self._running = asyncio.create_task(self._run(), name="engine")
 
     async def _run(self) -> None:
@@ -97,7 +96,7 @@ class LocalEngine:
 
     async def _stop(self) -> None:
         self._client.close()
-        self.generation.close()
+        self._services.close()
         self.engine.stop()
         await asyncio.gather(self._running, return_exceptions=True)
 

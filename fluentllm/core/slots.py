@@ -45,7 +45,7 @@ class SlotTables:
         self.ints = torch.zeros(rows, len(_INTS), dtype=torch.int64, device=device)
         self.floats = torch.zeros(rows, len(_FLOATS), dtype=torch.float32, device=device)
         self.finished = torch.ones(rows, dtype=torch.bool, device=device)
-        # Only requests with penalties read or write these two.
+        # Only requests with penalties fill and count in these two; the neutral parameters of others cancel what they read.
         self.prompt_seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
         self.output_counts = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
 
@@ -68,6 +68,8 @@ class SlotTables:
         self.ints[row] = self._upload(_ints(init), torch.int64)
         self.floats[row] = self._upload(_floats(params), torch.float32)
         self.finished[row] = False
+        # A neighbour with a bias makes the step add every row's, so a request without one must not find its predecessor's.
+        self.bias_values[row] = 0.0
         if features & Feature.BIAS:
             self._admit_bias(row, params.logit_bias)
         if features & Feature.PENALTIES:
