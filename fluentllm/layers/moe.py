@@ -1,0 +1,140 @@
+"""The mixture-of-experts block: a float32 router, routed experts, zero experts, shared experts.
+
+Used by Qwen3-MoE, DeepSeek and LongCat; what differs between them is in `kernels.moe.Routing` and in checkpoint names.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..core.protocols import WeightSlot
+from ..kernels.moe import Routing, combine, route
+from .mlp import MLP
+from .module import Module, join
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from ..core.protocols import BuildContext
+    from ..kernels.weights import Weight
+
+
+class Router(Module):
+    """x [T, hidden] → weights [T, top_k] float32, ids [T, top_k] int64. Float32 throughout, whatever the model's dtype.
+
+    `weight_name` and `bias_name` are the checkpoint's; the bias takes part in the choice only.
+    """
+
+    def __init__(self, ctx: BuildContext, weight_name: str, bias_name: str | None, hidden: int, routing: Routing) -> None:
+        self.routing = routing
+        self.weight_name, self.bias_name = weight_name, bias_name
+        self.weight = torch.zeros(routing.total, hidden, dtype=torch.float32, device=ctx.device)
+        self.bias = torch.zeros(routing.total, dtype=torch.float32, device=ctx.device) if bias_name else None
+        self._ops = ctx.ops
+        self._packed: Weight | None = None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return route(self._ops.linear(x.float(), self._packed), self.routing, self.bias)
+
+    def own_slots(self) -> Iterator[WeightSlot]:
+        yield WeightSlot(self.weight_name, tuple(self.weight.shape), self.weight.copy_)
+        if self.bias is not None and self.bias_name is not None:
+            yield WeightSlot(self.bias_name, tuple(self.bias.shape), self.bias.copy_, init="zeros")
+
+    def own_finalize(self) -> None:
+        self._packed = self._ops.pack(self.weight, "float32")
+
+
+class Experts(Module):
+    """The routed experts' SwiGLU matrices: `<prefix>.<e>.{gate,up,down}_proj.weight`.
+
+    Matrices that are not packed to int8 or int4 are views of two tensors, `gate_up` [E, 2 · inner, hidden] (gate rows first)
+    and `down` [E, hidden, inner], as grouped products want them; else both are None.
+    """
+
+    def __init__(self, ctx: BuildContext, prefix: str, routing: Routing, hidden: int, inner: int) -> None:
+        self.prefix = prefix
+        self.hidden, self.inner = hidden, inner
+        self.count, self.zero_experts = routing.experts, routing.zero_experts
+        self.gate_up: Tensor | None = None
+        self.down: Tensor | None = None
+        self._ops = ctx.ops
+        self._precision = ctx.weight_precision
+        self._device = ctx.device
+        self._weights: dict[tuple[int, str], Weight] = {}
+        self._arrived: dict[tuple[int, str], Tensor] = {}
+        if self._precision in ("float32", "bfloat16"):
+            dtype = getattr(torch, self._precision)
+            self.gate_up = torch.empty(self.count, 2 * inner, hidden, dtype=dtype, device=ctx.device)
+            self.down = torch.empty(self.count, hidden, inner, dtype=dtype, device=ctx.device)
+            for number in range(self.count):
+                self._weights[number, "gate_up"] = self._ops.pack(self.gate_up[number], self._precision)
+                self._weights[number, "down"] = self._ops.pack(self.down[number], self._precision)
+
+    def __call__(self, number: int, rows: Tensor) -> Tensor:
+        """rows [n, hidden] → what expert `number` makes of them, [n, hidden]."""
+        ops = self._ops
+        inner = ops.silu_mul(ops.linear(rows, self._weights[number, "gate_up"]))
+        return ops.linear(inner, self._weights[number, "down"])
+
+    def own_slots(self) -> Iterator[WeightSlot]:
+        wide, narrow = (self.inner, self.hidden), (self.hidden, self.inner)
+        for number in range(self.count):
+            for name, shape in (("gate_proj", wide), ("up_proj", wide), ("down_proj", narrow)):
+                yield WeightSlot(join(self.prefix, str(number), name, "weight"), shape, partial(self._take, number, name))
+        # Transformers saves matrices for LongCat's zero experts too, and never uses them.
+        for number in range(self.count, self.count + self.zero_experts):
+            for name in ("gate_proj", "up_proj"):
+                yield WeightSlot(join(self.prefix, str(number), name, "weight"), wide, _refuse, optional=True, unused=True)
+
+    def _take(self, number: int, name: str, tensor: Tensor) -> None:
+        if self.gate_up is not None and self.down is not None:
+            first = self.inner if name == "up_proj" else 0
+            place = self.down[number] if name == "down_proj" else self.gate_up[number, first : first + self.inner]
+            place.copy_(tensor)
+        elif name == "down_proj":
+            self._weights[number, "down"] = self._ops.pack(tensor.to(self._device), self._precision)
+        else:
+            self._arrived[number, name] = tensor.to(self._device, copy=True)
+            if (number, "gate_proj") in self._arrived and (number, "up_proj") in self._arrived:
+                both = [self._arrived.pop((number, part)).float() for part in ("gate_proj", "up_proj")]
+                self._weights[number, "gate_up"] = self._ops.pack(torch.cat(both), self._precision)
+
+
+class SparseMoE(Module):
+    """x [T, hidden] → Σ weight · expert(x) (+ shared experts(x)), [T, hidden].
+
+    Names below `prefix`: `<router>.weight`, `<bias>` if given, `experts.<e>.…`, `shared_experts.…` if `shared_inner`.
+    """
+
+    def __init__(
+        self,
+        ctx: BuildContext,
+        prefix: str,
+        routing: Routing,
+        hidden: int,
+        inner: int,
+        *,
+        router: str = "gate",
+        bias: str | None = None,
+        shared_inner: int = 0,
+    ) -> None:
+        self.routing = routing
+        self.router = Router(ctx, join(prefix, router, "weight"), join(prefix, bias) if bias else None, hidden, routing)
+        self.experts = Experts(ctx, join(prefix, "experts"), routing, hidden, inner)
+        self.shared = MLP(ctx, join(prefix, "shared_experts"), hidden, shared_inner) if shared_inner else None
+        self._add = ctx.ops.add
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x)
+        out = combine(x, weights, ids, self.experts, self.routing)
+        return out if self.shared is None else self._add(out, self.shared(x))
+
+
+def _refuse(tensor: Tensor) -> None:
+    raise AssertionError("an unused slot is never read")
