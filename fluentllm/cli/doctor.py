@@ -1,0 +1,196 @@
+"""`fluent doctor`: what is installed, which device there is, what would be used here and why, and what is wrong."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from . import options, output
+
+if TYPE_CHECKING:
+    from fluentllm.core.plugins import PluginManager
+    from fluentllm.core.settings import Settings
+    from fluentllm.core.types import ModelSpec
+
+EXIT_PROBLEMS = 1
+
+
+def register(root: typer.Typer) -> None:
+    root.command()(doctor)
+
+
+def doctor(
+    model: options.Model = None, config: options.Config = None, sets: options.Sets = None, json: output.Json = False
+) -> None:
+    """What is installed, what device, what would be used and why. Touches no network. Exits with 1 if something is wrong."""
+    report = examine({"model.name": model}, config, sets)
+    if json:
+        output.print_json(report)
+    else:
+        _print(report)
+    if report["problems"]:
+        raise typer.Exit(EXIT_PROBLEMS)
+
+
+def examine(overrides: dict[str, Any], config: Path | None = None, sets: list[str] | None = None) -> dict[str, Any]:
+    """All of the report, ready for JSON."""
+    from fluentllm.core.errors import FluentError
+    from fluentllm.core.plugins import PluginManager
+
+    from .plugins import find_problems
+
+    settings = options.load(config, overrides, sets).settings
+    problems = find_problems(config, sets)
+    report: dict[str, Any] = {"system": _system(), "packages": _packages(), "device": _device(), "model": {}, "choices": []}
+    try:
+        plugins = PluginManager.load({"engine", "executor", "cli"}, settings.plugins.allow, settings.plugins.deny, strict=False)
+        report["choices"] = _choices(settings, plugins)
+        spec, report["model"] = _model(settings, plugins)
+        if spec is not None:
+            report["choices"] += _model_choices(settings, plugins, spec)
+    except FluentError as error:
+        problems.append({"problem": error.message, "fix": error.fix or "See the message."})
+    return {**report, "problems": [dict(row) for row in {tuple(problem.items()): None for problem in problems}]}
+
+
+def _system() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_available_bytes": _available_memory(),
+    }
+
+
+def _available_memory() -> int | None:
+    try:
+        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return None  # not Linux
+
+
+def _packages() -> list[dict[str, Any]]:
+    """Versions of what FluentLLM's own metadata asks for. `for`: the extra that brings it, where it is optional."""
+    rows = []
+    for requirement in ["fluentllm", *(metadata.requires("fluentllm") or [])]:
+        name = re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]
+        extra = re.search(r"extra == ['\"]([^'\"]+)['\"]", requirement)
+        if extra and (extra[1] in ("dev", "test") or name == "fluentllm"):
+            continue
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            version = None
+        rows.append({"name": name, "version": version, "for": extra[1] if extra else None})
+    return rows
+
+
+def _device() -> dict[str, Any]:
+    import torch
+
+    about: dict[str, Any] = {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(), "gpus": []}
+    about["cuda_built"] = torch.version.cuda
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        capability = f"{properties.major}.{properties.minor}"
+        about["gpus"].append({"name": properties.name, "capability": capability, "free_bytes": free, "total_bytes": total})
+    return about
+
+
+def _choices(settings: Settings, plugins: PluginManager) -> list[dict[str, str]]:
+    """What the settings come to on this device, whatever the model."""
+    from fluentllm.assembly import choose_device, choose_dtype
+    from fluentllm.kernels import choose_precision
+
+    device = choose_device(settings.engine.device)
+    dtype = choose_dtype(settings.model.dtype, device)
+    precision = choose_precision(settings.model.weight_precision, device, dtype, settings.engine.deterministic)
+    there = "there is a GPU" if device.type == "cuda" else "there is no GPU"
+    plugins.registry("schedulers").get(settings.scheduler.policy)
+    return [
+        _choice("engine.device", settings.engine.device, str(device), there),
+        _choice("model.dtype", settings.model.dtype, str(dtype).removeprefix("torch."), f"the default on {device.type}"),
+        _choice("model.weight_precision", settings.model.weight_precision, precision, f"the default on {device.type}"),
+        _choice("scheduler.policy", settings.scheduler.policy, settings.scheduler.policy, ""),
+    ]
+
+
+def _model(settings: Settings, plugins: PluginManager) -> tuple[ModelSpec | None, dict[str, Any]]:
+    """The model, if it is on this disk, and who runs it."""
+    from fluentllm.hub import load_config, resolve
+    from fluentllm.hub.config import architecture
+    from fluentllm.hub.describe import known_models
+
+    name = settings.model.name
+    here = Path(name).expanduser().exists() or any(known.name == name and known.cached for known in known_models())
+    if not here:
+        return None, {"name": name, "state": f"not on this disk; `fluent models pull {name}` fetches it"}
+    files = resolve(name, settings.model.revision, weights=False)
+    config = load_config(files)
+    entry = plugins.registry("models").get(architecture(config))
+    about = {"name": name, "state": "on this disk", "path": str(files.path), "architecture": entry.name, "plugin": entry.plugin}
+    registry = plugins.registry("weights")
+    readers = [reader.name for reader in registry.supported(files.path)]
+    return entry.factory.spec(config), {**about, "readers": readers, "not_readers": registry.why_not(files.path)}
+
+
+def _model_choices(settings: Settings, plugins: PluginManager, spec: ModelSpec) -> list[dict[str, str]]:
+    from fluentllm.assembly import choose_device, choose_dtype, choose_page_size
+    from fluentllm.core.protocols import AttentionSpec
+
+    device = choose_device(settings.engine.device)
+    dtype = str(choose_dtype(settings.model.dtype, device)).removeprefix("torch.")
+    attention_spec = AttentionSpec(
+        model=spec,
+        device=device.type,
+        dtype=dtype,
+        kv_dtype=dtype if settings.kv.dtype == "auto" else settings.kv.dtype,
+        page_size=choose_page_size(settings, spec),
+        deterministic=settings.engine.deterministic,
+    )
+    registry, wanted = plugins.registry("attention"), settings.attention.backend
+    usable = [entry.name for entry in registry.supported(attention_spec)]
+    against = "; ".join(f"not {name}: {reason}" for name, reason in registry.why_not(attention_spec).items())
+    chosen = registry.require(wanted, attention_spec).name if wanted != "auto" else next(iter(usable), "none")
+    why = "; ".join(filter(None, [f"can serve this model: {', '.join(usable) or 'none'}", against]))
+    return [_choice("attention.backend", wanted, chosen, why, always=True)]
+
+
+def _choice(setting: str, wanted: str, chosen: str, reason: str, always: bool = False) -> dict[str, str]:
+    """`reason` is why `auto` chose it; it says more than "you asked for it" only then, or where it always does."""
+    asked = wanted != "auto"
+    why = "; ".join(filter(None, ["as set" if asked else "", reason if always or not asked else ""]))
+    return {"setting": setting, "set_to": wanted, "uses": chosen, "because": why}
+
+
+def _print(report: dict[str, Any]) -> None:
+    device = report["device"]
+    rows = [(key.replace("_", " "), output.text(value)) for key, value in report["system"].items()]
+    rows.append(("cpu", f"{device['cpu']}, {device['threads']} threads"))
+    rows.append(("gpus", ", ".join(f"{gpu['name']} (sm {gpu['capability']})" for gpu in device["gpus"]) or "none"))
+    rows.append(("cuda", device["cuda_built"] or "this torch is built without CUDA"))
+    output.print_table(("", ""), rows)
+    typer.echo("\npackages")
+    packages = [(row["name"], row["version"] or "not installed", _needed(row)) for row in report["packages"]]
+    output.print_table(("", "", ""), packages)
+    typer.echo("\nmodel")
+    output.print_table(("", ""), [(key.replace("_", " "), output.text(value)) for key, value in report["model"].items()])
+    typer.echo("\nwhat would be used")
+    output.print_table(("", "", ""), [(row["setting"], row["uses"], row["because"]) for row in report["choices"]])
+    typer.echo("")
+    for problem in report["problems"]:
+        typer.echo(f"error: {problem['problem']}\nfix: {problem['fix']}")
+    if not report["problems"]:
+        typer.echo("No problem found.")
+
+
+def _needed(row: dict[str, Any]) -> str:
+    return f"optional: pip install 'fluentllm[{row['for']}]'" if row["for"] and row["version"] is None else ""
