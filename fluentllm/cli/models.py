@@ -6,62 +6,52 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .output import Json, print_json, print_table
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from msgspec import Struct
-
     from fluentllm.hub import ModelFiles
 
 app = typer.Typer(no_args_is_help=True, help="Models: what is known, what is in the cache, what is inside one.")
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str, typer.Argument(help="A default's name, a folder, a .gguf file or a Hugging Face id.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")]
 
 
-def register(root: typer.Typer) -> None:
-    root.add_typer(app, name="models")
+def register(parent: typer.Typer) -> None:
+    parent.add_typer(app, name="models")
 
 
 @app.command("list")
-def list_models(as_json: AsJson = False) -> None:
+def list_models(as_json: Json = False) -> None:
     """Models known by name, and those in the Hugging Face hub's cache. Touches no network."""
     from fluentllm.hub.describe import known_models
 
     known = known_models()
     if as_json:
-        _print_json(known)
+        print_json(known)
         return
-    width = max(len(model.name) for model in known)
+    rows = []
     for model in known:
-        size = _size(model.bytes) if model.bytes is not None else ""
-        where = model.path if model.cached else f"not here yet: `fluent models pull {model.name}`"
-        typer.echo(f"{model.name:{width}}  {size:>9}  {where}")
+        where = model.path if model.path is not None else f"not here yet: fluent models pull {model.name}"
+        rows.append((model.name, _size(model.bytes), where))
+    print_table(("model", "size", "where"), rows)
 
 
 @app.command()
-def pull(
-    name: Annotated[str, typer.Argument(help="A default's name or a Hugging Face id.")],
-    revision: Revision = None,
-    as_json: AsJson = False,
-) -> None:
-    """Fetch a model into the cache and print where it is; an id is brought up to date."""
+def pull(name: Name, revision: Revision = None, as_json: Json = False) -> None:
+    """Fetch a model into the cache and print where it is; a Hugging Face id is brought up to date."""
     from fluentllm.hub import resolve
 
     files = resolve(name, revision, refresh=True)
     if as_json:
-        _print_json({"name": files.name, "path": str(files.path), "kind": files.kind})
+        print_json({"name": files.name, "path": str(files.path), "kind": files.kind})
     else:
         typer.echo(files.path)
 
 
 @app.command()
-def show(
-    name: Annotated[str, typer.Argument(help="A default's name, a folder, a .gguf file or a Hugging Face id.")],
-    revision: Revision = None,
-    as_json: AsJson = False,
-) -> None:
-    """Architecture, sizes, tokenizer, and whether a plugin can run it. Of an id not in the cache, fetches no weights."""
+def show(name: Name, revision: Revision = None, as_json: Json = False) -> None:
+    """Architecture, sizes, tokenizer, whether a plugin can run it. Of a Hugging Face id no weights are fetched."""
     import msgspec
 
     from fluentllm.hub import resolve
@@ -71,7 +61,7 @@ def show(
     about = describe(files)
     plugin, reason = _runs_it(files, about.architecture)
     if as_json:
-        _print_json(msgspec.to_builtins(about) | {"plugin": plugin, "unsupported_because": reason})
+        print_json(msgspec.to_builtins(about) | {"plugin": plugin, "unsupported_because": reason})
         return
     rows = {
         "model": about.name,
@@ -116,9 +106,3 @@ def _size(count: int) -> str:
     from fluentllm.hub.progress import megabytes
 
     return megabytes(count)
-
-
-def _print_json(value: Sequence[Struct] | dict[str, object]) -> None:
-    import msgspec
-
-    typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

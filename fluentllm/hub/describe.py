@@ -53,7 +53,7 @@ class Known(Struct, kw_only=True):
     """`default` or `huggingface`."""
     about: str
     cached: bool
-    bytes: int | None
+    bytes: int
     path: str | None
 
 

@@ -87,6 +87,7 @@ def _experts(config: dict[str, Any], header: GGUFHeader, keys: _Keys, layout: st
             "num_experts": count,
             "num_experts_per_tok": keys.integer("expert_used_count"),
             "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
+            "intermediate_size": config["intermediate_size"] or keys.integer("expert_feed_forward_length"),
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
