@@ -10,7 +10,7 @@ from fluentllm.layers.fields import Fields
 from fluentllm.layers.mlp import MLP
 from fluentllm.layers.moe import SparseMoE
 
-from .config import has_experts, read_config
+from .config import expert_count, has_experts, read_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +27,7 @@ def build(kind: str, config: Mapping[str, Any], ctx: BuildContext) -> Decoder:
 
 def _experts(config: Mapping[str, Any]) -> FeedForward:
     """Softmax over all experts, the best few, renormalised if `norm_topk_prob`."""
-    fields = Fields(config, "Qwen3MoeForCausalLM")
+    fields = Fields({**config, "num_experts": expert_count(config)}, "Qwen3MoeForCausalLM")
     hidden = fields.integer("hidden_size")
     routing = Routing(
         experts=fields.integer("num_experts"),

@@ -40,4 +40,10 @@ def has_experts(config: Mapping[str, Any], layer: int) -> bool:
     """Layers with experts: every `decoder_sparse_step`-th, but those named in `mlp_only_layers`."""
     step = int(config.get("decoder_sparse_step") or 1)
     dense = config.get("mlp_only_layers") or []
-    return layer not in dense and bool(config.get("num_experts")) and (layer + 1) % step == 0
+    return layer not in dense and bool(expert_count(config)) and (layer + 1) % step == 0
+
+
+def expert_count(config: Mapping[str, Any]) -> int | None:
+    """`num_experts`, which Transformers writes as `num_local_experts` since version 5."""
+    count: int | None = config.get("num_experts", config.get("num_local_experts"))
+    return count
