@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-
-import torch
+from typing import TYPE_CHECKING
 
 from .core.errors import ConfigError, OutOfMemory
+from .core.kv.pool import free_memory
+
+if TYPE_CHECKING:
+    import torch
 
 _UNITS = {"": 1, "b": 1} | {
     prefix + unit: base**power for power, prefix in enumerate("kmgt", 1) for unit, base in (("b", 1000), ("ib", 1024))
@@ -53,19 +55,7 @@ def plan_pages(setting: str | None, device: torch.device, page_bytes: int, page_
 
 
 def _free_bytes(device: torch.device) -> int:
+    free = free_memory(device) or CPU_POOL_LIMIT
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
         return int(free * GPU_SHARE)
-    return min(int(_available_host_bytes() * CPU_SHARE), CPU_POOL_LIMIT)
-
-
-def _available_host_bytes() -> int:
-    """What the kernel says can be taken without swapping; physical memory where it does not say."""
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(int(free * CPU_SHARE), CPU_POOL_LIMIT)

@@ -6,9 +6,11 @@ the pages that `KVCache` hands out. Page 0 is scratch: inert rows write there, a
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ..errors import OutOfMemory
@@ -48,7 +50,7 @@ class KVPool:
             shapes["k"] = (*grid, spec.heads, spec.head_dim)
             shapes["v"] = (*grid, spec.heads, spec.v_head_dim)
         try:
-            tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+            tensors = {name: _zeros(shape, dtype, device) for name, shape in shapes.items()}
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             raise self._out_of_memory(free) from error
         self.k: Tensor = tensors["k"]
@@ -82,6 +84,14 @@ class KVPool:
         if fits < 2 * page:
             return OutOfMemory(message, fix="Not even one page fits: free memory on the device, or choose a smaller model.")
         return OutOfMemory(message, fix=f"Set kv.memory: {max(1, fits // MIB)}MiB or less.")
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # The kernel hands out zero pages as they are touched; torch.zeros would write all of the pool at start.
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def free_memory(device: torch.device) -> int | None:
