@@ -142,8 +142,7 @@ class RadixTree:
         freed = self._evict_leaves(count)
         if freed < count and self.allocator.evictable:
             for node in list(self._order):
-                if node.parent is not None:
-                    freed += self._forget_unleased(node)
+                freed += self._forget_unleased(node)
                 if freed >= count:
                     break
         return freed

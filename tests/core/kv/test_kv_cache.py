@@ -1,10 +1,13 @@
 """The façade: sequences come, grow, publish and go; what a page holds is checked against a pool made of Python tuples."""
 
+import random
+
 import pytest
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kv_helpers import dump, prefixes, sequence
 
+from fluentllm.core.kv import radix
 from fluentllm.core.kv.cache import KVCache
 from fluentllm.core.kv.pages import IntegrityError
 from fluentllm.core.sequence import Sequence
@@ -105,6 +108,32 @@ def test_a_refused_admission_changes_nothing():
     cache.release(other)
     assert cache.admit(one, 9)
     cache.check()
+
+
+def test_pages_that_others_lease_cost_a_newcomer_nothing():
+    cache = KVCache(4, 4, prefix_cache=True)
+    first = sequence(list(range(12)))
+    assert cache.admit(first, 12)
+    cache.publish(first, 12)
+    assert cache.pages_available == 1
+    second = sequence([*range(12), 13])
+    assert cache.admit(second, 13)
+    assert second.prefilled == 12
+    assert cache.pages_available == 0
+
+
+def test_a_request_that_cannot_fit_yet_is_refused_without_looking_at_its_tokens(monkeypatch: pytest.MonkeyPatch):
+    cache = KVCache(4, 4, prefix_cache=True)
+    first = sequence(list(range(12)))
+    assert cache.admit(first, 12)
+    cache.publish(first, 4)
+    waiting = sequence(list(range(50, 60)))
+
+    def never(tokens: list[int]) -> bytes:
+        raise AssertionError("the tree was searched")
+
+    monkeypatch.setattr(radix, "encode_tokens", never)
+    assert not cache.admit(waiting, 10)
 
 
 def test_what_a_request_is_about_to_use_is_not_evicted_for_it():
@@ -253,10 +282,13 @@ def test_idle_with_a_page_in_quarantine_says_so():
 
 
 # -------------------------------------------------------------------------------------------------------- against a model
+WHICH = st.integers(0, 99)
+
+
 class Cache(RuleBasedStateMachine):
     """Random lives of sequences. `pool` is the device: page → the whole prefix whose KV was last written there."""
 
-    PAGES, SIZE = 8, 2
+    PAGES, SIZE = 16, 2
 
     def __init__(self) -> None:
         super().__init__()
@@ -266,8 +298,8 @@ class Cache(RuleBasedStateMachine):
         """Sequence → tokens written."""
         self.preempted: list[Sequence] = []
 
-    def pick(self, data: st.DataObject) -> Sequence | None:
-        return data.draw(st.sampled_from(list(self.running))) if self.running else None
+    def pick(self, which: int) -> Sequence | None:
+        return list(self.running)[which % len(self.running)] if self.running else None
 
     def admit(self, one: Sequence, first: int) -> bool:
         known = dump(self.cache._tree)
@@ -295,18 +327,26 @@ class Cache(RuleBasedStateMachine):
             assert dump(self.cache._tree) == known
         return admitted
 
-    @rule(tokens=st.lists(st.integers(1, 2), min_size=1, max_size=14), first=st.integers(1, 16), logprobs=st.booleans())
-    def arrive(self, tokens: list[int], first: int, logprobs: bool) -> None:
-        self.admit(sequence(tokens, prompt_logprobs=0 if logprobs else None), first)
+    @rule(
+        after=st.none() | WHICH,
+        tokens=st.lists(st.integers(1, 2), min_size=1, max_size=10),
+        first=st.integers(1, 16),
+        logprobs=st.sampled_from([None, None, None, 0]),
+    )
+    def arrive(self, after: int | None, tokens: list[int], first: int, logprobs: int | None) -> None:
+        known = sorted(dump(self.cache._tree))
+        if known and after is not None:
+            tokens = [*known[after % len(known)], *tokens[:5]]
+        self.admit(sequence(tokens, prompt_logprobs=logprobs), first)
 
     @rule(first=st.integers(1, 16))
     def come_back(self, first: int) -> None:
         if self.preempted and self.admit(self.preempted[-1], first):
             self.preempted.pop()
 
-    @rule(data=st.data(), more=st.integers(0, 6))
-    def reserve(self, data: st.DataObject, more: int) -> None:
-        one = self.pick(data)
+    @rule(which=WHICH, more=st.integers(0, 6))
+    def reserve(self, which: int, more: int) -> None:
+        one = self.pick(which)
         if one is None:
             return
         leased = {page for other in self.running for page in other.pages}
@@ -319,33 +359,45 @@ class Cache(RuleBasedStateMachine):
             assert len(got) == max(0, needed)
             assert leased.isdisjoint(got)
 
-    @rule(data=st.data(), tokens=st.lists(st.integers(1, 2), max_size=4))
-    def generate(self, data: st.DataObject, tokens: list[int]) -> None:
-        """The device writes what is in the history; then new tokens are collected."""
-        one = self.pick(data)
-        if one is None:
-            return
+    def write(self, one: Sequence) -> None:
+        """The device computes the KV of the history, as far as there are pages for it."""
         written = min(len(one.tokens), len(one.pages) * self.SIZE)
         for index in range(self.running[one] // self.SIZE, -(-written // self.SIZE)):
             self.pool[one.pages[index]] = tuple(one.tokens[: min(written, (index + 1) * self.SIZE)])
         self.running[one] = written
-        one.tokens += tokens
 
-    @rule(data=st.data(), back=st.integers(0, 3))
-    def publish(self, data: st.DataObject, back: int) -> None:
-        one = self.pick(data)
-        if one is None:
-            return
-        known, written = dump(self.cache._tree), max(0, self.running[one] - back)
+    def publish(self, one: Sequence, written: int) -> None:
+        known = dump(self.cache._tree)
         news = written // self.SIZE > one.published
         self.cache.publish(one, written)
         own = zip(prefixes(one.tokens[:written], self.SIZE), one.pages, strict=False)
         expected = known | {prefix: page for prefix, page in own if prefix not in known} if news else known
         assert dump(self.cache._tree) == expected
 
-    @rule(data=st.data(), again=st.booleans())
-    def leave(self, data: st.DataObject, again: bool) -> None:
-        one = self.pick(data)
+    @rule(which=WHICH, tokens=st.lists(st.integers(1, 2), max_size=4), behind=st.integers(0, 3))
+    def step(self, which: int, tokens: list[int], behind: int) -> None:
+        """Compute, publish what has been collected (`behind` tokens less), draw new tokens."""
+        one = self.pick(which)
+        if one is not None:
+            self.write(one)
+            self.publish(one, max(0, self.running[one] - behind))
+            one.tokens += tokens
+
+    @rule(tokens=st.lists(st.integers(1, 2), min_size=3, max_size=7), count=st.integers(2, 3), tail=st.integers(1, 2))
+    def arrive_together(self, tokens: list[int], count: int, tail: int) -> None:
+        """The same prompt several times at once: each computes it in pages of its own, then they differ."""
+        twins = [one for one in (sequence(tokens) for _ in range(count)) if self.admit(one, len(tokens))]
+        for index, one in enumerate(twins):
+            self.write(one)
+            self.publish(one, len(one.tokens))
+            one.tokens += [tail + index] * 3
+            if self.cache.reserve(one, len(one.tokens)) is not None:
+                self.write(one)
+                self.publish(one, len(one.tokens))
+
+    @rule(which=WHICH, again=st.booleans())
+    def leave(self, which: int, again: bool) -> None:
+        one = self.pick(which)
         if one is not None:
             del self.running[one]
             self.cache.release(one)
@@ -387,4 +439,34 @@ class Cache(RuleBasedStateMachine):
 
 
 TestCache = Cache.TestCase
-TestCache.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestCache.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_long_life_at_random(seed: int):
+    """The same machine, longer than hypothesis runs it: some interleavings take many sequences to come about."""
+    dice = random.Random(seed)
+    machine = Cache()
+
+    def tokens(least: int, most: int) -> list[int]:
+        return [dice.randint(1, 2) for _ in range(dice.randint(least, most))]
+
+    for _ in range(2500):
+        which = dice.randrange(100)
+        verb = dice.choices(["step", "arrive", "leave", "reserve", "back", "together", "clear"], [40, 15, 16, 12, 4, 4, 0.2])[0]
+        if verb == "step":
+            machine.step(which, tokens(0, 4), dice.randrange(3))
+        elif verb == "arrive":
+            machine.arrive(dice.choice([None, which]), tokens(1, 8), dice.randint(1, 16), None)
+        elif verb == "leave":
+            machine.leave(which, dice.random() < 0.4)
+        elif verb == "reserve":
+            machine.reserve(which, dice.randrange(7))
+        elif verb == "back":
+            machine.come_back(dice.randint(1, 16))
+        elif verb == "together":
+            machine.arrive_together(tokens(3, 7), 2, 1)
+        else:
+            machine.clear()
+        machine.consistent()
+    machine.teardown()

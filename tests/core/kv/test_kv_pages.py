@@ -43,7 +43,7 @@ def test_only_draining_frees_the_pages_of_an_expired_remote_writer():
     pages.share(request, held)
     pages.quarantine(writer)
     assert pages.quarantined == 2
-    with pytest.raises(IntegrityError, match="handoff 7.*quarantined"):
+    with pytest.raises(IntegrityError, match=r"handoff 7.*quarantined"):
         pages.release(writer)
     with pytest.raises(IntegrityError, match="quarantined"):
         pages.drop(writer, held)

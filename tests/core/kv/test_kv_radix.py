@@ -108,6 +108,23 @@ def test_an_insert_can_go_on_where_the_last_one_ended_whatever_was_split_meanwhi
     tree.check()
 
 
+def test_a_place_within_a_run_that_others_made_longer_and_split_is_found_above_the_split():
+    tree = made()
+    owner = Owner(tree)
+    pages = tree.allocator.allocate(owner.lease, 2)
+    assert pages is not None
+    node = tree.insert([1, 1], pages[:1]).node
+    longer = cached(tree, [1, 1, 2, 2, 3, 3])
+    Owner(tree).insert([1, 1, 2, 2, 7, 7])
+    above = tree.find(node, 1)
+    assert above is not None
+    assert above is not node
+    assert tree.insert([9, 9], pages[1:], above, 1).added == pages[1:]
+    assert tree.match([1, 1, 9, 9]).pages == pages
+    assert tree.match([1, 1, 2, 2, 3, 3]).pages == [pages[0], *longer[1:]]
+    tree.check()
+
+
 def test_an_evicted_place_is_not_found_again_even_if_other_tokens_grew_there():
     tree = made()
     owner = Owner(tree)
@@ -177,6 +194,31 @@ def test_pages_above_a_leased_duplicate_can_be_had():
     assert tree.allocator.free == 8 - 3
 
 
+def test_no_more_is_forgotten_above_leased_pages_than_is_needed():
+    tree = made(pages=12)
+    for token in (1, 2):
+        cached(tree, [token, token])
+        Owner(tree).insert([token, token, 3, 3])
+    assert tree.evict(1) == 1
+    assert set(dump(tree)) == {(2, 2), (2, 2, 3, 3)}
+    tree.check()
+
+
+def test_a_branch_above_leased_pages_is_not_evicted_while_leaves_suffice():
+    tree = made(pages=12)
+    cached(tree, [1, 1, 2, 2])
+    cached(tree, [1, 1, 3, 3])
+    owner = Owner(tree)
+    pages = owner.insert([1, 1, 4, 4])
+    tree.match([1, 1, 4, 4])
+    assert tree.allocator.evictable == 3
+    assert tree.evict(2) == 2
+    assert tree.match([1, 1, 4, 4]).pages[1] == pages[1]
+    assert tree.evict(1) == 1
+    assert tree.pages == 0
+    tree.check()
+
+
 def test_evicting_nothing_does_nothing():
     tree = made()
     cached(tree, [1, 1, 2, 2])
@@ -229,13 +271,15 @@ class Tree(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.events = KVEventLog(2)
-        self.tree = RadixTree(PageAllocator(14), 2, self.events)
+        self.tree = RadixTree(PageAllocator(20), 2, self.events)
         self.model: dict[tuple[int, ...], int] = {}
         self.router: set[int] = set()
         self.owners: list[Owner] = []
 
-    @rule(tokens=TOKENS)
-    def insert(self, tokens: list[int]) -> None:
+    @rule(data=st.data(), tokens=TOKENS)
+    def insert(self, data: st.DataObject, tokens: list[int]) -> None:
+        if self.model and data.draw(st.booleans()):
+            tokens = [*data.draw(st.sampled_from(sorted(self.model))), *tokens[:4]]
         tokens = tokens[: len(tokens) // 2 * 2]
         owner = Owner(self.tree)
         pages = self.tree.allocator.allocate(owner.lease, len(tokens) // 2)
@@ -268,7 +312,7 @@ class Tree(RuleBasedStateMachine):
         if self.owners:
             self.owners.pop(data.draw(st.integers(0, len(self.owners) - 1))).leave()
 
-    @rule(count=st.integers(0, 14))
+    @rule(count=st.integers(0, 5))
     def evict(self, count: int) -> None:
         leased = set().union(*(owner.lease.pages for owner in self.owners))
         possible = len(set(self.model.values()) - leased)
@@ -310,7 +354,7 @@ class Tree(RuleBasedStateMachine):
 
 
 TestTree = Tree.TestCase
-TestTree.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestTree.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 
 # ----------------------------------------------------------------------------------------------------------------- cost
