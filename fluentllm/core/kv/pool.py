@@ -87,7 +87,7 @@ class KVPool:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
+    if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     # The kernel hands out zero pages as they are touched; torch.zeros would write all of the pool at start.
     size = math.prod(shape) * dtype.itemsize
