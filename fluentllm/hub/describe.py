@@ -128,13 +128,16 @@ def _parameters(file: Path) -> int:
     """Values in one file, from its header: eight bytes of length, then JSON. Scales of quantised blocks do not count."""
     try:
         with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            length = int.from_bytes(stream.read(8), "little")
+            if length > file.stat().st_size:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(stream.read(length))
         return sum(
             math.prod(entry["shape"])
             for name, entry in header.items()
             if name != "__metadata__" and not name.endswith("_scale_inv")
         )
-    except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"The header of {file} is cut off or damaged ({error}).", fix="Fetch it again.") from error
 
 
