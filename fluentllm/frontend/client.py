@@ -179,13 +179,15 @@ class _Client(ABC):
         try:
             self._send(Generate(request=request))
             running = True
-            while running:
+            while True:
                 for item in await stream.take():
                     if isinstance(item, FluentError):
                         running = False
                         raise item
                     running = item.finish_reason is None
                     yield item
+                    if not running:
+                        return
         finally:
             self._inbox.drop(request.id)
             if running:
