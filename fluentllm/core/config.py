@@ -185,9 +185,7 @@ class _Filler:
                 for key, value in given.value.items():
                     self._descend(node, given.inside(str(key), value), (str(key),))
             elif given.value is not None:
-                self._wrong(
-                    given, node.key, f"{node.key} is a section of settings, not a value, but {_seen(given.value)} was given."
-                )
+                self._wrong(given, node.key, f"{node.key} is a section, not a value, but {_seen(given.value)} was given.")
             return
         if rest:
             self._wrong(given, node.key, f"{node.key} has no settings inside, but {'.'.join(given.path)} was given.")

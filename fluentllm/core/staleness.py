@@ -7,6 +7,7 @@ for these. Used at start by `core/plugins.py` and by `fluent doctor`.
 from __future__ import annotations
 
 import json
+import shlex
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def stale_entries(plugins: Iterable[PluginInfo]) -> list[Stale]:
         installed = {entry.name: entry.value for entry in distribution.entry_points if entry.group == ENTRY_POINT_GROUP}
         declared = declared_entries(root)
         if declared is not None and declared != installed:
-            found.append(Stale(name, _difference(declared, installed), f"Reinstall it: pip install --no-deps -e {root}"))
+            found.append(Stale(name, _difference(declared, installed), f"Reinstall it: pip install --no-deps -e {shlex.quote(str(root))}"))
         if normalized(name) == OWN_DISTRIBUTION:
             found.extend(_undeclared(name, root, installed if declared is None else declared))
     return found
@@ -104,6 +105,6 @@ def _undeclared(name: str, root: Path, declared: dict[str, str]) -> list[Stale]:
             name,
             f"no entry point names these folders of fluentllm/plugins: {', '.join(orphans)}.",
             f'Declare them in pyproject.toml under [project.entry-points."{ENTRY_POINT_GROUP}"], '
-            f"then: pip install --no-deps -e {root}",
+            f"then: pip install --no-deps -e {shlex.quote(str(root))}",
         )
     ]

@@ -1,0 +1,46 @@
+"""What all tests share.
+
+Third-party plugins stay out of tests, whatever is installed beside FluentLLM: `FLUENT_PLUGINS=` holds for this process and
+those that it starts. Tests that want one name it (`allow=[...]`, or the variable of a subprocess).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+os.environ["FLUENT_PLUGINS"] = ""
+
+MakeDistribution = Callable[..., Path]
+
+
+@pytest.fixture
+def make_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeDistribution:
+    """Installs a distribution for one test: `make_distribution("acme", {"fast": "acme_fast:plugin [engine]"}, acme_fast="…")`.
+
+    What pip would have written is in a folder on `sys.path`; keyword arguments are modules by name.
+    """
+
+    def make(
+        name: str, entries: Mapping[str, str], *, version: str = "1.2", direct_url: str | None = None, **modules: str
+    ) -> Path:
+        site = tmp_path / f"site-{name}"
+        info = site / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        lines = "".join(f"{entry} = {value}\n" for entry, value in entries.items())
+        (info / "entry_points.txt").write_text(f"[fluentllm.plugins]\n{lines}")
+        if direct_url is not None:
+            (info / "direct_url.json").write_text(direct_url)
+        for module, source in modules.items():
+            (site / f"{module}.py").write_text(textwrap.dedent(source))
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.syspath_prepend(str(site))
+        return site
+
+    return make

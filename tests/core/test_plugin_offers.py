@@ -1,0 +1,142 @@
+"""Routes, commands and settings that plugins add."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import typer
+
+from fluentllm.core.errors import PluginError
+from fluentllm.core.hookspecs import hookimpl
+from fluentllm.core.plugins import PluginManager
+
+
+class Routes:
+    def __init__(self, *routes, **options) -> None:
+        self.routes, self.options = routes, options
+
+    @hookimpl
+    def fluent_routes(self, register):
+        for path in self.routes:
+            register(path, self.answer, **self.options)
+
+    async def answer(self, request): ...
+
+
+def load_frontend(**objects):
+    return PluginManager.load({"frontend"}, objects=objects)
+
+
+def test_routes_are_collected_with_who_gave_them():
+    routes = load_frontend(acme=Routes("/acme/{name}", methods=("get", "POST"), summary="Acme.")).routes()
+    (route,) = [route for route in routes if route.plugin == "acme"]
+    assert (route.path, route.methods, route.summary) == ("/acme/{name}", ("GET", "POST"), "Acme.")
+
+
+def test_routes_are_asked_for_in_the_front_end_only():
+    assert PluginManager.load({"engine"}, objects={"acme": Routes("/acme")}).routes() == []
+
+
+@pytest.mark.parametrize("other", ["/acme/{name}", "/acme/{anything}", "/acme/{name}/"])
+def test_two_routes_of_one_path_and_method_clash(other):
+    with pytest.raises(
+        PluginError, match=r"Two plugins serve GET .*plugin 'one'.* and plugin 'two'|.*plugin 'two'.* and plugin 'one'"
+    ):
+        load_frontend(one=Routes("/acme/{name}"), two=Routes(other))
+
+
+def test_other_methods_or_paths_do_not_clash():
+    plugins = load_frontend(one=Routes("/acme"), two=Routes("/acme", methods=("POST",)), three=Routes("/acme/{name}"))
+    assert len([route for route in plugins.routes() if route.plugin in ("one", "two", "three")]) == 3
+
+
+def test_a_builtins_route_cannot_be_taken():
+    with pytest.raises(PluginError, match=r"POST /v1/chat/completions: .*api_openai"):
+        load_frontend(acme=Routes("/v1/chat/completions", methods=("POST",)))
+
+
+@pytest.mark.parametrize(
+    ("plugin", "what"),
+    [(Routes("acme"), "Begin the path"), (Routes("/a", methods="GET"), "tuple"), (Routes("/a", methods=()), "methods")],
+)
+def test_routes_that_cannot_be_served_are_refused(plugin, what):
+    with pytest.raises(PluginError, match=what):
+        load_frontend(acme=plugin)
+
+
+class Commands:
+    def __init__(self, *names: str, fail: bool = False, group: bool = False) -> None:
+        self.names, self.fail, self.group = names, fail, group
+
+    @hookimpl
+    def fluent_commands(self, app):
+        for name in self.names:
+            if self.group:
+                app.add_typer(typer.Typer(name=name))
+            else:
+                app.command(name)(lambda: None)
+        if self.fail:
+            raise RuntimeError("no more")
+
+
+def application() -> typer.Typer:
+    app = typer.Typer()
+
+    @app.command()
+    def serve_it(): ...
+
+    return app
+
+
+def names(app: typer.Typer) -> set:
+    return {command.name for command in app.registered_commands if command.name}
+
+
+def test_commands_are_added():
+    app = application()
+    PluginManager.load({"cli"}, objects={"acme": Commands("polish", "wax")}).add_commands(app)
+    assert names(app) == {"polish", "wax"}
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_commands_of_one_name_clash(group):
+    plugins = PluginManager.load({"cli"}, objects={"one": Commands("wax"), "two": Commands("wax", group=group)})
+    with pytest.raises(PluginError, match=r"`fluent wax`: .*plugin '(one|two)' .*plugin '(one|two)'"):
+        plugins.add_commands(application())
+
+
+def test_a_command_of_fluent_itself_cannot_be_taken():
+    with pytest.raises(PluginError, match=r"`fluent serve-it`: fluent itself and plugin 'acme'"):
+        PluginManager.load({"cli"}, objects={"acme": Commands("serve-it")}).add_commands(application())
+
+
+def test_a_plugin_that_breaks_off_adds_no_command():
+    app = application()
+    plugins = PluginManager.load({"cli"}, objects={"bad": Commands("half", fail=True), "good": Commands("whole")})
+    plugins.add_commands(app)
+    assert names(app) == {"whole"}
+    assert plugins.info("bad").state == "failed"
+
+
+class Polish(msgspec.Struct):
+    shine: int = 3
+
+
+class Configured:
+    def __init__(self, *structs) -> None:
+        self.structs = structs
+
+    @hookimpl
+    def fluent_config(self, register):
+        for struct in self.structs:
+            register(struct)
+
+
+def test_plugins_give_the_struct_of_their_settings():
+    assert PluginManager.load({"engine"}, objects={"acme": Configured(Polish)}).config_structs()["acme"] is Polish
+
+
+@pytest.mark.parametrize(("structs", "what"), [((dict,), "subclass of msgspec.Struct"), ((Polish, Polish), "two Structs")])
+def test_what_is_no_struct_is_refused(structs, what):
+    with pytest.raises(PluginError, match=what):
+        PluginManager.load({"engine"}, objects={"acme": Configured(*structs)})
