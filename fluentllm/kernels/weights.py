@@ -101,12 +101,13 @@ class Int4Weight:
 def pack(weight: Tensor, precision: str) -> Weight:
     """weight [out, in], float → the same matrix at `precision`.
 
-    int4 needs rows of whole groups of 32, a CPU and a multiple of 16 rows; where it does not fit, int8 is taken, and off
-    the CPU bfloat16.
+    int4 needs rows of whole groups of 32, a CPU and a multiple of 16 rows; where it does not fit, int8 is taken; off the CPU,
+    and where rows are no multiple of 16 values, bfloat16.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, one of {PRECISIONS} is expected")
-    if precision in ("int8", "int4") and weight.device.type != "cpu":
+    # torch's int8 product reads past rows that are no multiple of 16, and crashes.
+    if precision in ("int8", "int4") and (weight.device.type != "cpu" or weight.shape[1] % 16):
         precision = "bfloat16"
     if precision == "int4" and _fits_int4(*weight.shape):
         return Int4Weight(*quantise_int4(weight))
