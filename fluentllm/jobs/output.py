@@ -1,0 +1,95 @@
+"""The output file of a job: results in the input's order, each written once, across kills.
+
+A result is one line, written whole and flushed. Whoever opens the file again cuts off a line that a kill left half written,
+and goes on after the last whole one. A file beside it, `<output>.job`, says which job it belongs to.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from ..core.errors import ConfigError
+from .job import Job, Result
+
+
+class OutputFile:
+    """`with OutputFile(job) as out: out.done, out.put(result)`. Holds a lock: one run at a time."""
+
+    def __init__(self, job: Job) -> None:
+        """Raises `ConfigError` if the output belongs to another job, or another run writes it."""
+        self._path = Path(job.output)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = self._path.open("a+b")
+        try:
+            self._lock()
+            self._claim(fingerprint(job))
+            self.done = self._resume()
+        except BaseException:
+            self._file.close()
+            raise
+        self._waiting: dict[int, Result] = {}
+
+    def put(self, result: Result) -> int:
+        """Results may come in any order; they are written as soon as all before them are. Returns how many were."""
+        self._waiting[result.index] = result
+        lines = []
+        while (following := self._waiting.pop(self.done, None)) is not None:
+            lines.append(msgspec.json.encode(following) + b"\n")
+            self.done += 1
+        if lines:
+            self._file.write(b"".join(lines))
+            self._file.flush()
+        return len(lines)
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"Another run is writing {self._path}.", fix="Wait for it, or use another output.") from None
+
+    def _claim(self, fingerprint: str) -> None:
+        mark = self._path.with_name(self._path.name + ".job")
+        empty = self._path.stat().st_size == 0
+        if empty:
+            mark.write_text(fingerprint + "\n")
+        elif not mark.exists() or mark.read_text().strip() != fingerprint:
+            raise ConfigError(
+                f"{self._path} holds results of another job, input or sampling.",
+                fix=f"Name another output, or delete it and {mark.name}.",
+            )
+
+    def _resume(self) -> int:
+        """Number of whole lines; what follows them is cut off."""
+        self._file.seek(0)
+        done = whole = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            index = msgspec.json.decode(line, type=Result).index
+            if index != done:
+                raise ConfigError(f"{self._path}, line {done + 1}: index {index} is out of place.", fix="Delete the file.")
+            done += 1
+            whole += len(line)
+        self._file.truncate(whole)
+        self._file.seek(0, 2)
+        return done
+
+
+def fingerprint(job: Job) -> str:
+    """What results depend on: the input's bytes, the sampling, the settings."""
+    digest = hashlib.sha256(msgspec.json.encode([job.sampling, job.settings], order="sorted"))
+    with Path(job.input).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
