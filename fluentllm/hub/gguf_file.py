@@ -107,11 +107,25 @@ class _Reader:
         self.at = end
         return text
 
-    def value(self, kind: int, depth: int = 0) -> Any:
+    def strings(self, count: int) -> list[str]:
+        """`string`, `count` times, without a call for each: vocabularies have hundreds of thousands."""
+        data, at, size, length_at = self.data, self.at, len(self.data), struct.Struct("<Q").unpack_from
+        texts = []
+        for _ in range(count):
+            (length,) = length_at(data, at)
+            at += 8
+            if at + length > size:
+                raise IndexError(f"a string of {length} bytes at byte {at}")
+            texts.append(data[at : at + length].decode("utf-8", "replace"))
+            at += length
+        self.at = at
+        return texts
+
+    def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
-            return self.array(depth)
+            return self.array(0)
         if kind not in _SCALARS:
             raise IndexError(f"a value of unknown type {kind} at byte {self.at}")
         return self.scalar(_SCALARS[kind])
@@ -120,8 +134,10 @@ class _Reader:
         kind, count = self.scalar("I"), self.scalar("Q")
         if count > len(self.data) or depth > _MAX_DIMS:
             raise IndexError(f"an array of {count} items at byte {self.at}")
-        if kind in (_STRING, _ARRAY):
-            return [self.value(kind, depth + 1) for _ in range(count)]
+        if kind == _STRING:
+            return self.strings(count)
+        if kind == _ARRAY:
+            return [self.array(depth + 1) for _ in range(count)]
         if kind not in _SCALARS:
             raise IndexError(f"an array of unknown type {kind} at byte {self.at}")
         code = f"<{count}{_SCALARS[kind]}"
