@@ -12,6 +12,7 @@ import torch
 
 from ..core.protocols import WeightSlot
 from ..kernels.moe import Routing, combine, route
+from ..kernels.weights import DENSE
 from .mlp import MLP
 from .module import Module, join
 
@@ -68,8 +69,8 @@ class Experts(Module):
         self._device = ctx.device
         self._weights: dict[tuple[int, str], Weight] = {}
         self._arrived: dict[tuple[int, str], Tensor] = {}
-        if self._precision in ("float32", "bfloat16"):
-            dtype = getattr(torch, self._precision)
+        if self._precision in DENSE:
+            dtype = DENSE[self._precision]
             self.gate_up = torch.empty(self.count, 2 * inner, hidden, dtype=dtype, device=ctx.device)
             self.down = torch.empty(self.count, hidden, inner, dtype=dtype, device=ctx.device)
             for number in range(self.count):
