@@ -34,12 +34,13 @@ class LocalEngine:
 
     def __init__(self, settings: Settings, progress: Callable[[str], None] | None = None) -> None:
         """`progress` gets a line for each stage of loading."""
+        from .core.config import bind
         from .core.plugins import PluginManager
         from .hub import resolve
 
         plugins = PluginManager.load({"engine", "executor"}, settings.plugins.allow, settings.plugins.deny)
 
-        self.settings = settings
+        self.settings = bind(settings, plugins.config_structs())
         self.files: ModelFiles = resolve(settings.model.name, revision=settings.model.revision)
         self._loop = _new_loop()
         self._ended: str | None = None

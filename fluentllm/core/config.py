@@ -98,19 +98,25 @@ def to_json(loaded: Loaded) -> bytes:
 
 
 def from_json(data: bytes, structs: Structs | None = None) -> Settings:
-    """What `to_json` wrote. `structs`: of the plugins that this process loads (`PluginManager.config_structs()`); each
-    gets its Struct, filled with defaults where nothing was given. Other plugins' settings stay plain dicts."""
-    settings = msgspec.json.decode(data, type=Settings)
-    for name, struct in (structs or {}).items():
-        if struct is None:
+    """What `to_json` wrote, bound to the plugins that this process loads (`PluginManager.config_structs()`)."""
+    return bind(msgspec.json.decode(data, type=Settings), structs or {})
+
+
+def bind(settings: Settings, structs: Structs) -> Settings:
+    """Give each of these plugins its Struct at `settings.plugin[name]`, with defaults where nothing was given.
+
+    Other plugins' settings stay as they are. Raises `ConfigError` if a plugin's settings lack what must be given.
+    """
+    for name, struct in structs.items():
+        given = settings.plugin.get(name, {})
+        if struct is None or isinstance(given, struct):
             continue
         try:
-            settings.plugin[name] = msgspec.convert(settings.plugin.get(name, {}), struct)
+            settings.plugin[name] = msgspec.convert(given, struct)
         except msgspec.ValidationError as error:
             hint = f"Give it in the config file or as {environment_name(f'plugins.{name}.KEY')}."
-            raise ConfigError(
-                f"The settings at plugins.{name} do not fit: {error}.", fix=hint, param=f"plugins.{name}"
-            ) from error
+            message = f"The settings at plugins.{name} do not fit: {error}."
+            raise ConfigError(message, fix=hint, param=f"plugins.{name}") from error
     return settings
 
 

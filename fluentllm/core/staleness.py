@@ -73,7 +73,8 @@ def stale_entries(plugins: Iterable[PluginInfo]) -> list[Stale]:
         installed = {entry.name: entry.value for entry in distribution.entry_points if entry.group == ENTRY_POINT_GROUP}
         declared = declared_entries(root)
         if declared is not None and declared != installed:
-            found.append(Stale(name, _difference(declared, installed), f"Reinstall it: pip install --no-deps -e {shlex.quote(str(root))}"))
+            command = f"pip install --no-deps -e {shlex.quote(str(root))}"
+            found.append(Stale(name, _difference(declared, installed), f"Reinstall it: {command}"))
         if normalized(name) == OWN_DISTRIBUTION:
             found.extend(_undeclared(name, root, installed if declared is None else declared))
     return found

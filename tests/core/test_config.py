@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
-from fluentllm.core.config import from_json, load, to_json
+from fluentllm.core.config import bind, from_json, load, to_json
 from fluentllm.core.errors import ConfigError
 from fluentllm.core.settings import Settings
 
@@ -297,3 +297,14 @@ def test_settings_travel_to_a_child_process():
     assert from_json(to_json(load(None, {}, {}, structs={})), {"acme_fast": Acme}).plugin == {"acme_fast": Acme()}
     with pytest.raises(ConfigError, match=r"plugins\.needy do not fit.*`url`"):
         from_json(to_json(loaded), {"needy": Needy})
+
+
+def test_an_engine_in_this_process_binds_its_plugins():
+    settings = load(None, {"plugins.acme_fast.speed": 2.0}, {}, structs={"acme_fast": Acme, "needy": None}).settings
+    given = settings.plugin["acme_fast"]
+    bind(settings, {"acme_fast": Acme, "other": Acme})
+    assert settings.plugin["acme_fast"] is given
+    assert settings.plugin["other"] == Acme()
+    with pytest.raises(ConfigError, match=r"plugins\.needy do not fit") as error:
+        bind(settings, {"needy": Needy})
+    assert "FLUENT_PLUGINS__NEEDY__KEY" in error.value.fix
