@@ -184,6 +184,8 @@ class Engine:
         if plan is not None:
             self._steps += 1
             self._launched.append((plan, self.executor.launch(plan)))
+            for init in plan.admit:
+                self._observe("scheduled", self.scheduler.sequence(init.slot))
         if self._launched and (plan is None or len(self._launched) > self.overlap_depth):
             launched, future = self._launched.popleft()
             result = await asyncio.wrap_future(future)
@@ -192,6 +194,9 @@ class Engine:
             self._wake.clear()
             self.last_progress = time.monotonic()
             self._flush_kv_events()
+            if not self.has_work:
+                # A page that nobody can give back is a bug: better found now than as a server that slowly fills.
+                self.kv.check_idle()
             await self._wake.wait()
         else:
             # Let connections in between two launches.

@@ -265,7 +265,7 @@ class AttentionBackend(Protocol):
 # --------------------------------------------------------------------------------------------------------------- observers
 @dataclass(frozen=True, slots=True)
 class RequestEvent:
-    """A request's life, for observers."""
+    """A request's life, for observers. `scheduled` comes again when a preempted request comes back."""
 
     kind: Literal["queued", "scheduled", "first_token", "finished"]
     id: str

@@ -10,6 +10,10 @@ import pytest
 
 from fluentllm.assembly import assemble
 from fluentllm.core.errors import ContextTooLong, InvalidRequest, QueueFull
+from fluentllm.core.hookspecs import hookimpl
+from fluentllm.core.plugins import PluginManager
+from fluentllm.core.protocols import RequestEvent
+from fluentllm.core.types import KVEvent, StepPlan, StepResult
 
 from .harness import Harness, Running
 
@@ -159,3 +163,51 @@ async def test_a_program_that_raises_reaches_whoever_runs_the_engine(tiny: Harne
     Running(engine).submit([5])
     with pytest.raises(ArithmeticError, match="on fire"):
         await asyncio.wait_for(engine.run(), 10)
+
+
+class Witness:
+    """A plugin that writes down what it observes."""
+
+    def __init__(self) -> None:
+        self.requests: list[RequestEvent] = []
+        self.steps: list[tuple[StepPlan, StepResult]] = []
+        self.kv: list[KVEvent] = []
+
+    @hookimpl
+    def fluent_request(self, event: RequestEvent) -> None:
+        self.requests.append(event)
+
+    @hookimpl
+    def fluent_step(self, plan: StepPlan, result: StepResult) -> None:
+        self.steps.append((plan, result))
+
+    @hookimpl
+    def fluent_kv_events(self, events: list[KVEvent]) -> None:
+        self.kv += events
+
+
+async def test_observers_see_every_request_step_and_page(tiny: Harness) -> None:
+    witness = Witness()
+    plugins = PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects={"witness": witness})
+    engine = assemble(tiny.settings(), "tiny", tiny.loaded, plugins)
+    task = asyncio.create_task(engine.run())
+    running = Running(engine)
+    request_id = running.submit(prompt(1, 40), max_tokens=5, ignore_eos=True)
+    await running.rest(request_id)
+    while engine.has_work:
+        await asyncio.sleep(0.002)
+    engine.clear_cache()
+    await running.tokens([7], max_tokens=1)
+    engine.stop()
+    await task
+    assert [e.kind for e in witness.requests if e.id == request_id] == ["queued", "scheduled", "first_token", "finished"]
+    assert witness.requests[3].details == {
+        "reason": "length",
+        "prompt_tokens": 40,
+        "cached_tokens": 0,
+        "generated_tokens": 5,
+    }
+    assert [plan.step for plan, result in witness.steps] == [result.step for plan, result in witness.steps]
+    assert sum(len(slot.tokens) for _, result in witness.steps for slot in result.slots) == 6
+    assert [event.kind for event in witness.kv] == ["stored", "cleared"]
+    assert witness.kv[0].tokens == prompt(1, 40)[:32]
