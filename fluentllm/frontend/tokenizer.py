@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 BYTE_LEVEL, BYTE_FALLBACK, OTHER = "byte_level", "byte_fallback", "other"
 
 
+_FRAMED_BY_CONFIG = {"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer"}
+"""Classes of Transformers 4 whose add_bos_token and add_eos_token outrank what tokenizer.json frames text with. Checkpoints
+count on it: DeepSeek's tokenizer.json adds no bos, its config does. For any other class, tokenizer.json is right."""
+
+
 def _byte_of_char() -> dict[str, int]:
     """GPT-2's spelling of bytes as printable characters: printable ones stand for themselves, the rest for U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -77,9 +82,10 @@ class Tokenizer:
         """
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
+        except TypeError:
+            at = next(i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff")
             raise InvalidRequest(
-                f"The text is not valid Unicode: {error.reason} at character {error.start}.", fix="Remove lone surrogates."
+                f"The text is not valid Unicode: a lone surrogate at character {at}.", fix="Remove it."
             ) from None
 
     def least_tokens(self, text: str) -> int:
@@ -181,7 +187,8 @@ def _from_folder(folder: Path) -> Tokenizer:
     ]
     extra += [AddedToken(text, special=True) for text in names.values() if text not in known]
     backend.add_tokens(extra)
-    if isinstance(config.get("add_bos_token"), bool) or isinstance(config.get("add_eos_token"), bool):
+    stated = isinstance(config.get("add_bos_token"), bool) or isinstance(config.get("add_eos_token"), bool)
+    if stated and str(config.get("tokenizer_class", "")).removesuffix("Fast") in _FRAMED_BY_CONFIG:
         _frame(backend, names, bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
     ends = _json(folder / "generation_config.json").get("eos_token_id")
     eos = backend.token_to_id(names["eos_token"]) if "eos_token" in names else None
@@ -201,7 +208,7 @@ def _folder_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _frame(backend: Backend, names: dict[str, str], bos: bool, eos: bool) -> None:
-    """Make `encode` add exactly these; what a checkpoint states outranks its tokenizer.json, as in Transformers."""
+    """Make `encode` add exactly these."""
     from tokenizers.processors import TemplateProcessing
 
     first = names.get("bos_token") if bos else None
