@@ -4,6 +4,7 @@ added to what Transformers saved, since it has none."""
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,14 +28,27 @@ if TYPE_CHECKING:
 STEPS = 4
 
 
-def make_expert_oracle(config: PreTrainedConfig, folder: Path, bias: float) -> Oracle:
+@dataclass(slots=True)
+class CachedOracle(Oracle):
+    """Computes the logits of a sequence once: models with experts are compared very often. `known` may be cleared."""
+
+    known: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def logits(self, tokens: list[int]) -> Tensor:
+        key = tuple(tokens)
+        if key not in self.known:
+            self.known[key] = Oracle.logits(self, tokens)
+        return self.known[key]
+
+
+def make_expert_oracle(config: PreTrainedConfig, folder: Path, bias: float) -> CachedOracle:
     """`bias`: standard deviation of the routers' `e_score_correction_bias`, on the scale of the scores."""
     oracle = make_oracle(config, folder)
     for name, buffer in oracle.model.named_buffers():
         if "e_score_correction_bias" in name:
             buffer.mul_(bias / 0.3)
     oracle.model.save_pretrained(folder)
-    return oracle
+    return CachedOracle(oracle.model, folder, oracle.tokens)
 
 
 def state_of(folder: Path) -> dict[str, Tensor]:
