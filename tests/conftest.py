@@ -6,10 +6,14 @@ those that it starts. Tests that want one name it (`allow=[...]`, or the variabl
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+import shutil
+import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -44,3 +48,27 @@ def make_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeDi
         return site
 
     return make
+
+
+@pytest.fixture(scope="module")
+def third_party_plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`tests/third_party_plugin`, installed by pip into this environment while a module's tests run → the plugin's name.
+
+    Other modules must not see it, even where they start servers with an environment of their own.
+    """
+    source = tmp_path_factory.mktemp("third_party") / "source"
+    shutil.copytree(Path(__file__).parent / "third_party_plugin", source)  # building leaves files behind
+    _pip("install", "--quiet", "--no-build-isolation", "--no-deps", str(source))
+    importlib.invalidate_caches()
+    yield "shortest_first"
+    _pip("uninstall", "--quiet", "--yes", "fluent-shortest-first")
+
+
+def _pip(command: str, *arguments: str) -> None:
+    if importlib.util.find_spec("pip") is not None:
+        line = [sys.executable, "-m", "pip", "--disable-pip-version-check", command, *arguments]
+    else:  # environments that uv made have no pip
+        known = [argument for argument in arguments if argument != "--yes"]
+        line = ["uv", "pip", command, "--python", sys.executable, *known]
+    result = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -126,7 +126,8 @@ def installed_structs(lists: PluginSettings, configured: frozenset[str]) -> Stru
     admit(infos, lists.allow, lists.deny)
     names: dict[str, type[Struct] | None] = {info.name: None for info in infos if info.state != "excluded"}
     if configured & names.keys():
-        asked = PluginManager.load(None, lists.allow, lists.deny, only=configured, hooks=("fluent_config",))
+        allowed = names.keys() if lists.allow is None else lists.allow  # decided here, whatever the process's environment says
+        asked = PluginManager.load(None, allowed, lists.deny, only=configured, hooks=("fluent_config",))
         names.update(asked.config_structs())
     return names
 

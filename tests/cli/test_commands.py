@@ -1,0 +1,173 @@
+"""`fluent` itself: its help, its errors, and the commands about settings, plugins and this machine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fluentllm import __version__, cli
+from fluentllm.cli import options
+from fluentllm.core.errors import ConfigError
+
+
+def test_help_names_every_command(fluent):
+    text = fluent("--help").stdout
+    assert [name for name in cli.COMMANDS if f" {name} " not in text] == []
+
+
+def test_version(fluent):
+    assert fluent("--version").stdout == f"fluentllm {__version__}\n"
+
+
+def test_an_error_is_two_lines_and_exit_code_2(fluent):
+    result = fluent("config", "show", "--set", "server.prot=1", code=2)
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "error: command line, --set server.prot: unknown key 'server.prot' (its value: '1').",
+        "fix: Did you mean server.port?",
+    ]
+
+
+def test_fluent_debug_shows_the_traceback(fluent):
+    result = fluent("config", "show", "--set", "server.prot=1", code=1, FLUENT_DEBUG="1")
+    assert "Traceback" in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------------- config
+def test_config_show_says_where_values_come_from(fluent, tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("server:\n  host: 0.0.0.0\n  api_key: sesame\n")
+    shown = fluent("config", "show", "--config", str(file), "--set", "engine.threads=3", FLUENT_KV__PAGE_SIZE="32").stdout
+    lines = {line.split()[0]: line.split(maxsplit=2)[1:] for line in shown.splitlines()}
+    assert lines["server.host"] == ["0.0.0.0", f"{file}, line 2"]
+    assert lines["server.api_key"] == ["(hidden)", f"{file}, line 3"]
+    assert lines["kv.page_size"] == ["32", "environment variable FLUENT_KV__PAGE_SIZE"]
+    assert lines["engine.threads"] == ["3", "command line, --set engine.threads"]
+    assert lines["server.port"] == ["8000", "default"]
+    assert "sesame" not in shown
+    changed = json.loads(fluent("config", "show", "--changed", "--json", FLUENT_CONFIG=str(file)).stdout)
+    assert set(changed) == {"server.host", "server.api_key", "plugins.allow"}
+
+
+def test_config_explain(fluent):
+    text = fluent("config", "explain", "kv.page_size").stdout
+    for part in ("Tokens a page", "int ≥ 1 or null, in tokens", "value    null (from: default)", "FLUENT_KV__PAGE_SIZE"):
+        assert part in text
+    assert "fix: Did you mean server.port?" in fluent("config", "explain", "server.prot", code=2).stderr
+
+
+def test_config_schema(fluent):
+    assert json.loads(fluent("config", "schema").stdout)["properties"]["server"]
+    assert "| `server.port` |" in fluent("config", "schema", "--format", "markdown").stdout
+
+
+# ------------------------------------------------------------------------------------------------------------------ plugins
+def test_plugins_list_and_show(fluent):
+    rows = {row["name"]: row for row in json.loads(fluent("plugins", "list", "--json").stdout)}
+    assert rows["scheduler_fcfs"]["hooks"] == ["fluent_schedulers"]
+    assert {row["state"] for row in rows.values() if row["builtin"]} == {"loaded"}
+    assert "scheduler_fcfs" in fluent("plugins", "list").stdout
+    row = json.loads(fluent("plugins", "show", "scheduler_fcfs", "--json").stdout)
+    assert row["offers"] == {"schedulers": ["fcfs"]}
+    assert row["calls"]["import"]["calls"] == 1
+    assert "Did you mean 'scheduler_fcfs'?" in fluent("plugins", "show", "scheduler", code=2).stderr
+
+
+def test_plugins_trace(fluent):
+    calls = json.loads(fluent("plugins", "trace", "--json").stdout)
+    assert {"import", "fluent_schedulers"} <= {call["hook"] for call in calls if call["plugin"] == "scheduler_fcfs"}
+    assert "fluent_schedulers" in fluent("plugins", "trace").stdout
+
+
+def test_a_broken_plugin_is_diagnosed_and_stops_nothing_else(fluent, make_distribution):
+    site = make_distribution("acme", {"broken": "acme_broken:plugin"}, acme_broken="import no_such_module")
+    environ = {"PYTHONPATH": str(site), "FLUENT_PLUGINS": "broken"}
+    result = fluent("plugins", "doctor", code=1, **environ)
+    assert "No module named 'no_such_module'" in result.stdout
+    assert "fix: Mend or upgrade acme, or add 'broken' to `plugins.deny`." in result.stdout
+    assert "plugin 'broken' (acme 1.2) is left out" in fluent("config", "explain", "server.port", **environ).stderr
+
+
+def test_commands_that_clash_stop_the_start_but_not_the_doctor(fluent, make_distribution):
+    source = """
+    from fluentllm.core.hookspecs import hookimpl
+
+    class Plugin:
+        @hookimpl
+        def fluent_commands(self, app):
+            app.command("serve")(lambda: None)
+
+    plugin = Plugin()
+    """
+    site = make_distribution("acme", {"thief": "acme_thief:plugin [cli]"}, acme_thief=source)
+    environ = {"PYTHONPATH": str(site), "FLUENT_PLUGINS": "thief"}
+    result = fluent("config", "show", code=2, **environ)
+    assert "error: Two plugins add the command `fluent serve`: fluent itself and plugin 'thief' (acme 1.2" in result.stderr
+    fluent("plugins", "list", **environ)
+    # A deny list counts for commands too, wherever it stands.
+    fluent("config", "show", "--set", "plugins.deny=thief", **environ)
+    fluent("config", "show", **environ, FLUENT_PLUGINS__DENY="thief")
+
+
+# ------------------------------------------------------------------------------------------------------------------- doctor
+def test_doctor_says_what_would_be_used(fluent, tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "vocab_size": 64,
+                "max_position_embeddings": 128,
+            }
+        )
+    )
+    line = ("doctor", str(tmp_path), "--json", "--set", "engine.device=cpu", "--set", "model.load_format=dummy")
+    report = json.loads(fluent(*line).stdout)
+    choices = {row["setting"]: row for row in report["choices"]}
+    assert choices["engine.device"] == {"setting": "engine.device", "set_to": "cpu", "uses": "cpu", "because": "as set"}
+    assert choices["model.dtype"]["uses"] == "float32"
+    assert choices["attention.backend"]["uses"] == "torch"
+    assert report["model"]["plugin"] == "model_llama"
+    packages = {row["name"]: row for row in report["packages"]}
+    assert packages["torch"]["version"]
+    assert packages["flashinfer-python"]["for"] == "cuda"
+    assert report["problems"] == []
+    assert "No problem found." in fluent(*line[:2], *line[3:]).stdout
+
+
+def test_doctor_reports_what_cannot_be_used(fluent):
+    report = json.loads(fluent("doctor", "--json", "--set", "scheduler.policy=fcsf", code=1).stdout)
+    assert "No plugin offers the scheduling policy 'fcsf'" in report["problems"][0]["problem"]
+
+
+# ------------------------------------------------------------------------------------------------------------------ options
+def test_options_put_flags_over_the_environment_and_sets_over_flags():
+    flags = {"server.port": "8001", "server.host": None, "engine.threads": 2}
+    loaded = options.load(None, flags, ["engine.threads=3"], {"FLUENT_SERVER__PORT": "1", "FLUENT_SERVER__HOST": "::1"})
+    settings = loaded.settings
+    assert (settings.server.port, settings.server.host, settings.engine.threads) == (8001, "::1", 3)
+    assert loaded.origins == {
+        "server.port": "command line, --port",
+        "server.host": "environment variable FLUENT_SERVER__HOST",
+        "engine.threads": "command line, --set engine.threads",
+    }
+
+
+@pytest.mark.parametrize("text", ["server.port", "=1", ""])
+def test_a_set_without_a_key_or_a_value_is_refused(text):
+    with pytest.raises(ConfigError, match="not of the form KEY=VALUE"):
+        options.load(None, {}, [text], {})
+
+
+def test_the_lists_are_read_before_the_command_line_is_parsed(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("plugins: {deny: [a]}\nserver: {this is: not looked at}\n")
+    for arguments in (["serve", "--config", str(file)], ["serve", f"--config={file}"], ["serve", "-c", str(file)]):
+        assert options.plugin_lists(arguments, {}).deny == ["a"]
+    assert options.plugin_lists(["serve", "--set", "plugins.deny=b"], {"FLUENT_CONFIG": str(file)}).deny == ["b"]
+    assert options.plugin_lists(["serve"], {"FLUENT_PLUGINS": "x"}).allow == ["x"]
