@@ -13,6 +13,7 @@ from typing import Any
 from fluentllm.assembly import LoadedModel, assemble, load_model
 from fluentllm.core import config
 from fluentllm.core.engine import Engine
+from fluentllm.core.kv.pool import KVPool
 from fluentllm.core.plugins import PluginManager
 from fluentllm.core.types import FromEngine, Outputs, Request, RequestOutput, SamplingParams
 from fluentllm.hub import resolve
@@ -36,10 +37,10 @@ TINY_LLAMA = {
 }
 
 
-def write_tiny_llama(folder: Path, **changes: Any) -> Path:
-    """A folder with a config.json, for `load_format: dummy`."""
+def write_tiny_llama(folder: Path, base: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """A folder with a config.json, for `load_format: dummy`; of another model with `base`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**TINY_LLAMA, **changes}))
+    (folder / "config.json").write_text(json.dumps({**(base or TINY_LLAMA), **changes}))
     return folder
 
 
@@ -54,6 +55,9 @@ class Harness:
 
     def settings(self, **overrides: Any) -> Any:
         return config.load(None, {**self.overrides, **overrides}, {}).settings
+
+    def page_bytes(self, page_size: int) -> int:
+        return KVPool.bytes_per_page(self.loaded.model.spec.kv, page_size, self.loaded.dtype)
 
     @asynccontextmanager
     async def engine(self, **overrides: Any) -> AsyncIterator[Running]:
