@@ -241,7 +241,7 @@ def test_damage_is_an_error_or_harmless_but_never_a_crash(tmp_path: Path) -> Non
     end = min(tensor.offset for tensor in read_header(path).tensors.values())
     draw = random.Random(0)
     refused = 0
-    for _ in range(1500):
+    for _ in range(500):
         damaged = bytearray(content)
         for _ in range(draw.randint(1, 4)):
             damaged[draw.randrange(4, end)] = draw.randrange(256)
@@ -250,4 +250,4 @@ def test_damage_is_an_error_or_harmless_but_never_a_crash(tmp_path: Path) -> Non
             config_from_header(read_header(path))
         except CheckpointError:
             refused += 1
-    assert refused > 100
+    assert refused > 50

@@ -13,7 +13,7 @@ import pytest
 from fluentllm.core.errors import CheckpointError, ModelNotFound
 from fluentllm.hub import DEFAULTS, load_config, resolve
 from fluentllm.hub.cache import sha256
-from fluentllm.hub.defaults import WheelSource
+from fluentllm.hub.defaults import Default, PackageSource, WheelSource
 from fluentllm.hub.describe import describe, known_models
 
 from .conftest import write_gguf
@@ -97,6 +97,15 @@ def test_defaults_are_listed_with_where_they_are() -> None:
 def test_a_default_has_no_revisions() -> None:
     with pytest.raises(ModelNotFound, match="revision 'main'"):
         resolve("smollm2", revision="main")
+
+
+def test_a_default_can_lie_inside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "data")
+    monkeypatch.setitem(DEFAULTS, "nano", Default("nano", "for tests", "Apache-2.0", PackageSource(folder)))
+    files = resolve("nano")
+    assert (files.name, files.path, files.kind) == ("nano", folder, "folder")
+    nano = next(model for model in known_models() if model.name == "nano")
+    assert (nano.cached, nano.path, nano.bytes) == (True, str(folder), (folder / "config.json").stat().st_size)
 
 
 # ------------------------------------------------------------------------------------------------------------------- local

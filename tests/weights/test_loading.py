@@ -16,7 +16,9 @@ from fluentllm.core.protocols import PackedTensor, WeightsContext, WeightSlot
 from fluentllm.core.settings import ModelSettings, Settings
 from fluentllm.layers.loading import load_weights
 from fluentllm.plugins.weights_dummy import DummySettings, plugin as dummy, supports as dummy_supports
+from fluentllm.plugins.weights_gguf import plugin as gguf
 from fluentllm.plugins.weights_gguf.checkpoint import GGUFCheckpoint
+from fluentllm.plugins.weights_safetensors import plugin as safetensors
 from fluentllm.plugins.weights_safetensors.checkpoint import SafetensorsCheckpoint
 
 from .conftest import FFN, HIDDEN
@@ -186,12 +188,10 @@ def test_blocks_are_offered_before_values(small_gguf: Callable[..., SmallGGUF], 
 def open_dummy(model: TwoTensors, path: Path, seed: int | None = None, dtype: str = "float32") -> Any:
     """Through the plugin's own hook, as assembly does."""
     (path / "config.json").write_text(json.dumps({"architectures": ["Two"]}))
-    factories: dict[str, Any] = {}
-    dummy.fluent_weights(lambda name, factory, supports: factories.__setitem__(name, factory))
     settings = Settings(model=ModelSettings(dtype=dtype))
     if seed is not None:
         settings.plugin["weights_dummy"] = DummySettings(seed=seed)
-    return factories["dummy"](WeightsContext(path, settings, list(model.weight_slots())))
+    return factories_of(dummy)["dummy"](WeightsContext(path, settings, list(model.weight_slots())))
 
 
 def test_dummy_weights_fill_any_model_and_come_again(tmp_path: Path) -> None:
@@ -221,3 +221,19 @@ def test_dummy_weights_have_the_models_dtype(tmp_path: Path) -> None:
 
 def test_dummy_weights_are_never_chosen_by_themselves(tmp_path: Path) -> None:
     assert "load_format: dummy" in (dummy_supports(tmp_path) or "")
+
+
+# ------------------------------------------------------------------------------------------------------- chosen by its name
+def factories_of(plugin: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    plugin.fluent_weights(lambda name, factory, supports: found.__setitem__(name, factory))
+    return found
+
+
+def test_a_reader_that_was_chosen_wrongly_says_so(small_gguf: Callable[..., SmallGGUF], tmp_path: Path) -> None:
+    path = small_gguf("llama").write()
+    with pytest.raises(CheckpointError, match=r"safetensors reader cannot open it: llama\.gguf is not a folder"):
+        factories_of(safetensors)["safetensors"](WeightsContext(path, Settings()))
+    with pytest.raises(CheckpointError, match=r"gguf reader cannot open it: .* is not a file"):
+        factories_of(gguf)["gguf"](WeightsContext(tmp_path, Settings()))
+    assert factories_of(gguf)["gguf"](WeightsContext(path, Settings())).config["model_type"] == "llama"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fluentllm.core.errors import CheckpointError
 from fluentllm.core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ def supports(path: Path) -> str | None:
 
 
 def _open(context: WeightsContext) -> Checkpoint:
+    reason = supports(context.path)
+    if reason is not None:
+        raise CheckpointError(f"The gguf reader cannot open it: {reason}.", fix="Leave model.load_format at auto.")
     from .checkpoint import GGUFCheckpoint
 
     return GGUFCheckpoint(context.path)
