@@ -67,7 +67,7 @@ async def serve(child: Child, plugins: PluginManager) -> None:
         lifespan="off",
         access_log=False,
         log_config=None,
-        log_level=child.settings.log.level,
+        log_level="debug" if child.settings.log.level == "debug" else "warning",  # it says little of use at info
         server_header=False,
         timeout_graceful_shutdown=child.settings.server.shutdown_timeout,  # type: ignore[arg-type]  # waits with wait_for
     )

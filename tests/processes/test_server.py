@@ -1,0 +1,178 @@
+"""`fluent serve` as users meet it, crashes included: real processes, a real engine, kill -9."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from .server import FLUENT, Server, write_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def temporary():
+    """A folder with a short path, as the sockets in it need."""
+    folder = Path(tempfile.mkdtemp(prefix="f", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One that tests may crash; each must leave it healthy."""
+    folder = Path(tempfile.mkdtemp(prefix="f", dir="/tmp"))
+    with running(tmp_path_factory.mktemp("model"), folder) as server:
+        yield server
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def running(tmp_path, temporary, *arguments):
+    server = Server(tmp_path / "tiny", *arguments, temporary=temporary)
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+def gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def events(response):
+    """The data of each server-sent event."""
+    for line in response.iter_lines():
+        if line.startswith("data: "):
+            yield line.removeprefix("data: ")
+
+
+def test_the_line_in_the_banner_works_when_pasted(server):
+    assert server.health() == (200, '{"status":"ready"}')
+    assert "LlamaForCausalLM" in server.output
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    line = next(line for line in server.lines if "curl " in line)
+    pasted = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
+    assert json.loads(pasted.stdout)["choices"], pasted.stdout
+
+
+def test_the_runtime_folder_is_for_this_user_only(server):
+    (folder,) = server.runtime_folders()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / "start.json").stat().st_mode & 0o777 == 0o600
+    assert (folder / "engine.sock").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_only_the_engine_loads_torch(server):
+    def has_torch(process: psutil.Process) -> bool:
+        return any("/torch/" in mapped.path for mapped in process.memory_maps())
+
+    assert has_torch(server.child("engine"))
+    assert not has_torch(server.child("frontend"))
+    assert not has_torch(psutil.Process(server.process.pid))
+
+
+def test_an_engine_that_is_killed_is_replaced(server):
+    engine, frontend = server.child("engine"), server.child("frontend")
+    before = server.complete()
+    assert before.status_code == 200, before.text
+    with server.stream() as response:
+        stream = events(response)
+        next(stream)
+        engine.kill()
+        rest = [event for event in stream if event != "[DONE]"]
+    assert json.loads(rest[-1])["error"]["code"] == "engine_died"
+    assert server.health() == (503, '{"status":"restarting"}')
+    refused = server.complete()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
+
+    server.wait_healthy()
+    assert server.child("engine").pid != engine.pid
+    assert server.child("frontend").pid == frontend.pid
+    assert server.complete().json()["choices"] == before.json()["choices"]
+
+
+def test_a_front_end_that_is_killed_is_replaced_on_the_same_port(server):
+    engine, frontend = server.child("engine"), server.child("frontend")
+    with server.stream() as response:
+        frontend.kill()
+        with pytest.raises(httpx.HTTPError):
+            list(response.iter_lines())
+    server.wait_healthy()  # connections that come meanwhile wait
+    assert server.child("engine").pid == engine.pid
+    assert server.child("frontend").pid != frontend.pid
+    assert server.complete().status_code == 200
+
+
+def test_children_end_with_a_supervisor_that_is_killed(server):
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    server.process.kill()
+    server.process.wait()
+    psutil.wait_procs(children, timeout=5)
+    assert all(gone(child) for child in children)
+    assert server.runtime_folders() == []
+
+
+def test_sigterm_lets_a_running_request_finish(tmp_path, temporary):
+    with running(tmp_path, temporary) as server:
+        with server.stream(max_tokens=300) as response:
+            stream = events(response)
+            next(stream)
+            children = psutil.Process(server.process.pid).children(recursive=True)
+            server.process.send_signal(signal.SIGTERM)
+            rest = list(stream)
+        assert rest[-1] == "[DONE]"
+        assert json.loads(rest[-2])["choices"][0]["finish_reason"] == "length"
+        assert server.wait_end() == 0, server.output
+        assert all(gone(child) for child in children)
+        assert server.runtime_folders() == []
+        with pytest.raises(httpx.ConnectError):
+            server.health()
+
+
+def test_too_many_crashes_end_the_server(tmp_path, temporary):
+    with running(tmp_path, temporary, "--set", "engine.max_restarts=0") as server:
+        frontend = server.child("frontend")
+        server.child("engine").kill()
+        assert server.wait_end() == 2
+        assert "engine.max_restarts is 0" in server.output
+        assert "SIGKILL" in server.output
+        assert gone(frontend)
+        assert server.runtime_folders() == []
+
+
+def test_a_second_signal_ends_at_once_and_children_never_outlive_the_supervisor(tmp_path, temporary):
+    with running(tmp_path, temporary, "--set", "server.shutdown_timeout=60") as server, server.stream() as response:
+        next(response.iter_lines())
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        assert len(children) == 2
+        server.process.send_signal(signal.SIGINT)
+        server.wait_for("Stopping")
+        server.process.send_signal(signal.SIGINT)
+        server.wait_end(timeout=5)
+        assert all(gone(child) for child in children)
+        assert server.runtime_folders() == []
+
+
+def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*FLUENT, "serve", *arguments], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_an_engine_that_refuses_to_start_is_not_started_again(tmp_path):
+    folder = write_tiny_llama(tmp_path / "tiny")
+    ended = serve(str(folder), "--port", "0", "--load-format", "dummy", "--max-model-len", "9000")
+    assert ended.returncode == 2
+    assert "error: model.max_model_len is 9000" in ended.stderr
+    assert "fix: Use at most 8192." in ended.stderr
+    assert "restarted" not in ended.stderr
+    assert "Traceback" not in ended.stderr
