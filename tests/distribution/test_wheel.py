@@ -8,7 +8,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
 from engine.harness import write_tiny_llama
 
 from .conftest import ROOT, Environment
