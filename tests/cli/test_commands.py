@@ -16,12 +16,12 @@ def test_help_names_every_command(fluent):
     assert [name for name in cli.COMMANDS if f" {name} " not in text] == []
 
 
-def test_version(fluent):
-    assert fluent("--version").stdout == f"fluentllm {__version__}\n"
+def test_version(fluent_process):
+    assert fluent_process("--version").stdout == f"fluentllm {__version__}\n"
 
 
-def test_an_error_is_two_lines_and_exit_code_2(fluent):
-    result = fluent("config", "show", "--set", "server.prot=1", code=2)
+def test_an_error_is_two_lines_and_exit_code_2(fluent_process):
+    result = fluent_process("config", "show", "--set", "server.prot=1", code=2)
     assert result.stdout == ""
     assert result.stderr.splitlines() == [
         "error: command line, --set server.prot: unknown key 'server.prot' (its value: '1').",
@@ -29,8 +29,8 @@ def test_an_error_is_two_lines_and_exit_code_2(fluent):
     ]
 
 
-def test_fluent_debug_shows_the_traceback(fluent):
-    result = fluent("config", "show", "--set", "server.prot=1", code=1, FLUENT_DEBUG="1")
+def test_fluent_debug_shows_the_traceback(fluent_process):
+    result = fluent_process("config", "show", "--set", "server.prot=1", code=1, FLUENT_DEBUG="1")
     assert "Traceback" in result.stderr
 
 
@@ -80,13 +80,13 @@ def test_plugins_trace(fluent):
     assert "fluent_schedulers" in fluent("plugins", "trace").stdout
 
 
-def test_a_broken_plugin_is_diagnosed_and_stops_nothing_else(fluent, make_distribution):
+def test_a_broken_plugin_is_diagnosed_and_stops_nothing_else(fluent_process, make_distribution):
     site = make_distribution("acme", {"broken": "acme_broken:plugin"}, acme_broken="import no_such_module")
     environ = {"PYTHONPATH": str(site), "FLUENT_PLUGINS": "broken"}
-    result = fluent("plugins", "doctor", code=1, **environ)
+    result = fluent_process("plugins", "doctor", code=1, **environ)
     assert "No module named 'no_such_module'" in result.stdout
     assert "fix: Mend or upgrade acme, or add 'broken' to `plugins.deny`." in result.stdout
-    assert "plugin 'broken' (acme 1.2) is left out" in fluent("config", "explain", "server.port", **environ).stderr
+    assert "plugin 'broken' (acme 1.2) is left out" in fluent_process("config", "explain", "server.port", **environ).stderr
 
 
 def test_commands_that_clash_stop_the_start_but_not_the_doctor(fluent, make_distribution):

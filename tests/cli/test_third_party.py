@@ -37,9 +37,9 @@ def test_it_is_in_order(fluent):
     assert "All plugins are in order." in fluent("plugins", "doctor", **ALLOWED).stdout
 
 
-def test_its_command_runs(fluent):
-    assert "shortest-first" in fluent("--help", **ALLOWED).stdout
-    lines = fluent("shortest-first", "900", "20", "300", **ALLOWED).stdout.splitlines()
+def test_its_command_runs(fluent_process):
+    assert "shortest-first" in fluent_process("--help", **ALLOWED).stdout
+    lines = fluent_process("shortest-first", "900", "20", "300", **ALLOWED).stdout.splitlines()
     assert lines == ["1. prompt 2 of 20 tokens", "2. prompt 3 of 300 tokens", "3. prompt 1 of 900 tokens"]
 
 
