@@ -85,26 +85,28 @@ def error_of(refused: Refused) -> FluentError:
 class _Stream:
     """What has come for one request and was not read yet. One reader, in the loop that `put` is called in."""
 
-    __slots__ = ("_items", "_waiter")
+    __slots__ = ("items", "_waiter")
 
     def __init__(self) -> None:
-        self._items: list[RequestOutput | FluentError] = []
+        self.items: list[RequestOutput | FluentError] = []
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, item: RequestOutput | FluentError) -> None:
-        self._items.append(item)
+        self.items.append(item)
         waiter = self._waiter
         if waiter is not None:
             self._waiter = None
             if not waiter.done():
                 waiter.set_result(None)
 
-    async def take(self) -> list[RequestOutput | FluentError]:
-        """Everything that came since the last time; waits until there is something."""
-        while not self._items:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        items, self._items = self._items, []
+    def arrival(self) -> asyncio.Future[None]:
+        """Done as soon as there is something to take."""
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        return waiter
+
+    def take(self) -> list[RequestOutput | FluentError]:
+        """Everything that came since the last time."""
+        items, self.items = self.items, []
         return items
 
 
@@ -180,7 +182,9 @@ class _Client(ABC):
             self._send(Generate(request=request))
             running = True
             while True:
-                for item in await stream.take():
+                if not stream.items:
+                    await stream.arrival()
+                for item in stream.take():
                     if isinstance(item, FluentError):
                         running = False
                         raise item
