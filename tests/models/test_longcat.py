@@ -196,6 +196,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(oracle: Oracle, tmp_path:
         ({"router_bias": True}, "router_bias: True"),
         ({"norm_topk_prob": True}, "norm_topk_prob: True"),
         ({"use_longcat_dsa": True}, "use_longcat_dsa: True"),
+        ({"index_topk": 2048}, "index_topk: 2048"),
         ({"ngram_vocab_size_ratio": 78}, "ngram_vocab_size_ratio: 78"),
         ({"moe_topk": 13}, "moe_topk 13"),
         ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers: 2"),

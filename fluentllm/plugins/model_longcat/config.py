@@ -13,6 +13,21 @@ from fluentllm.layers.fields import Fields
 FLASH, FLASH_ALIAS, NGRAM = "LongcatFlashForCausalLM", "LongcatCausalLM", "LongcatFlashNgramForCausalLM"
 """LongCat-Flash, the other name under which some of its checkpoints came, and LongCat-Flash-Lite."""
 
+OTHER_FEATURES = (
+    "use_longcat_dsa",
+    "index_topk",
+    "index_n_heads",
+    "linear_method",
+    "mla_use_output_gate",
+    "moe_group_size",
+    "grouped_moe_norm_scale",
+    "nextn_use_scmoe",
+    "oe_vocab_size_ratio",
+    "ngram_exclude_sp_token",
+    "ngram_fix_normalize_factor",
+)
+"""What later models of the family switch on by these fields: sparse and linear attention, grouped routing, other n-grams."""
+
 
 @dataclass(frozen=True, slots=True)
 class NgramConfig:
@@ -62,7 +77,8 @@ class LongcatConfig:
         f.only("router_bias", False)
         f.only("topk_method", None)
         f.only("num_nextn_predict_layers", 1, 0, None)
-        f.absent("use_longcat_dsa", "oe_vocab_size_ratio", "nextn_use_scmoe")
+        f.only("mtp_num_layers", None, 1, 0)
+        f.absent(*OTHER_FEATURES)
         hidden, q_lora, kv_lora = f.integer("hidden_size"), f.integer("q_lora_rank"), f.integer("kv_lora_rank")
         experts, zero = f.integer("n_routed_experts"), f.integer("zero_expert_num", 0)
         top_k = f.integer("moe_topk")
