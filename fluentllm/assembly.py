@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .core.draft_length import DraftLength
 from .core.engine import Engine
 from .core.errors import CheckpointError, ConfigError
 from .core.executor import Executor
 from .core.kv.cache import KVCache
 from .core.kv.pool import KVPool
-from .core.protocols import AttentionContext, AttentionSpec, BuildContext, Model, SchedulerContext, WeightsContext
+from .core.protocols import (
+    AttentionContext,
+    AttentionSpec,
+    BuildContext,
+    Model,
+    ProposerContext,
+    SchedulerContext,
+    WeightsContext,
+)
 from .core.settings import Settings
 from .core.slots import SlotTables
 from .core.types import ModelInfo, ModelSpec
@@ -93,7 +102,9 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
     slots = settings.scheduler.max_running or _DEFAULT_SLOTS.get(device.type, 64)
     longest = max_model_len(settings, spec)
 
-    tables = SlotTables(slots, longest, page_size, spec.vocab_size, device)
+    drafts = draft_length(settings)
+    max_drafts = drafts.max_k if drafts is not None else 0
+    tables = SlotTables(slots, longest, page_size, spec.vocab_size, device, max_drafts=max_drafts)
     page_bytes = KVPool.bytes_per_page(spec.kv, page_size, kv_dtype)
     wanted, least = slots * tables.max_pages, tables.max_pages
     pages = plan_pages(settings.kv.memory, device, page_bytes, page_size, wanted=wanted, least=least)
@@ -109,9 +120,15 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
     backend = _attention(settings, attention_spec, plugins)
     attention = backend(AttentionContext(attention_spec, pool, settings))
 
+    proposer = None
+    if drafts is not None:
+        make_proposer = plugins.registry("proposers").get(settings.speculative.method).factory
+        proposer = make_proposer(ProposerContext(settings, loaded.model, tables, attention, max_drafts))
+    programs = StepPrograms(loaded.model, attention, tables, proposer)
+
     kv = KVCache(pages, page_size, settings.kv.prefix_cache, listen=plugins.observers.watches_kv)
     make_scheduler = plugins.registry("schedulers").get(settings.scheduler.policy).factory
-    scheduler = make_scheduler(SchedulerContext(settings, kv, slots, longest, spec.eos_token_ids))
+    scheduler = make_scheduler(SchedulerContext(settings, kv, slots, longest, spec.eos_token_ids, max_drafts))
     info = ModelInfo(
         name=settings.model.served_name or name,
         spec=spec,
@@ -126,9 +143,10 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
     return Engine(
         info=info,
         scheduler=scheduler,
-        executor=Executor(StepPrograms(loaded.model, attention, tables), tables, threads=settings.engine.threads),
+        executor=Executor(programs, tables, threads=settings.engine.threads),
         kv=kv,
         overlap_depth=settings.engine.overlap_depth,
+        draft_length=drafts,
         observers=plugins.observers,
     )
 
@@ -146,6 +164,20 @@ def choose_device(name: str) -> torch.device:
             f"engine.device is {name!r}, but PyTorch sees no GPU.", fix="Use --device cpu, or run `fluent doctor`."
         )
     return device
+
+
+def draft_length(settings: Settings) -> DraftLength | None:
+    """None if speculation is off. Raises `ConfigError` for a fixed k beyond `max_k`."""
+    wanted = settings.speculative
+    if wanted.method == "none":
+        return None
+    if wanted.k != "auto" and not 0 <= wanted.k <= wanted.max_k:
+        raise ConfigError(
+            f"speculative.k is {wanted.k}, and speculative.max_k {wanted.max_k}.",
+            fix=f"Use auto or 0 … {wanted.max_k}, or raise max_k.",
+            param="speculative.k",
+        )
+    return DraftLength(wanted.k, wanted.max_k)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from .draft_length import DraftLength
 from .errors import ContextTooLong, FluentError, InvalidRequest
 from .executor import Executor
 from .kv.cache import KVCache
@@ -24,6 +25,7 @@ from .protocols import RequestEvent, Scheduler
 from .sequence import Phase, Sequence
 from .types import (
     MAX_STOP_IDS,
+    Drafting,
     EngineStats,
     FinishReason,
     FromEngine,
@@ -89,6 +91,7 @@ class Engine:
         executor: Executor,
         kv: KVCache,
         overlap_depth: int,
+        draft_length: DraftLength | None = None,
         observers: Observers | None = None,
     ) -> None:
         self.info = info
@@ -96,6 +99,10 @@ class Engine:
         self.executor = executor
         self.kv = kv
         self.overlap_depth = overlap_depth
+        self.draft_length = draft_length
+        """None where nothing drafts."""
+        self._left_drafts = 0
+        """Drafts that the last launched step leaves for the next to verify."""
         self.observers = observers or Observers()
         self.last_progress = time.monotonic()
         """When a step was last collected or the loop last idled, for the watchdog."""
@@ -146,7 +153,8 @@ class Engine:
                 fix="Shorten the prompt or lower max_tokens.",
                 param="max_tokens" if length < limit else "prompt",
             )
-        if not self.kv.can_ever_fit(length + request.params.max_tokens):
+        drafts = 2 * self.draft_length.max_k if self.draft_length is not None else 0
+        if not self.kv.can_ever_fit(length + request.params.max_tokens + drafts):
             raise ContextTooLong(
                 f"{length + request.params.max_tokens} tokens exceed the KV pool of {self.info.kv_tokens} tokens.",
                 fix="Lower max_tokens, or start the server with a larger kv.memory.",
@@ -180,8 +188,9 @@ class Engine:
         self._wake.set()
 
     async def _turn(self) -> None:
-        plan = None if self._stopping else self.scheduler.plan(self._steps)
+        plan = None if self._stopping else self.scheduler.plan(self._steps, self._drafting())
         if plan is not None:
+            self._left_drafts = plan.drafting.draft
             self._steps += 1
             self._launched.append((plan, self.executor.launch(plan)))
             for init in plan.admit:
@@ -201,6 +210,12 @@ class Engine:
         else:
             # Let connections in between two launches.
             await asyncio.sleep(0)
+
+    def _drafting(self) -> Drafting:
+        """Launches chain: what a step drafts is what the next verifies."""
+        if self.draft_length is None:
+            return Drafting()
+        return Drafting(self._left_drafts, self.draft_length.choose(self.scheduler.running))
 
     @property
     def has_work(self) -> bool:
@@ -225,6 +240,8 @@ class Engine:
                 del self._owners[sequence], owner.sequences[sequence.request.id]
                 self._finish(sequence, slot.finished)
         self.scheduler.collected(plan, finished)
+        if self.draft_length is not None:
+            self.draft_length.collected(plan, result)
         for connection, batch in outputs.items():
             connection.deliver(Outputs(batch))
         self.observers.step(plan, result)
@@ -245,6 +262,8 @@ class Engine:
             logprobs=slot.logprobs,
             finish_reason=slot.finished,
             stop_token=slot.tokens[-1] if slot.finished == "stop" else None,
+            drafted=slot.drafted,
+            accepted=slot.accepted,
         )
         if first:
             output.cached_tokens = sequence.cached_tokens

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .kv.pool import KVPool
     from .sequence import Sequence
     from .settings import Settings
-    from .types import ModelSpec, StepPlan
+    from .slots import SlotTables
+    from .types import Drafting, ModelSpec, StepPlan
 
 # ------------------------------------------------------------------------------------------------------------ registration
 Supports = Callable[[Any], str | None]
@@ -69,6 +70,8 @@ class SchedulerContext:
     """Sequences that can be on the device at once."""
     max_model_len: int
     eos_token_ids: tuple[int, ...] = ()
+    max_drafts: int = 0
+    """A step may write KV for twice as many tokens past the end of a sequence."""
 
 
 class Scheduler(Protocol):
@@ -86,8 +89,13 @@ class Scheduler(Protocol):
         """Plan it no more; its slot and pages are released once every step that names it has been collected."""
         ...
 
-    def plan(self, step: int) -> StepPlan | None:
-        """The next step, or None if nothing can run now."""
+    def plan(self, step: int, drafting: Drafting) -> StepPlan | None:
+        """The next step, or None if nothing can run now.
+
+        Every sequence that decodes brings at most `drafting.verify` + 1 tokens and needs pages for
+        `Sequence.longest` + `drafting.verify` + `drafting.draft` tokens; `drafting` goes into the plan as it is. Each
+        sequence in the plan is told by `Sequence.launch`, and again by `Sequence.collect` when the step was collected.
+        """
         ...
 
     def collected(self, plan: StepPlan, finished: SequenceOf[Sequence]) -> None:
@@ -259,6 +267,33 @@ class AttentionBackend(Protocol):
         """q_nope [T, H, nope], q_rope [T, H, rope], latent [T, C] (normed, scaled), k_rope [T, rope] (rotary applied),
         up_k [H, nope, C], up_v [H, Dv, C] (the two halves of kv_b) → [T, H, Dv]. The backend chooses the absorbed or the
         expanded form."""
+        ...
+
+
+# -------------------------------------------------------------------------------------------------------------- speculation
+@dataclass(frozen=True, slots=True)
+class ProposerContext:
+    """What a proposer is made from."""
+
+    settings: Settings
+    model: Model
+    tables: SlotTables
+    attention: AttentionBackend
+    max_drafts: int
+
+
+class Proposer(Protocol):
+    """Drafts tokens that the next step verifies. Part of the step program: device tensors in and out, and no waiting for the
+    device. A draft is right if it is the token that the target draws itself, so nothing here can change an answer."""
+
+    def draft(self, batch: Batch, hidden: Tensor, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Called after every pass of the target, once its tokens are in the slot tables.
+
+        batch: the pass, prefill or decode; hidden [T, hidden]: of its rows, after the final norm; slots [B] int64: those that
+        got tokens (none after a prompt's chunk but the last); count ≥ 0: drafts wanted. Keeps the proposer's own state up to
+        date for all rows, and returns drafts [B, count] int64, valid token ids, and how many of each row are worth verifying,
+        [B] int64.
+        """
         ...
 
 

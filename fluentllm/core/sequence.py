@@ -48,6 +48,7 @@ class Sequence:
         "generation",
         "in_flight",
         "last_step",
+        "launched",
         "pages",
         "phase",
         "prefilled",
@@ -83,6 +84,8 @@ class Sequence:
         """Tokens whose KV is written or will be by a launched prefill (cached ones included)."""
         self.in_flight = 0
         """Most tokens that launched but not collected steps can bring."""
+        self.launched = 0
+        """How many such steps there are; each brings at least one token, unless the sequence has ended."""
         self.last_step = -1
         """Last launched step that names it."""
 
@@ -95,6 +98,22 @@ class Sequence:
     def longest(self) -> int:
         """Upper bound of the tokens it has once every launched step has run."""
         return min(len(self.tokens) + self.in_flight, self.budget_end)
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether another step could bring it a token, for all that is known."""
+        return self.phase is Phase.DECODE and len(self.tokens) + self.launched < self.budget_end
+
+    def launch(self, step: int, tokens: int) -> None:
+        """A step that names it was planned, and brings at most `tokens` tokens (0 for a prompt's chunk but the last)."""
+        self.last_step = step
+        self.in_flight += tokens
+        self.launched += tokens > 0
+
+    def collect(self, tokens: int) -> None:
+        """The same step was collected."""
+        self.in_flight -= tokens
+        self.launched -= tokens > 0
 
     @property
     def generated(self) -> int:

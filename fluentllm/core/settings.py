@@ -82,6 +82,15 @@ class AttentionSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     backend: Annotated[str, _help("Attention backend by name; auto takes the fastest that supports the model.")] = "auto"
 
 
+class SpeculativeSettings(Struct, kw_only=True, forbid_unknown_fields=True):
+    method: Annotated[str, _help("Who drafts, by the name a plugin gave it, such as pld; none turns speculation off.")] = "none"
+    k: Annotated[
+        int | Literal["auto"],
+        _help("Drafts a step; auto picks 0 … max_k by measured times and acceptance."),
+    ] = "auto"
+    max_k: Annotated[int, _help("Most drafts a step.", ge=1, le=7)] = 4
+
+
 class LogSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     level: Annotated[Literal["debug", "info", "warning", "error"], _help("Least severity that is printed.")] = "info"
     requests: Annotated[bool, _help("One line for each finished request.")] = False
@@ -103,6 +112,7 @@ class Settings(Struct, kw_only=True, forbid_unknown_fields=True):
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     kv: KVSettings = field(default_factory=KVSettings)
     attention: AttentionSettings = field(default_factory=AttentionSettings)
+    speculative: SpeculativeSettings = field(default_factory=SpeculativeSettings)
     log: LogSettings = field(default_factory=LogSettings)
     plugins: PluginSettings = field(default_factory=PluginSettings)
     plugin: dict[str, Any] = field(default_factory=dict)

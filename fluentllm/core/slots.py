@@ -5,8 +5,8 @@ it has been read. A step program gathers rows by slot, and writes back what it d
 request enters (`admit`) or gets more pages (`grant`), ordered on the same stream as the programs.
 
 Terms: a slot's *history* is its prompt and what it has generated; `length` counts the tokens of it. While a request
-decodes, the KV of all but the last token of the history is written, and drafts to be verified stand in the history from
-`length` on. The last row of every table belongs to no request: it is finished for ever and pads batches.
+decodes, the KV of all but the last token of the history is written, and `drafted` drafts to be verified stand in the
+history from `length` on. The last row of every table belongs to no request: it is finished for ever and pads batches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .types import MAX_LOGIT_BIAS, MAX_STOP_IDS, Feature, PageGrant, SamplingParams, SlotInit
 
-_INTS = ("length", "prompt_length", "end", "min_end", "top_k", "logprobs", "seed")
+_INTS = ("length", "prompt_length", "end", "min_end", "top_k", "logprobs", "seed", "drafted")
 _FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
 
 
@@ -36,8 +36,10 @@ class SlotTables:
         self.device = device
         self.page_size = page_size
         self.vocab_size = vocab_size
-        self.max_pages = -(-(max_model_len + max_drafts) // page_size)
-        self.history = torch.zeros(rows, max_model_len + max_drafts + 1, dtype=torch.int32, device=device)
+        self.max_drafts = max_drafts
+        # A step verifies up to max_drafts tokens past the end, and drafts as many again.
+        self.max_pages = -(-(max_model_len + 2 * max_drafts) // page_size)
+        self.history = torch.zeros(rows, max_model_len + 2 * max_drafts + 1, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(rows, self.max_pages, dtype=torch.int32, device=device)
         self.stop_ids = torch.full((rows, MAX_STOP_IDS), -1, dtype=torch.int32, device=device)
         self.bias_ids = torch.zeros(rows, MAX_LOGIT_BIAS, dtype=torch.int64, device=device)
@@ -49,7 +51,9 @@ class SlotTables:
         self.prompt_seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
         self.output_counts = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
 
-        self.length, self.prompt_length, self.end, self.min_end, self.top_k, self.logprobs, self.seed = self.ints.unbind(1)
+        self.length, self.prompt_length, self.end, self.min_end, self.top_k, self.logprobs, self.seed, self.drafted = (
+            self.ints.unbind(1)
+        )
         self.temperature, self.top_p, self.min_p, self.presence, self.frequency, self.repetition = self.floats.unbind(1)
         self.ints[self.padding_slot, 0] = 1
         self.floats[self.padding_slot, _FLOATS.index("repetition")] = 1.0
@@ -112,6 +116,7 @@ def _ints(init: SlotInit) -> list[int]:
         params.top_k,
         logprobs,
         params.seed,
+        0,
     ]
 
 

@@ -82,6 +82,9 @@ class RequestOutput(Struct, kw_only=True, omit_defaults=True):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     """The stop id, where one ended the request."""
+    drafted: int = 0
+    """Drafts that this step verified for the request."""
+    accepted: int = 0
     cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache; told once, with the first output."""
 
@@ -121,6 +124,13 @@ class PrefillChunk(Struct, frozen=True, array_like=True):
     prompt_logprobs: int | None = None
 
 
+class Drafting(Struct, frozen=True):
+    """How many drafts a step verifies, and how many it leaves for the next to verify."""
+
+    verify: int = 0
+    draft: int = 0
+
+
 class StepPlan(Struct, frozen=True, kw_only=True):
     """One step, in the order the executor applies it: admissions, page grants, the prefill program, the decode program."""
 
@@ -130,10 +140,7 @@ class StepPlan(Struct, frozen=True, kw_only=True):
     prefill: list[PrefillChunk] = field(default_factory=list)
     decode: list[int] = field(default_factory=list)
     """Slots that decode."""
-    k_verify: int = 0
-    """Drafts that this step verifies."""
-    k_draft: int = 0
-    """Drafts that it leaves for the next."""
+    drafting: Drafting = Drafting()
     features: int = 0
     """Bits of `Feature`: what any request of the step needs beyond argmax, so that the rest is not computed."""
 
@@ -161,7 +168,10 @@ class SlotResult(Struct, array_like=True):
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     """For a prefill chunk: one for each computed token but the sequence's first."""
-    accepted_drafts: int = 0
+    drafted: int = 0
+    """Drafts that were verified."""
+    accepted: int = 0
+    """Of these, right and all before them right."""
 
 
 class StepResult(Struct, kw_only=True):

@@ -23,22 +23,26 @@ class Committed:
     """[B] int64, 0 for a slot that had finished before."""
     states: Tensor
     """[B] int64, RUNNING, STOPPED or OUT_OF_BUDGET."""
+    drafted: Tensor
+    """[B] int64, drafts that were verified."""
     accepted: Tensor
-    """[B] int64, drafts that were right."""
+    """[B] int64, drafts that became tokens."""
 
 
 def commit(drawn: Tensor, drafts: Tensor, slots: Tensor, tables: SlotTables, features: int) -> Committed:
     """drawn [B, q] int64, the target's own token at each of q = K + 1 positions; drafts [B, K] int64; slots [B] int64.
 
     Draft j is accepted if it is the token drawn at its position and all before it were; the first token that differs is
-    the target's own. The new tokens end at the first stop id and at the budget.
+    the target's own. Of a slot's K drafts the first `tables.drafted` count. The new tokens end at the first stop id and at
+    the budget.
     """
     rows = drawn.shape[1]
     offsets = torch.arange(rows, device=drawn.device)
     live = ~tables.finished[slots]
     length = tables.length[slots]
 
-    right = (drawn[:, :-1] == drafts).to(torch.int64).cumprod(1).sum(1)
+    drafted = tables.drafted[slots].clamp(max=rows - 1)
+    right = ((drawn[:, :-1] == drafts) & (offsets[:-1] < drafted.unsqueeze(1))).to(torch.int64).cumprod(1).sum(1)
     # Rows with `offsets` ≤ right are new, unless something ends the request before.
     is_stop = (drawn.unsqueeze(2) == tables.stop_ids[slots].unsqueeze(1)).any(2)
     before_stop = (is_stop.to(torch.int64).cumsum(1) - is_stop.to(torch.int64)) == 0
@@ -53,7 +57,8 @@ def commit(drawn: Tensor, drafts: Tensor, slots: Tensor, tables: SlotTables, fea
     _append(drawn, new, length, slots, tables, features)
     tables.length[slots] = length + counts
     tables.finished[slots] |= stopped | full
-    return Committed(drawn, counts, states, torch.minimum(right, (counts - 1).clamp(min=0)))
+    tables.drafted[slots] = 0
+    return Committed(drawn, counts, states, drafted * live, torch.minimum(right, (counts - 1).clamp(min=0)))
 
 
 def _append(drawn: Tensor, new: Tensor, length: Tensor, slots: Tensor, tables: SlotTables, features: int) -> None:
@@ -65,3 +70,10 @@ def _append(drawn: Tensor, new: Tensor, length: Tensor, slots: Tensor, tables: S
     if features & Feature.PENALTIES:
         one = torch.ones((), dtype=torch.int32, device=drawn.device).expand(drawn.shape)
         tables.output_counts.index_put_((target, drawn), one, accumulate=True)
+
+
+def leave_drafts(drafts: Tensor, valid: Tensor, slots: Tensor, tables: SlotTables) -> None:
+    """Write drafts [B, K] int64, of which the first `valid` [B] count, behind the slots' histories for the next step."""
+    index = tables.length[slots].unsqueeze(1) + torch.arange(drafts.shape[1], device=drafts.device)
+    tables.history[slots.unsqueeze(1), index] = drafts.to(torch.int32)
+    tables.drafted[slots] = valid

@@ -1,19 +1,21 @@
 """The decode program: one function from slots to their next tokens, the same for any number of drafts.
 
 gather slots → embed the last token and K drafts → target layers → logits at K+1 positions → processors → draw → verify →
-append to history, lengths and counts
+append to history, lengths and counts → draft for the next step
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..core.batch import Batch
-from ..core.protocols import AttentionBackend, Model
+from ..core.protocols import AttentionBackend, Model, Proposer
 from ..core.slots import SlotTables
-from ..core.types import Feature
-from .commit import Committed, commit
+from ..core.types import Drafting, Feature
+from .commit import Committed, commit, leave_drafts
 from .logprobs import Logprobs, logprobs_of
 from .processors import process_logits
 from .sample import draw
@@ -51,14 +53,30 @@ def decode_batch(slots: Tensor, drafts: int, tables: SlotTables) -> Batch:
     )
 
 
-def decode(
-    slots: Tensor, drafts: int, features: int, tables: SlotTables, model: Model, attention: AttentionBackend
-) -> tuple[Committed, Logprobs | None]:
-    """Advance slots [B] int64 by one step that verifies `drafts` drafts each."""
-    batch = decode_batch(slots, drafts, tables)
-    hidden = model.forward(batch, attention)
-    logits = model.logits(hidden)
-    return draw_and_commit(logits, batch, features, tables)
+class Target(Protocol):
+    """What a step runs on; `programs.StepPrograms` is one."""
+
+    model: Model
+    attention: AttentionBackend
+    tables: SlotTables
+    proposer: Proposer | None
+
+
+def decode(slots: Tensor, drafting: Drafting, features: int, target: Target) -> tuple[Committed, Logprobs | None]:
+    """Advance slots [B] int64 by one step that verifies `drafting.verify` drafts of each and leaves `drafting.draft`."""
+    batch = decode_batch(slots, drafting.verify, target.tables)
+    hidden = target.model.forward(batch, target.attention)
+    committed, logprobs = draw_and_commit(target.model.logits(hidden), batch, features, target.tables)
+    draft(batch, hidden, slots, drafting.draft, target)
+    return committed, logprobs
+
+
+def draft(batch: Batch, hidden: Tensor, slots: Tensor, count: int, target: Target) -> None:
+    """Let the proposer see the pass, and leave its drafts in the slots that got tokens."""
+    if target.proposer is not None:
+        drafts, valid = target.proposer.draft(batch, hidden, slots, count)
+        if count:
+            leave_drafts(drafts, valid, slots, target.tables)
 
 
 def draw_and_commit(logits: Tensor, batch: Batch, features: int, tables: SlotTables) -> tuple[Committed, Logprobs | None]:

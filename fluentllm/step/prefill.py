@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..core.batch import Batch
-from ..core.protocols import AttentionBackend, Model
+from ..core.protocols import Model
 from ..core.slots import SlotTables
 from ..core.types import PrefillChunk
 from .commit import Committed
-from .decode import draw_and_commit
+from .decode import Target, draft, draw_and_commit
 from .logprobs import Logprobs, logprobs_of
 
 LOGPROB_ROWS = 128
@@ -53,17 +53,20 @@ def prefill_batch(chunks: list[PrefillChunk], tables: SlotTables) -> Batch:
 
 
 def prefill(
-    chunks: list[PrefillChunk], features: int, tables: SlotTables, model: Model, attention: AttentionBackend
+    chunks: list[PrefillChunk], drafts: int, features: int, target: Target
 ) -> tuple[Committed | None, Logprobs | None, list[Logprobs | None]]:
-    """Compute the chunks; draw a token for those that are a prompt's last, in order. Third: prompt logprobs a chunk."""
+    """Compute the chunks; draw a token, and leave `drafts` drafts, for those that are a prompt's last, in order. Third: prompt
+    logprobs a chunk."""
+    tables, model = target.tables, target.model
     batch = prefill_batch(chunks, tables)
-    hidden = model.forward(batch, attention)
+    hidden = model.forward(batch, target.attention)
     prompt_logprobs = [
         _prompt_logprobs(hidden[end - chunk.count : end], chunk, tables, model) if chunk.prompt_logprobs is not None else None
         for chunk, end in zip(chunks, accumulate(chunk.count for chunk in chunks), strict=True)
     ]
     last = torch.tensor([i for i, chunk in enumerate(chunks) if chunk.last], dtype=torch.int64).to(tables.device)
     if last.numel() == 0:
+        draft(batch, hidden, batch.slots[:0], 0, target)
         return None, None, prompt_logprobs
     rows = batch.query_start[last + 1].to(torch.int64) - 1
     ends = replace(
@@ -75,6 +78,7 @@ def prefill(
         query_length=1,
     )
     committed, logprobs = draw_and_commit(model.logits(hidden[rows]), ends, features, tables)
+    draft(batch, hidden, ends.slots, drafts, target)
     return committed, logprobs, prompt_logprobs
 
 

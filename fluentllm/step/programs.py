@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..core.executor import Pending, SlotRows
-from ..core.protocols import AttentionBackend, Model
+from ..core.protocols import AttentionBackend, Model, Proposer
 from ..core.slots import SlotTables
 from ..core.types import FinishReason, PrefillChunk, SlotResult, StepPlan, TokenLogprob
 from .commit import OUT_OF_BUDGET, RUNNING, STOPPED, Committed
@@ -19,27 +19,28 @@ _FINISH: dict[int, FinishReason | None] = {RUNNING: None, STOPPED: "stop", OUT_O
 class StepPrograms:
     """Prefill and decode of one model over one set of slot tables."""
 
-    def __init__(self, model: Model, attention: AttentionBackend, tables: SlotTables) -> None:
+    def __init__(self, model: Model, attention: AttentionBackend, tables: SlotTables, proposer: Proposer | None = None) -> None:
         self.model = model
         self.attention = attention
         self.tables = tables
+        self.proposer = proposer
 
     def run(self, plan: StepPlan) -> list[Pending]:
         """Enqueue the plan's programs on the current stream; nothing is read back here."""
         pending: list[Pending] = []
         if plan.prefill:
-            pending.append(self._prefill(plan.prefill, plan.features))
+            pending.append(self._prefill(plan.prefill, plan))
         if plan.decode:
             pending.append(self._decode(plan))
         return pending
 
-    def _prefill(self, chunks: list[PrefillChunk], features: int) -> Pending:
-        committed, logprobs, prompt = prefill(chunks, features, self.tables, self.model, self.attention)
+    def _prefill(self, chunks: list[PrefillChunk], plan: StepPlan) -> Pending:
+        committed, logprobs, prompt = prefill(chunks, plan.drafting.draft, plan.features, self)
         return _PrefillPending(chunks, committed, logprobs, prompt)
 
     def _decode(self, plan: StepPlan) -> Pending:
         slots = torch.tensor(plan.decode, dtype=torch.int64).to(self.tables.device, non_blocking=True)
-        committed, logprobs = decode(slots, plan.k_verify, plan.features, self.tables, self.model, self.attention)
+        committed, logprobs = decode(slots, plan.drafting, plan.features, self)
         return _DecodePending(plan.decode, committed, logprobs)
 
 
@@ -77,14 +78,16 @@ def _slot_results(slots: list[int], committed: Committed, logprobs: Logprobs | N
     """Read the device: one result a slot, in order."""
     width = committed.tokens.shape[1]
     lists = logprobs.to_lists() if logprobs is not None else None
-    columns = (committed.tokens, committed.counts, committed.states, committed.accepted)
+    columns = (committed.tokens, committed.counts, committed.states, committed.drafted, committed.accepted)
     results = []
-    for i, (tokens, count, state, accepted) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+    for i, (tokens, count, state, drafted, accepted) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
         slot = slots[i]
         wanted = rows.logprobs[slot]
         chosen: list[TokenLogprob] | None = None
         if lists is not None and wanted is not None:
             chosen = [keep_top(lp, wanted) for lp in lists[i * width : i * width + count]]
         finished = _FINISH[state] if count else None
-        results.append(SlotResult(slot, rows.generations[slot], tokens[:count], finished, chosen, accepted_drafts=accepted))
+        results.append(
+            SlotResult(slot, rows.generations[slot], tokens[:count], finished, chosen, drafted=drafted, accepted=accepted)
+        )
     return results

@@ -60,9 +60,9 @@ class Harness:
         return KVPool.bytes_per_page(self.loaded.model.spec.kv, page_size, self.loaded.dtype)
 
     @asynccontextmanager
-    async def engine(self, **overrides: Any) -> AsyncIterator[Running]:
+    async def engine(self, *, plugins: PluginManager | None = None, **overrides: Any) -> AsyncIterator[Running]:
         """A running engine; afterwards it must be idle with nothing leaked."""
-        engine = assemble(self.settings(**overrides), "tiny", self.loaded, self.plugins)
+        engine = assemble(self.settings(**overrides), "tiny", self.loaded, plugins or self.plugins)
         task = asyncio.create_task(engine.run())
         running = Running(engine)
         try:

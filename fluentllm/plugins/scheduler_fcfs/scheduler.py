@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence as SequenceOf
 
 from ...core.errors import QueueFull
 from ...core.protocols import SchedulerContext
 from ...core.sequence import Phase, Sequence
-from ...core.types import PageGrant, PrefillChunk, SlotInit, StepPlan
+from ...core.types import Drafting, PageGrant, PrefillChunk, SlotInit, StepPlan
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:
@@ -70,54 +70,66 @@ class FcfsScheduler:
         else:
             self._leave(sequence, again=False)
 
-    def plan(self, step: int) -> StepPlan | None:
+    def plan(self, step: int, drafting: Drafting) -> StepPlan | None:
         grants: list[PageGrant] = []
-        decode = self._plan_decode(grants)
+        decode = self._plan_decode(drafting, grants)
         admit: list[SlotInit] = []
         prefill = self._plan_prefill(admit)
         if not decode and not prefill:
             return None
-        features = 0
-        for slot in (*decode, *(chunk.slot for chunk in prefill if chunk.last)):
-            features |= self._slots[slot].features
-        for slot in (*decode, *(chunk.slot for chunk in prefill)):
-            self._slots[slot].last_step = step
-        return StepPlan(step=step, admit=admit, grants=grants, prefill=prefill, decode=decode, features=features)
+        plan = StepPlan(
+            step=step,
+            admit=admit,
+            grants=grants,
+            prefill=prefill,
+            decode=decode,
+            drafting=drafting,
+            features=self._features(decode, prefill),
+        )
+        for sequence, tokens in self._named(plan):
+            sequence.launch(step, tokens)
+        return plan
 
     def collected(self, plan: StepPlan, finished: SequenceOf[Sequence]) -> None:
         self._collected_step = plan.step
+        for sequence, tokens in self._named(plan):
+            sequence.collect(tokens)
         for chunk in plan.prefill:
-            sequence = self._slots[chunk.slot]
-            sequence.in_flight -= chunk.last
-            self._kv.publish(sequence, chunk.start + chunk.count)
-        for slot in plan.decode:
-            self._slots[slot].in_flight -= plan.k_verify + 1
+            self._kv.publish(self._slots[chunk.slot], chunk.start + chunk.count)
         for sequence in finished:
             self._leave(sequence, again=False)
         for sequence in [s for s in self._leaving if s.last_step <= plan.step]:
             self._release(sequence)
 
     # ------------------------------------------------------------------------------------------------------------ planning
-    def _plan_decode(self, grants: list[PageGrant]) -> list[int]:
+    def _plan_decode(self, drafting: Drafting, grants: list[PageGrant]) -> list[int]:
         slots = []
         for sequence in list(self._running):
-            if sequence.phase is not Phase.DECODE or sequence in self._leaving:
+            if not sequence.can_decode or sequence in self._leaving:
                 continue
-            if sequence.longest >= sequence.budget_end:
-                # Every token it may have is drawn or in flight.
-                continue
-            if not self._grow(sequence, grants):
-                continue
-            sequence.in_flight += 1
-            assert sequence.slot is not None
-            slots.append(sequence.slot)
+            if self._grow(sequence, drafting.verify + drafting.draft, grants):
+                assert sequence.slot is not None
+                slots.append(sequence.slot)
         return slots
 
-    def _grow(self, sequence: Sequence, grants: list[PageGrant]) -> bool:
+    def _named(self, plan: StepPlan) -> Iterator[tuple[Sequence, int]]:
+        """Whom a plan names, each with the most tokens that the step can bring it."""
+        for chunk in plan.prefill:
+            yield self._slots[chunk.slot], int(chunk.last)
+        for slot in plan.decode:
+            yield self._slots[slot], plan.drafting.verify + 1
+
+    def _features(self, decode: list[int], prefill: list[PrefillChunk]) -> int:
+        features = 0
+        for slot in (*decode, *(chunk.slot for chunk in prefill if chunk.last)):
+            features |= self._slots[slot].features
+        return features
+
+    def _grow(self, sequence: Sequence, drafts: int, grants: list[PageGrant]) -> bool:
         """Pages for the KV that the next step writes; those behind it in order give theirs up for it."""
         while True:
             first = len(sequence.pages)
-            pages = self._kv.reserve(sequence, sequence.longest)
+            pages = self._kv.reserve(sequence, sequence.longest + drafts)
             if pages is not None:
                 if pages:
                     assert sequence.slot is not None
@@ -177,7 +189,6 @@ class FcfsScheduler:
         last = sequence.prefilled == len(sequence.tokens)
         if last:
             sequence.phase = Phase.DECODE
-            sequence.in_flight += 1
         # A sequence that comes back after a preemption has told its prompt's logprobs already.
         wanted = sequence.request.params.prompt_logprobs if sequence.generated == 0 else None
         assert sequence.slot is not None

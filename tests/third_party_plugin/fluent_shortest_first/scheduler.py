@@ -28,6 +28,7 @@ class ShortestFirstScheduler:
 
     def __init__(self, context, patience):
         self._kv = context.kv
+        self._max_drafts = context.max_drafts
         self._patience = patience
         self._max_waiting = context.settings.scheduler.max_waiting
         self._prefill_tokens = context.settings.scheduler.prefill_tokens
@@ -60,41 +61,37 @@ class ShortestFirstScheduler:
         else:
             self._leave(sequence)
 
-    def plan(self, step):
-        decode = self._plan_decode()
+    def plan(self, step, drafting):
+        decode = [slot for slot, sequence in self._slots.items() if sequence.can_decode and sequence not in self._leaving]
         admit, prefill = self._plan_prefill()
         if not decode and not prefill:
             return None
-        named = [self._slots[slot] for slot in (*decode, *(chunk.slot for chunk in prefill))]
         sampling = [self._slots[slot] for slot in (*decode, *(chunk.slot for chunk in prefill if chunk.last))]
         features = 0
         for sequence in sampling:
             features |= sequence.features
-        for sequence in named:
-            sequence.last_step = step
-        return StepPlan(step=step, admit=admit, prefill=prefill, decode=decode, features=features)
+        plan = StepPlan(step=step, admit=admit, prefill=prefill, decode=decode, drafting=drafting, features=features)
+        for sequence, tokens in self._named(plan):
+            sequence.launch(step, tokens)
+        return plan
 
     def collected(self, plan, finished):
         self._collected_step = plan.step
+        for sequence, tokens in self._named(plan):
+            sequence.collect(tokens)
         for chunk in plan.prefill:
-            sequence = self._slots[chunk.slot]
-            sequence.in_flight -= chunk.last
-            self._kv.publish(sequence, chunk.start + chunk.count)
-        for slot in plan.decode:
-            self._slots[slot].in_flight -= plan.k_verify + 1
+            self._kv.publish(self._slots[chunk.slot], chunk.start + chunk.count)
         for sequence in finished:
             self._leave(sequence)
         for sequence in [each for each in self._leaving if each.last_step <= plan.step]:
             self._release(sequence)
 
-    def _plan_decode(self):
-        slots = []
-        for slot, sequence in self._slots.items():
-            # At its budget, every token it may have is drawn or in flight.
-            if sequence.phase is Phase.DECODE and sequence not in self._leaving and sequence.longest < sequence.budget_end:
-                sequence.in_flight += 1
-                slots.append(slot)
-        return slots
+    def _named(self, plan):
+        """Whom the plan names, each with the most tokens that the step can bring it."""
+        for chunk in plan.prefill:
+            yield self._slots[chunk.slot], int(chunk.last)
+        for slot in plan.decode:
+            yield self._slots[slot], plan.drafting.verify + 1
 
     def _plan_prefill(self):
         admit, chunks, budget = [], [], self._prefill_tokens
@@ -119,7 +116,7 @@ class ShortestFirstScheduler:
         """A slot, and pages for all of its budget."""
         if not self._free_slots or not self._kv.admit(sequence, len(sequence.tokens)):
             return False
-        if self._kv.reserve(sequence, sequence.budget_end) is None:
+        if self._kv.reserve(sequence, sequence.budget_end + 2 * self._max_drafts) is None:
             self._kv.release(sequence)
             return False
         return True
@@ -151,7 +148,6 @@ class ShortestFirstScheduler:
         last = sequence.prefilled == len(sequence.tokens)
         if last:
             sequence.phase = Phase.DECODE
-            sequence.in_flight += 1
         return PrefillChunk(sequence.slot, start, count, last, sequence.request.params.prompt_logprobs)
 
     def _leave(self, sequence):

@@ -1,0 +1,30 @@
+"""The proposer of `spec_pld`: stateless, the slots' histories are all it needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...core.errors import ConfigError
+from ...kernels.prompt_lookup import prompt_lookup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...core.batch import Batch
+    from ...core.slots import SlotTables
+
+
+class PromptLookup:
+    """Implements `core.protocols.Proposer`."""
+
+    def __init__(self, tables: SlotTables, shortest: int, longest: int) -> None:
+        if shortest > longest:
+            raise ConfigError(f"plugins.spec_pld.shortest is {shortest}, above longest, which is {longest}.", fix="Swap them.")
+        self._tables = tables
+        self._sizes = shortest, longest
+
+    def draft(self, batch: Batch, hidden: Tensor, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        tables = self._tables
+        if not count:
+            return slots.new_empty(len(slots), 0), slots.new_zeros(len(slots))
+        return prompt_lookup(tables.history[slots], tables.length[slots], count, *self._sizes)

@@ -1,0 +1,29 @@
+"""Prompt lookup on whole batches against the plain search in one history."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from fluentllm.kernels.prompt_lookup import prompt_lookup, prompt_lookup_reference
+
+
+@pytest.mark.parametrize(("shortest", "longest", "count"), [(1, 3, 4), (2, 4, 3), (3, 3, 1), (1, 1, 6)])
+def test_drafts_are_what_the_plain_search_finds(shortest: int, longest: int, count: int) -> None:
+    rng = random.Random(shortest * 100 + longest * 10 + count)
+    histories = [rng.choices(range(4), k=rng.randint(1, 40)) for _ in range(60)]
+    table = torch.randint(0, 4, (60, 50), dtype=torch.int32)
+    for row, tokens in enumerate(histories):
+        table[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+    lengths = torch.tensor([len(tokens) for tokens in histories])
+    drafts, valid = prompt_lookup(table, lengths, count, shortest, longest)
+    found = [drafts[row, : int(valid[row])].tolist() for row in range(60)]
+    assert found == [prompt_lookup_reference(tokens, count, shortest, longest) for tokens in histories]
+    assert 0 < sum(map(bool, found))
+
+
+def test_no_slots() -> None:
+    drafts, valid = prompt_lookup(torch.empty(0, 10, dtype=torch.int32), torch.empty(0, dtype=torch.int64), 2, 1, 3)
+    assert drafts.shape == (0, 2)
+    assert valid.shape == (0,)
