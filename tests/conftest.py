@@ -17,8 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["FLUENT_PLUGINS"] = ""
+
+settings.register_profile("fluentllm", deadline=None)  # other work on the machine must fail no test
+settings.load_profile("fluentllm")
 
 MakeDistribution = Callable[..., Path]
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from fluentllm.core.config import Loaded
+    from fluentllm.core.config_sources import ConfigFile
     from fluentllm.core.settings import PluginSettings
 
 CONFIG_VARIABLE = "FLUENT_CONFIG"
@@ -80,7 +81,7 @@ LogLevel = Annotated[str | None, flag("log.level", "--log-level")]
 
 
 def load(
-    config_file: Path | None = None,
+    config_file: Path | ConfigFile | None = None,
     overrides: Mapping[str, Any] | None = None,
     sets: Sequence[str] | None = None,
     environ: Mapping[str, str] | None = None,

@@ -18,20 +18,21 @@ def run(
 
     A killed run loses nothing: the same command goes on after the last result that was written.
     """
-    from ..jobs.job import dotted, load_job
-    from ..jobs.output import OutputFile
+    from ..jobs.job import load_job
+    from ..jobs.output import OutputFile, fingerprint
     from ..jobs.run import count_lines, run_job
     from ..local import LocalEngine
 
-    job = load_job(job_file)
-    settings = options.load(None, dict(dotted(job.settings)), sets).settings
+    job, section = load_job(job_file)
+    settings = options.load(section, sets=sets).settings
     total = count_lines(job.input)
-    with OutputFile(job) as output:
+    with OutputFile(Path(job.output), fingerprint(job, settings)) as output:
         if output.done:
             typer.echo(f"{output.done} of {total} lines are done already", err=True)
         if output.done < total:
             with LocalEngine(settings, lambda line: typer.echo(line, err=True)) as local, Progress(total, output.done) as bar:
-                local.call(run_job(job, output, local.generation, bar.advance))
+                queue = settings.scheduler.max_waiting
+                local.call(run_job(job, output, local.generation, bar.advance, queue=queue))
         typer.echo(f"{output.done} results in {job.output}", err=True)
 
 

@@ -54,7 +54,7 @@ class Problem:
 
 
 def load(
-    file: Path | str | None = None,
+    file: Path | str | ConfigFile | None = None,
     overrides: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
     *,
@@ -138,10 +138,15 @@ def every_struct(lists: PluginSettings, configured: frozenset[str]) -> Structs:
 
 
 def _gather(
-    file: Path | str | None, overrides: Mapping[str, Any] | None, environ: Mapping[str, str], named: Mapping[str, str] | None
+    file: Path | str | ConfigFile | None,
+    overrides: Mapping[str, Any] | None,
+    environ: Mapping[str, str],
+    named: Mapping[str, str] | None,
 ) -> list[Given]:
     """All that was given, the weakest source first."""
-    given = list(ConfigFile(Path(file)).given()) if file is not None else []
+    if file is not None and not isinstance(file, ConfigFile):
+        file = ConfigFile(Path(file))
+    given = list(file.given()) if file is not None else []
     given += from_environment(environ)
     for key, value in (overrides or {}).items():
         where = (named or {}).get(key, f"override of {key}")

@@ -87,6 +87,16 @@ class ConfigFile:
         for key, value in self.tree.items():
             yield Given((key,), value, self.where((key,)), file=self)
 
+    def section(self, key: str) -> ConfigFile:
+        """What lies under a top-level key, as a file of its own that keeps its lines. Raises `ConfigError` if it is a value."""
+        tree = self.tree.get(key)
+        if not isinstance(tree, dict | None):
+            raise ConfigError(f"{self.where((key,))}: {key} is {tree!r}, not a section.", fix=f"Write settings below `{key}:`.")
+        inner = object.__new__(ConfigFile)
+        inner.path, inner.tree = self.path, tree or {}
+        inner.lines = {path[1:]: line for path, line in self.lines.items() if path[0] == key and len(path) > 1}
+        return inner
+
     def _syntax(self, line: int | None, what: str) -> ConfigError:
         place = f"{self.path}, line {line}" if line else str(self.path)
         return ConfigError(f"{place}: {what}.", fix="Correct the file's syntax.")

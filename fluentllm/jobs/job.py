@@ -8,20 +8,21 @@ settings: {model: {name: smollm2}}
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import yaml
 from msgspec import Meta, Struct, field
 
+from ..core.config_sources import ConfigFile
+from ..core.config_tree import nearest
 from ..core.errors import ConfigError, InvalidRequest
 from ..frontend.sampling import SamplingOptions
 
 
-class Job(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The job file. Paths are relative to its folder."""
+class Job(Struct, kw_only=True):
+    """The job file without its settings. Paths are relative to its folder."""
 
     input: str
     output: str
@@ -29,8 +30,10 @@ class Job(Struct, kw_only=True, forbid_unknown_fields=True):
     """For every line; a line's own fields win."""
     concurrency: Annotated[int, Meta(ge=1)] = 256
     """Lines that are with the engine, or wait for an earlier one to be written."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """The settings tree, as in a file of `fluent serve --config`."""
+
+
+SETTINGS = "settings"
+"""Key of the settings tree, as in a file of `fluent serve --config`."""
 
 
 class Line(Struct, kw_only=True, omit_defaults=True):
@@ -56,30 +59,39 @@ class Result(Struct, kw_only=True, omit_defaults=True):
     error: str | None = None
 
 
-def load_job(path: Path) -> Job:
-    """Raises `ConfigError` naming the file and the key."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.", fix="Name a job file; see the docs on jobs.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {error}.", fix="Correct it.") from None
+def load_job(path: Path) -> tuple[Job, ConfigFile]:
+    """The job, and the part of its file that is settings. Raises `ConfigError` naming the line, the key and what was meant."""
+    file = ConfigFile(path)
+    content = {key: value for key, value in file.tree.items() if key != SETTINGS}
+    _check_keys(file, content, (), [*Job.__struct_fields__, SETTINGS])
+    if isinstance(content.get("sampling"), dict):
+        _check_keys(file, content["sampling"], ("sampling",), SamplingOptions.__struct_fields__)
     try:
         job = msgspec.convert(content, Job)
     except msgspec.ValidationError as error:
-        known = ", ".join(Job.__struct_fields__)
-        raise ConfigError(f"{path}: {error}.", fix=f"A job has the keys {known}.") from None
-    job.input, job.output = (str((path.parent / name).expanduser()) for name in (job.input, job.output))
-    return job
+        raise _misfit(file, content, str(error)) from None
+    job.input, job.output = (str(path.parent / Path(name).expanduser()) for name in (job.input, job.output))
+    return job, file.section(SETTINGS)
 
 
-def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{model: {name: x}}` → `model.name`, x."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _check_keys(file: ConfigFile, content: dict[str, Any], above: tuple[str, ...], known: Any) -> None:
+    for key, value in content.items():
+        if key not in known:
+            meant = nearest(key, known)
+            fix = f"Did you mean {'.'.join((*above, meant))}?" if meant else f"Valid here: {', '.join(known)}."
+            where = file.where((*above, key))
+            raise ConfigError(f"{where}: unknown key {'.'.join((*above, key))!r} (its value: {value!r}).", fix=fix)
+
+
+def _misfit(file: ConfigFile, content: Any, said: str) -> ConfigError:
+    """msgspec's words (`Expected … - at `$.sampling.top_p``) with the line and the value seen."""
+    reason, _, place = said.partition(" - at ")
+    path = tuple(re.findall(r"[A-Za-z_]\w*", place))
+    value = content
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else value
+    what = f"{'.'.join(path)} is {value!r}: {reason}." if path else f"{reason}."
+    return ConfigError(f"{file.where(path)}: {what}", fix="See docs/jobs.md for what a job file holds.")
 
 
 def parse_line(text: bytes, defaults: SamplingOptions) -> tuple[Line, SamplingOptions]:

@@ -14,20 +14,24 @@ from typing import BinaryIO
 import msgspec
 
 from ..core.errors import ConfigError
+from ..core.settings import Settings
 from .job import Job, Result
 
 
 class OutputFile:
-    """`with OutputFile(job) as out: out.done, out.put(result)`. Holds a lock: one run at a time."""
+    """`with OutputFile(path, fingerprint(job, settings)) as out: out.done, out.put(result)`. Holds a lock: one at a time."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, path: Path, identity: str) -> None:
         """Raises `ConfigError` if the output belongs to another job, or another run writes it."""
-        self._path = Path(job.output)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = self._path.open("a+b")
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = path.open("a+b")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror}.", fix="Set `output` to another file.") from None
         try:
             self._lock()
-            self._claim(fingerprint(job))
+            self._claim(identity)
             self.done = self._resume()
         except BaseException:
             self._file.close()
@@ -58,14 +62,13 @@ class OutputFile:
         except OSError:
             raise ConfigError(f"Another run is writing {self._path}.", fix="Wait for it, or use another output.") from None
 
-    def _claim(self, fingerprint: str) -> None:
+    def _claim(self, identity: str) -> None:
         mark = self._path.with_name(self._path.name + ".job")
-        empty = self._path.stat().st_size == 0
-        if empty:
-            mark.write_text(fingerprint + "\n")
-        elif not mark.exists() or mark.read_text().strip() != fingerprint:
+        if self._path.stat().st_size == 0:
+            mark.write_text(identity + "\n")
+        elif not mark.exists() or mark.read_text().strip() != identity:
             raise ConfigError(
-                f"{self._path} holds results of another job, input or sampling.",
+                f"{self._path} holds results of another job: its input, sampling or model was not this one's.",
                 fix=f"Name another output, or delete it and {mark.name}.",
             )
 
@@ -76,9 +79,11 @@ class OutputFile:
         for line in self._file:
             if not line.endswith(b"\n"):
                 break
-            index = msgspec.json.decode(line, type=Result).index
-            if index != done:
-                raise ConfigError(f"{self._path}, line {done + 1}: index {index} is out of place.", fix="Delete the file.")
+            if _index(line) != done:
+                raise ConfigError(
+                    f"{self._path}, line {done + 1}, is not the result with index {done}.",
+                    fix="Delete the file to start again.",
+                )
             done += 1
             whole += len(line)
         self._file.truncate(whole)
@@ -86,9 +91,19 @@ class OutputFile:
         return done
 
 
-def fingerprint(job: Job) -> str:
-    """What results depend on: the input's bytes, the sampling, the settings."""
-    digest = hashlib.sha256(msgspec.json.encode([job.sampling, job.settings], order="sorted"))
+def _index(line: bytes) -> int | None:
+    try:
+        return msgspec.json.decode(line, type=Result).index
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def fingerprint(job: Job, settings: Settings) -> str:
+    """What results depend on: the input's bytes, the sampling, the model and how exactly it computes. What the machine can
+    bear (memory, threads, concurrency) may change between two runs of one job."""
+    model = msgspec.structs.replace(settings.model, served_name=None)
+    about = [job.sampling, model, settings.engine.deterministic, settings.kv.dtype]
+    digest = hashlib.sha256(msgspec.json.encode(about, order="sorted"))
     with Path(job.input).open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

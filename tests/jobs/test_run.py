@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
+from engine.harness import write_tiny_llama
+
+from fluentllm.core import config
 from fluentllm.core.errors import ConfigError
 from fluentllm.jobs.job import load_job, parse_line
-from fluentllm.jobs.output import OutputFile
-
-from engine.harness import write_tiny_llama
+from fluentllm.jobs.output import OutputFile, fingerprint
 
 
 def write_job(folder: Path, lines: list[dict[str, Any]], **changes: Any) -> Path:
@@ -37,8 +38,8 @@ def write_job(folder: Path, lines: list[dict[str, Any]], **changes: Any) -> Path
     return folder / "job.yaml"
 
 
-def start(job: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fluentllm.cli", "run", str(job)]
+def start(job: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fluentllm.cli", "run", str(job), *arguments]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "FLUENT_PLUGINS": ""})
 
 
@@ -95,27 +96,102 @@ def test_a_killed_run_goes_on_and_loses_nothing(tmp_path: Path) -> None:
     assert results(killed) == results(whole)
 
 
+def open_output(job_file: Path, **sampling: Any) -> OutputFile:
+    job, section = load_job(job_file)
+    for name, value in sampling.items():
+        setattr(job.sampling, name, value)
+    return OutputFile(Path(job.output), fingerprint(job, config.load(section, {}, {}).settings))
+
+
 def test_an_output_of_another_job_is_not_touched(tmp_path: Path) -> None:
-    job = load_job(write_job(tmp_path, [{"prompt": "x"}]))
-    with OutputFile(job) as output:
+    job = write_job(tmp_path, [{"prompt": "x"}])
+    with open_output(job) as output:
         assert output.done == 0
         with pytest.raises(ConfigError, match="Another run"):
-            OutputFile(job)
+            open_output(job)
     (tmp_path / "out.jsonl").write_text('{"index":0,"error":"x"}\n')
-    job.sampling.max_tokens = 7
+    with open_output(job) as output:
+        assert output.done == 1
     with pytest.raises(ConfigError, match="another job"):
-        OutputFile(job)
+        open_output(job, max_tokens=7)
+    with job.open("a") as file:
+        file.write("concurrency: 3\n")
+    with open_output(job) as output:
+        assert output.done == 1, "what the machine can bear may change between two runs"
+    settings = {"model": {"name": "another", "load_format": "dummy"}}
+    with pytest.raises(ConfigError, match="another job"):
+        open_output(write_job(tmp_path, [{"prompt": "x"}], settings=settings))
+    write_job(tmp_path, [{"prompt": "y"}])
+    with pytest.raises(ConfigError, match="another job"):
+        open_output(job)
 
 
-def test_mistakes_in_a_job_file_are_named(tmp_path: Path) -> None:
-    path = write_job(tmp_path, [], inputs="x")
-    with pytest.raises(ConfigError, match="inputs"):
-        load_job(path)
+@pytest.mark.parametrize("line", [b"[]\n", b"\xff\n", b'{"index":1}\n', b"\n"])
+def test_an_output_that_somebody_edited_is_not_continued(tmp_path: Path, line: bytes) -> None:
+    job = write_job(tmp_path, [{"prompt": "x"}])
+    open_output(job).__exit__()
+    (tmp_path / "out.jsonl").write_bytes(line)
+    with pytest.raises(ConfigError, match=r"out\.jsonl, line 1"):
+        open_output(job)
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "fix"),
+    [
+        ({"inputs": "x"}, r"line \d+: unknown key 'inputs' \(its value: 'x'\)", "Did you mean input?"),
+        ({"sampling": {"temprature": 1}}, "unknown key 'sampling.temprature'", "sampling.temperature"),
+        ({"sampling": {"top_p": "high"}}, r"line \d+: sampling.top_p is 'high': Expected", ""),
+        ({"concurrency": 0}, r"concurrency is 0: Expected `int` >= 1", ""),
+        ({"settings": "smollm2"}, "settings is 'smollm2', not a section", "settings:"),
+    ],
+)
+def test_mistakes_in_a_job_file_are_named(tmp_path: Path, change: dict[str, Any], message: str, fix: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_job(write_job(tmp_path, [], **change))
+    assert fix in str(raised.value.fix)
+
+
+def test_what_is_missing_in_a_job_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         load_job(tmp_path / "nowhere.yaml")
+    (tmp_path / "job.yaml").write_text("input: in.jsonl\n")
+    with pytest.raises(ConfigError, match="output"):
+        load_job(tmp_path / "job.yaml")
+
+
+def test_settings_of_a_job_are_checked_like_those_of_a_server(tmp_path: Path) -> None:
+    """Their mistakes have the job file's lines; environment and command line beat them."""
+    settings = {"engine": {"threads": 3, "device": "cpu"}}
+    _, section = load_job(write_job(tmp_path, [], settings=settings))
+    assert config.load(section, {}, {}).settings.engine.threads == 3
+    loaded = config.load(section, {}, {"FLUENT_ENGINE__THREADS": "2"})
+    assert (loaded.settings.engine.threads, loaded.settings.engine.device) == (2, "cpu")
+    assert config.load(section, {"engine.threads": "1"}, {"FLUENT_ENGINE__THREADS": "2"}).settings.engine.threads == 1
+    job = write_job(tmp_path, [], settings={"engine": {"thread": 3}})
+    line = job.read_text().splitlines().index("    thread: 3") + 1
+    with pytest.raises(ConfigError, match=rf"job\.yaml, line {line}: unknown key 'engine\.thread'"):
+        config.load(load_job(job)[1], {}, {})
 
 
 def test_a_line_overrides_the_jobs_sampling(tmp_path: Path) -> None:
-    job = load_job(write_job(tmp_path, []))
+    job, _ = load_job(write_job(tmp_path, []))
     line, options = parse_line(b'{"prompt": "x", "id": 3, "max_tokens": 2, "stop": "."}', job.sampling)
     assert (line.id, options.max_tokens, options.temperature, options.stop) == (3, 2, 1.0, ".")
+
+
+def test_paths_are_relative_to_the_job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    job, _ = load_job(write_job(tmp_path, [], output="~/out.jsonl"))
+    assert job.input == str(tmp_path / "in.jsonl")
+    assert job.output == "/home/ada/out.jsonl"
+
+
+def test_more_choices_than_the_queue_holds_wait_for_room(tmp_path: Path) -> None:
+    """No line gets the engine's "queue is full" for a result."""
+    lines = [{"prompt": [i + 3], "n": 5, "max_tokens": 3} for i in range(8)]
+    job = write_job(tmp_path, lines)
+    limits = ["--set", "scheduler.max_waiting=6", "--set", "scheduler.max_running=2"]
+    process = start(job, *limits)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert [len(r.get("choices", ())) for r in results(job)] == [5] * 8
