@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fluentllm.core.config import from_json
 from fluentllm.core.errors import FluentError
@@ -19,7 +19,7 @@ from .control import EXIT_REFUSED, ChildEnd
 from .runtime import RuntimeFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from fluentllm.core.settings import Settings
     from fluentllm.hub.files import ModelFiles
@@ -42,9 +42,10 @@ class Child:
         self.control = ChildEnd(arguments.control_fd)
         self.serving = False
 
-    def load_plugins(self, processes: set[str]) -> PluginManager:
-        """The plugins of these processes; their settings get their types. Raises `PluginError`."""
-        plugins = PluginManager.load(processes, self.settings.plugins.allow, self.settings.plugins.deny)
+    def load_plugins(self, processes: set[str], objects: Mapping[str, Any] | None = None) -> PluginManager:
+        """The plugins of these processes, and `objects` (name → plugin). Settings get their types. Raises `PluginError`."""
+        lists = self.settings.plugins
+        plugins = PluginManager.load(processes, lists.allow, lists.deny, objects=objects)
         self.settings = from_json(self._start.settings, plugins.config_structs())
         return plugins
 

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from fluentllm.core import ipc
-from fluentllm.core.errors import EngineUnavailable
+from fluentllm.core.errors import EngineUnavailable, OutOfMemory
 from fluentllm.core.session import Session, refusal
 from fluentllm.core.types import FromEngine, Generate, Outputs, RequestOutput, ToEngine
 
 from .child import Child, run, settle
 from .control import Progress, Up, die_with_parent
+from .request_log import RequestLog
 from .watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -116,11 +117,19 @@ async def _idle(engine: Engine, running: asyncio.Task[None], timeout: float) -> 
 
 def main(child: Child) -> None:
     die_with_parent()
-    plugins = child.load_plugins({"engine", "executor"})
+    plugins = child.load_plugins({"engine", "executor"}, {"request_log": RequestLog()} if child.settings.log.requests else None)
+
+    from torch import OutOfMemoryError
 
     from fluentllm.assembly import build_engine  # torch: seconds, so after what may refuse
 
-    engine = build_engine(child.settings, child.files, plugins, progress=lambda line: child.control.send(Progress(line)))
+    try:
+        engine = build_engine(child.settings, child.files, plugins, progress=lambda line: child.control.send(Progress(line)))
+    except (OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(
+            f"The model does not fit: {error}.",
+            fix="Free memory on the device, or lower model.max_model_len, scheduler.max_running or kv.memory.",
+        ) from error
     watchdog = Watchdog(engine, child.settings.engine.hang_timeout, plugins.ledger)
     uvloop.run(serve(child, engine, watchdog))
 

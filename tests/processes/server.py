@@ -54,7 +54,7 @@ class Server:
         self.temporary = temporary
         self.process = subprocess.Popen(
             [*FLUENT, "serve", str(model), *fixed, *arguments],
-            env={**environment, "TMPDIR": str(temporary)},
+            env={**environment, "FLUENT_PLUGINS": "", "TMPDIR": str(temporary)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

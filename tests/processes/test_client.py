@@ -25,7 +25,8 @@ from fluentllm.core.types import (
     RequestOutput,
     SamplingParams,
 )
-from fluentllm.frontend.client import SocketEngineClient, error_of
+from fluentllm.frontend.client import SocketEngineClient
+from fluentllm.frontend.inbox import error_of
 
 INFO = ModelInfo(
     name="played",

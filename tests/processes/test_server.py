@@ -30,7 +30,7 @@ def temporary():
 def server(tmp_path_factory):
     """One that tests may crash; each must leave it healthy."""
     folder = Path(tempfile.mkdtemp(prefix="f", dir="/tmp"))
-    with running(tmp_path_factory.mktemp("model"), folder) as server:
+    with running(tmp_path_factory.mktemp("model"), folder, "--set", "log.requests=true") as server:
         yield server
     shutil.rmtree(folder)
 
@@ -63,6 +63,13 @@ def test_the_line_in_the_banner_works_when_pasted(server):
     line = next(line for line in server.lines if "curl " in line)
     pasted = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
     assert json.loads(pasted.stdout)["choices"], pasted.stdout
+
+
+def test_finished_requests_are_logged_when_asked_for(server):
+    assert server.complete(max_tokens=3).status_code == 200
+    server.wait_for(" 3 new in ")
+    assert "fluentllm.requests: cmpl-" in server.lines[-1]
+    assert ": length, 3 prompt tokens (" in server.lines[-1]
 
 
 def test_the_runtime_folder_is_for_this_user_only(server):
