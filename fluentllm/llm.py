@@ -8,6 +8,7 @@ print(answer.text)
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class LLM:
 
         loaded = load(config, {**(settings or {}), "model.name": model}, os.environ)
         self._local = LocalEngine(loaded.settings)
+        # Also at interpreter exit, so that no task of the engine is left pending.
+        self._finalizer = weakref.finalize(self, self._local.close)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], options: SamplingOptions | None = None) -> list[Completion]:
         """Continue each prompt (text or token ids): one completion a prompt and choice, in order.
@@ -53,7 +56,7 @@ class LLM:
         return self._local.call(self._chat(list(several), check_options(options or SamplingOptions())))  # type: ignore[arg-type]
 
     def close(self) -> None:
-        self._local.close()
+        self._finalizer()
 
     def __enter__(self) -> LLM:
         return self

@@ -41,7 +41,9 @@ class LocalEngine:
         plugins = PluginManager.load({"engine", "executor"}, settings.plugins.allow, settings.plugins.deny)
 
         self.settings = bind(settings, plugins.config_structs())
-        self.files: ModelFiles = resolve(settings.model.name, revision=settings.model.revision)
+        self.files: ModelFiles = resolve(
+            settings.model.name, revision=settings.model.revision, weights=settings.model.load_format != "dummy"
+        )
         self._loop = _new_loop()
         self._ended: str | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, name="fluent-engine", daemon=True)

@@ -20,8 +20,8 @@ class ModelSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     served_name: Annotated[str | None, _help("Name at the API; the model's own name if null.")] = None
     revision: Annotated[str | None, _help("Branch, tag or commit of a Hugging Face id.")] = None
     load_format: Annotated[
-        Literal["auto", "safetensors", "gguf", "dummy"],
-        _help("`dummy` draws random weights from config.json alone, for benchmarks."),
+        str,
+        _help("Checkpoint reader, by the name a plugin gave it: safetensors, gguf, or dummy for random weights; auto looks."),
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],

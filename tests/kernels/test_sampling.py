@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fluentllm.kernels.sampling import filter_logits, filter_logits_reference, gumbel_noise
 
 
