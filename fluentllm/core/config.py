@@ -124,7 +124,7 @@ def installed_structs(lists: PluginSettings, configured: frozenset[str]) -> Stru
     """Ask the installed plugins. Imports only those in `configured`."""
     infos = discover()
     admit(infos, lists.allow, lists.deny)
-    names: dict[str, type[Struct] | None] = {info.name: None for info in infos if info.state != "excluded"}
+    names: dict[str, type[Struct] | None] = {info.name: None for info in infos}
     if configured & names.keys():
         allowed = names.keys() if lists.allow is None else lists.allow  # decided here, whatever the process's environment says
         asked = PluginManager.load(None, allowed, lists.deny, only=configured, hooks=("fluent_config",))
@@ -218,7 +218,8 @@ class _Filler:
             return
         wrong = f"{node.key}.{rest[0]}" if node.key else rest[0]
         if node.struct is None:
-            fix = f"Take it away; the plugin {node.key.partition('.')[2]!r} has no settings."
+            plugin = node.key.partition(".")[2]
+            fix = f"Take it away; the plugin {plugin!r} has no settings, or may not load (plugins.allow, plugins.deny)."
         else:
             keys = [leaf.key for leaf in self.tree.leaves()] + [child.key for child in _sections(self.tree)]
             meant = nearest(".".join((*wrong.split("."), *rest[1:])), keys) or nearest(wrong, keys)

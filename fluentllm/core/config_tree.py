@@ -50,17 +50,18 @@ class Setting:
         try:
             return msgspec.convert(value, self.type)
         except msgspec.ValidationError as error:
-            if given.text and _accepts(self.type, str):
-                return msgspec.convert(given.value, self.type)
+            if given.text and given.value in _words(self.type):  # `off` as a word, where YAML reads a bool
+                return given.value
             raise ValueError(str(error)) from error
 
     def _from_text(self, text: str) -> Any:
-        if _accepts(self.type, str) and not (_accepts(self.type, type(None)) and text in ("null", "~", "")):
+        null = _accepts(self.type, type(None))
+        if _accepts(self.type, str) and not (null and text in ("null", "~", "")):
             return text
         value = parse_scalar(text)
         if isinstance(value, str) and _accepts(self.type, list):
             return [part.strip() for part in value.split(",") if part.strip()]
-        return [] if value is None and text == "" and _accepts(self.type, list) else value
+        return [] if text == "" and _accepts(self.type, list) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +154,14 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 
 
 def _accepts(annotation: Any, kind: type) -> bool:
-    for option in _options(annotation):
-        plain, _ = _unwrap(option)
-        origin = get_origin(plain)
-        if plain is kind or origin is kind or (plain is None and kind is type(None)):
-            return True
-        if origin is Literal and any(isinstance(value, kind) for value in get_args(plain)):
-            return True
-    return False
+    plain = [_unwrap(option)[0] for option in _options(annotation)]
+    return any(option is kind or get_origin(option) is kind or (option is None and kind is type(None)) for option in plain)
+
+
+def _words(annotation: Any) -> set[Any]:
+    """The values of its `Literal`s."""
+    plain = [_unwrap(option)[0] for option in _options(annotation)]
+    return {word for option in plain if get_origin(option) is Literal for word in get_args(option)}
 
 
 def type_name(annotation: Any) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import pytest
@@ -22,6 +23,26 @@ def write(tmp_path):
         return path
 
     return write
+
+
+class Odd(msgspec.Struct):
+    k: int | Literal["auto"] = "auto"
+    switch: Literal["on", "off"] = "on"
+    maybe: Literal["a"] | None = "a"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [("k", "2", 2), ("k", "auto", "auto"), ("switch", "off", "off"), ("maybe", "null", None), ("maybe", "a", "a")],
+)
+def test_words_and_numbers_in_one_setting(key, text, value):
+    settings = load(None, {f"plugins.odd.{key}": text}, {}, structs={"odd": Odd}).settings
+    assert getattr(settings.plugin["odd"], key) == value
+
+
+def test_a_wrong_word_is_refused():
+    text = mistakes(None, {"plugins.odd.k": "many"}, {}, structs={"odd": Odd})
+    assert "plugins.odd.k is 'many': Invalid enum value 'many'. Give int or one of auto." in text
 
 
 def mistakes(*args, **options) -> str:
@@ -166,6 +187,7 @@ def test_one_mistake_has_its_fix_apart():
         ("server.host = 'a'\nserver.prot = 1\n", 2),
         ("[model]\nname = 'x'\n[server]\n\"prot\" = 1 # comment\n", 4),
         ("server = {prot = 1}\n", 1),
+        ('server.prot = 1\nmodel.name = """\nserver.prot = 1\n"""\n', 1),
         ("[ server ]\nhost = '''\nprot'''\nprot = 1", 4),
     ],
 )
@@ -243,7 +265,7 @@ def test_mistakes_in_a_plugins_section(write):
     assert "line 3: unknown key 'plugins.acme_fast.speeed' (its value: 3). Did you mean plugins.acme_fast.speed?" in text
     assert "line 4: plugins.acme_fast.speed is -1: Expected `float` > 0.0. Give float > 0 (m/s)." in text
     assert "line 5: unknown key 'plugins.acme_slow' (its value: {}). Did you mean plugins.acme_fast?" in text
-    assert "line 6: unknown key 'plugins.plain.x' (its value: 1). Take it away; the plugin 'plain' has no settings." in text
+    assert "line 6: unknown key 'plugins.plain.x' (its value: 1). Take it away; the plugin 'plain' has no settings" in text
 
 
 def test_a_structs_own_check_is_reported():
@@ -279,11 +301,14 @@ def test_installed_plugins_are_asked_and_only_the_configured_imported(make_distr
     plugin = Plugin()
     """
     entries = {"polish": "acme_cfg_a:plugin [engine]", "other": "acme_cfg_b:plugin [engine]"}
-    make_distribution("acme", entries, acme_cfg_a=source, acme_cfg_b="raise SystemError('not configured: not imported')")
+    make_distribution("acme", entries, acme_cfg_a=source, acme_cfg_b="import os; os.environ['ACME_CFG_B'] = 'imported'")
     loaded = load(None, {"plugins.polish.level": "4"}, {})
     assert loaded.settings.plugin["polish"].level == 4
+    assert "ACME_CFG_B" not in os.environ
     assert "unknown key 'plugins.polsh'" in mistakes(None, {"plugins.polsh.level": "4"}, {})
-    assert "unknown key 'plugins.polish'" in mistakes(None, {"plugins.polish.level": "4", "plugins.deny": "polish"}, {})
+    excluded = mistakes(None, {"plugins.polish.level": "4", "plugins.deny": "polish"}, {})
+    assert "unknown key 'plugins.polish.level'" in excluded
+    assert "the plugin 'polish' has no settings, or may not load (plugins.allow, plugins.deny)" in excluded
 
 
 # ------------------------------------------------------------------------------------------------------------ between processes

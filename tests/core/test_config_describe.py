@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,7 @@ import pytest
 
 from fluentllm.core.config import load
 from fluentllm.core.config_describe import as_tree, explain, markdown, schema
-from fluentllm.core.config_tree import type_name
+from fluentllm.core.config_tree import nearest, type_name
 from fluentllm.core.errors import ConfigError
 from fluentllm.core.plugins import PluginManager
 
@@ -50,6 +51,14 @@ def test_a_section_is_all_of_its_settings():
 def test_an_unknown_key_has_a_neighbour():
     with pytest.raises(ConfigError, match=r"no setting 'server.prot'. Did you mean server.port\?"):
         explain("server.prot", load(None, {}, {}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("port", "server.port"), ("servr.memory", "kv.memory"), ("scheduler.polcy", "scheduler.policy"), ("zzzz", None)],
+)
+def test_the_nearest_key(wrong, meant):
+    assert nearest(wrong, [row.key for row in explain("", load(None, {}, {}))]) == meant
 
 
 def test_every_setting_has_help():
@@ -95,7 +104,11 @@ def test_types_read_like_words(annotation, name):
 
 
 def test_the_docs_have_every_setting():
-    """docs/configuration.md ends in the table that `fluent config schema --format markdown` prints."""
-    document = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    table = markdown(PluginManager.load(None).config_structs())
-    assert table in document, "run: python -m fluentllm.cli config schema --format markdown, and paste it into the docs"
+    """Renew the generated part of the page with `UPDATE_DOCS=1 pytest tests/core/test_config_describe.py`."""
+    page = ROOT / "docs" / "configuration.md"
+    text, mark, table = page.read_text(encoding="utf-8").partition("<!-- generated from here on -->\n")
+    expected = "\n" + markdown(PluginManager.load(None).config_structs())
+    if os.environ.get("UPDATE_DOCS") == "1":
+        page.write_text(text + mark + expected, encoding="utf-8")
+    else:
+        assert table == expected

@@ -64,6 +64,23 @@ def test_routes_that_cannot_be_served_are_refused(plugin, what):
         load_frontend(acme=plugin)
 
 
+def test_a_plugin_that_breaks_off_serves_no_route():
+    routes = Routes("/acme", "/half", methods=("GET",))
+    routes.answer = None  # refused at once
+    with pytest.raises(PluginError, match="without an endpoint"):
+        load_frontend(acme=routes)
+
+    class Half(Routes):
+        @hookimpl
+        def fluent_routes(self, register):
+            register("/half", self.answer)
+            raise RuntimeError("no more")
+
+    plugins = load_frontend(half=Half())
+    assert [route.path for route in plugins.routes() if route.plugin == "half"] == []
+    assert plugins.info("half").state == "failed"
+
+
 class Commands:
     def __init__(self, *names: str, fail: bool = False, group: bool = False) -> None:
         self.names, self.fail, self.group = names, fail, group
@@ -110,11 +127,14 @@ def test_a_command_of_fluent_itself_cannot_be_taken():
         PluginManager.load({"cli"}, objects={"acme": Commands("serve-it")}).add_commands(application())
 
 
-def test_a_plugin_that_breaks_off_adds_no_command():
+@pytest.mark.parametrize("group", [False, True])
+def test_a_plugin_that_breaks_off_adds_no_command(group):
     app = application()
-    plugins = PluginManager.load({"cli"}, objects={"bad": Commands("half", fail=True), "good": Commands("whole")})
+    bad = Commands("half", fail=True, group=group)
+    plugins = PluginManager.load({"cli"}, objects={"bad": bad, "good": Commands("whole")})
     plugins.add_commands(app)
     assert names(app) == {"whole"}
+    assert app.registered_groups == []
     assert plugins.info("bad").state == "failed"
 
 
@@ -134,6 +154,15 @@ class Configured:
 
 def test_plugins_give_the_struct_of_their_settings():
     assert PluginManager.load({"engine"}, objects={"acme": Configured(Polish)}).config_structs()["acme"] is Polish
+
+
+def test_only_the_hooks_that_are_wanted_are_called():
+    plugins = PluginManager.load(
+        None, objects={"acme": Routes("/acme"), "polish": Configured(Polish)}, hooks=("fluent_config",)
+    )
+    assert plugins.routes() == []
+    assert plugins.config_structs()["polish"] is Polish
+    assert plugins.registry("schedulers").names() == []
 
 
 @pytest.mark.parametrize(("structs", "what"), [((dict,), "subclass of msgspec.Struct"), ((Polish, Polish), "two Structs")])
