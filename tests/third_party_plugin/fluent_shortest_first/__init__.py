@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta, Struct
 
 from fluentllm.core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    import typer
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from fluentllm.core.protocols import Register, RegisterConfig, RegisterRoute, Scheduler, SchedulerContext
 
 FLUENT_API_VERSION = 1
 
@@ -26,29 +33,29 @@ class ShortestFirstSettings(Struct, forbid_unknown_fields=True):
 
 class ShortestFirst:
     @hookimpl
-    def fluent_config(self, register):
+    def fluent_config(self, register: RegisterConfig) -> None:
         register(ShortestFirstSettings)
 
     @hookimpl
-    def fluent_schedulers(self, register):
+    def fluent_schedulers(self, register: Register) -> None:
         register("shortest_first", create_scheduler)
 
     @hookimpl
-    def fluent_routes(self, register):
+    def fluent_routes(self, register: RegisterRoute) -> None:
         register("/shortest_first", show_queue, summary="How long the queue is, and how patient its requests are.")
 
     @hookimpl
-    def fluent_commands(self, app):
+    def fluent_commands(self, app: typer.Typer) -> None:
         app.command("shortest-first")(print_order)
 
 
-def create_scheduler(context):
+def create_scheduler(context: SchedulerContext) -> Scheduler:
     from .scheduler import ShortestFirstScheduler
 
     return ShortestFirstScheduler(context, context.settings.plugin["shortest_first"].patience)
 
 
-async def show_queue(request):
+async def show_queue(request: Request) -> Response:
     from starlette.responses import JSONResponse
 
     services = request.app.state.fluent

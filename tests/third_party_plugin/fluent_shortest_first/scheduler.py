@@ -10,13 +10,21 @@ has been collected; until then the sequence is leaving.
 from __future__ import annotations
 
 import heapq
+from typing import TYPE_CHECKING
 
 from fluentllm.core.errors import QueueFull
 from fluentllm.core.sequence import Phase
 from fluentllm.core.types import PrefillChunk, SlotInit, StepPlan
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence as SequenceOf
 
-def order_key(priority, prompt_length, arrival, *, overdue):
+    from fluentllm.core.protocols import SchedulerContext
+    from fluentllm.core.sequence import Sequence
+    from fluentllm.core.types import Drafting
+
+
+def order_key(priority: int, prompt_length: int, arrival: int, *, overdue: bool) -> tuple[int, int, int, int]:
     """Smaller runs first. Among overdue requests of a priority, the oldest."""
     return (priority, 0, 0, arrival) if overdue else (priority, 1, prompt_length, arrival)
 
@@ -26,42 +34,42 @@ class ShortestFirstScheduler:
 
     preemptions = 0
 
-    def __init__(self, context, patience):
+    def __init__(self, context: SchedulerContext, patience: int) -> None:
         self._kv = context.kv
         self._max_drafts = context.max_drafts
         self._patience = patience
         self._max_waiting = context.settings.scheduler.max_waiting
         self._prefill_tokens = context.settings.scheduler.prefill_tokens
-        self._overtaken = {}
+        self._overtaken: dict[Sequence, int] = {}
         """Waiting sequence → how many later ones have entered before it."""
-        self._slots = {}
+        self._slots: dict[int, Sequence] = {}
         self._free_slots = list(range(context.slots))
-        self._leaving = set()
+        self._leaving: set[Sequence] = set()
         self._collected_step = -1
 
     @property
-    def waiting(self):
+    def waiting(self) -> int:
         return len(self._overtaken)
 
     @property
-    def running(self):
+    def running(self) -> int:
         return len(self._slots)
 
-    def sequence(self, slot):
+    def sequence(self, slot: int) -> Sequence:
         return self._slots[slot]
 
-    def add(self, sequence):
+    def add(self, sequence: Sequence) -> None:
         if len(self._overtaken) >= self._max_waiting:
             raise QueueFull(f"{self.waiting} requests are waiting.", fix="Try again later, or raise scheduler.max_waiting.")
         self._overtaken[sequence] = 0
 
-    def abort(self, sequence):
+    def abort(self, sequence: Sequence) -> None:
         if sequence.slot is None:
             del self._overtaken[sequence]
         else:
             self._leave(sequence)
 
-    def plan(self, step, drafting):
+    def plan(self, step: int, drafting: Drafting) -> StepPlan | None:
         decode = [slot for slot, sequence in self._slots.items() if sequence.can_decode and sequence not in self._leaving]
         admit, prefill = self._plan_prefill()
         if not decode and not prefill:
@@ -75,7 +83,7 @@ class ShortestFirstScheduler:
             sequence.launch(step, tokens)
         return plan
 
-    def collected(self, plan, finished):
+    def collected(self, plan: StepPlan, finished: SequenceOf[Sequence]) -> None:
         self._collected_step = plan.step
         for sequence, tokens in self._named(plan):
             sequence.collect(tokens)
@@ -86,15 +94,17 @@ class ShortestFirstScheduler:
         for sequence in [each for each in self._leaving if each.last_step <= plan.step]:
             self._release(sequence)
 
-    def _named(self, plan):
+    def _named(self, plan: StepPlan) -> Iterator[tuple[Sequence, int]]:
         """Whom the plan names, each with the most tokens that the step can bring it."""
         for chunk in plan.prefill:
             yield self._slots[chunk.slot], int(chunk.last)
         for slot in plan.decode:
             yield self._slots[slot], plan.drafting.verify + 1
 
-    def _plan_prefill(self):
-        admit, chunks, budget = [], [], self._prefill_tokens
+    def _plan_prefill(self) -> tuple[list[SlotInit], list[PrefillChunk]]:
+        admit: list[SlotInit] = []
+        chunks: list[PrefillChunk] = []
+        budget = self._prefill_tokens
         for sequence in self._slots.values():
             if sequence.phase is Phase.PREFILL and sequence not in self._leaving and budget > 0:
                 chunks.append(self._next_chunk(sequence, budget))
@@ -108,11 +118,11 @@ class ShortestFirstScheduler:
             budget -= chunks[-1].count
         return admit, chunks
 
-    def _key(self, sequence):
+    def _key(self, sequence: Sequence) -> tuple[int, int, int, int]:
         overdue = self._overtaken[sequence] >= self._patience
         return order_key(sequence.request.priority, sequence.prompt_length, sequence.arrival, overdue=overdue)
 
-    def _admit(self, sequence):
+    def _admit(self, sequence: Sequence) -> bool:
         """A slot, and pages for all of its budget."""
         if not self._free_slots or not self._kv.admit(sequence, len(sequence.tokens)):
             return False
@@ -121,7 +131,7 @@ class ShortestFirstScheduler:
             return False
         return True
 
-    def _enter(self, sequence):
+    def _enter(self, sequence: Sequence) -> SlotInit:
         del self._overtaken[sequence]
         for other in self._overtaken:
             if other.arrival < sequence.arrival:
@@ -141,7 +151,7 @@ class ShortestFirstScheduler:
             sequence.stop_ids,
         )
 
-    def _next_chunk(self, sequence, budget):
+    def _next_chunk(self, sequence: Sequence, budget: int) -> PrefillChunk:
         start = sequence.prefilled
         count = min(budget, len(sequence.tokens) - start)
         sequence.prefilled += count
@@ -150,12 +160,12 @@ class ShortestFirstScheduler:
             sequence.phase = Phase.DECODE
         return PrefillChunk(sequence.slot, start, count, last, sequence.request.params.prompt_logprobs)
 
-    def _leave(self, sequence):
+    def _leave(self, sequence: Sequence) -> None:
         self._leaving.add(sequence)
         if sequence.last_step <= self._collected_step:
             self._release(sequence)
 
-    def _release(self, sequence):
+    def _release(self, sequence: Sequence) -> None:
         self._leaving.remove(sequence)
         if sequence.finish_reason != "abort":
             # The last token's KV would be written by the step after it, which there was not.
