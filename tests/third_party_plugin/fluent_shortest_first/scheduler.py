@@ -158,6 +158,7 @@ class ShortestFirstScheduler:
         last = sequence.prefilled == len(sequence.tokens)
         if last:
             sequence.phase = Phase.DECODE
+        assert sequence.slot is not None
         return PrefillChunk(sequence.slot, start, count, last, sequence.request.params.prompt_logprobs)
 
     def _leave(self, sequence: Sequence) -> None:
@@ -171,6 +172,7 @@ class ShortestFirstScheduler:
             # The last token's KV would be written by the step after it, which there was not.
             self._kv.publish(sequence, len(sequence.tokens) - 1)
         self._kv.release(sequence)
+        assert sequence.slot is not None
         del self._slots[sequence.slot]
         heapq.heappush(self._free_slots, sequence.slot)
         sequence.slot = None
