@@ -7,11 +7,21 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from ..core.errors import ConfigError
 from ..core.types import Request, SamplingParams
 from ..frontend.client import EngineClient
 from ..local import LocalEngine
+
+
+@dataclass(slots=True)
+class Drafts:
+    """Of the timed requests."""
+
+    drafted: int = 0
+    accepted: int = 0
 
 
 def startup(local: LocalEngine) -> None:
@@ -20,22 +30,36 @@ def startup(local: LocalEngine) -> None:
 
 
 def latency(
-    local: LocalEngine, batches: list[int], context: int, steps: int, rounds: int = 3, tell: Callable[[str], None] = print
+    local: LocalEngine,
+    batches: list[int],
+    context: int,
+    steps: int,
+    rounds: int = 3,
+    tell: Callable[[str], None] = print,
+    drafts: Drafts | None = None,
 ) -> list[dict[str, Any]]:
     """For each batch: time a step takes, by (time of steps + 1 new tokens − time of 1) / steps; medians of `rounds` after a
-    warm-up. Every prompt is fresh, so nothing comes from the prefix cache."""
+    warm-up. Every prompt is fresh, so nothing comes from the prefix cache.
+
+    Raises `ConfigError` for a batch that cannot run at once, and where a step is too short for so few steps to show.
+    """
+    _check_fits(local, max(batches), context + steps + 1)
     rng = random.Random(time.time_ns())
     rows = []
     for batch in batches:
-        firsts, alls = [], []
+        firsts: list[float] = []
+        alls: list[float] = []
         for round_number in range(rounds + 1):
             for new, times in ((1, firsts), (steps + 1, alls)):
                 prompts = [_prompt(local, rng, context) for _ in range(batch)]
-                seconds, _ = local.call(_run(local.generation.client, prompts, [new] * batch))
-                if round_number:
+                timed = round_number > 0
+                seconds, _ = local.call(_run(local.generation.client, prompts, [new] * batch, drafts if timed else None))
+                if timed:
                     times.append(seconds)
         first, whole = statistics.median(firsts), statistics.median(alls)
         tpot = (whole - first) / steps
+        if tpot <= 0:
+            raise ConfigError(f"{steps} steps of batch {batch} are lost in the noise.", fix="Measure more --steps.")
         row = {"batch": batch, "ctx": context, "prefill_s": first, "tpot_ms": tpot * 1e3, "tok_s": batch / tpot}
         tell(f"batch {batch:>3}  ctx {context}  prefill {first:.3f} s  TPOT {row['tpot_ms']:.2f} ms  {row['tok_s']:.1f} tok/s")
         rows.append(row)
@@ -43,7 +67,12 @@ def latency(
 
 
 def throughput(
-    local: LocalEngine, requests: int, inputs: tuple[int, int], outputs: tuple[int, int], seed: int
+    local: LocalEngine,
+    requests: int,
+    inputs: tuple[int, int],
+    outputs: tuple[int, int],
+    seed: int,
+    drafts: Drafts | None = None,
 ) -> dict[str, Any]:
     """All requests at once, lengths uniform in the given ranges, end of sequence ignored."""
     rng = random.Random(seed)
@@ -51,7 +80,7 @@ def throughput(
     local.call(_run(local.generation.client, warm, [4] * 4))
     prompts = [_prompt(local, rng, rng.randint(*inputs)) for _ in range(requests)]
     budgets = [rng.randint(*outputs) for _ in range(requests)]
-    seconds, tokens = local.call(_run(local.generation.client, prompts, budgets))
+    seconds, tokens = local.call(_run(local.generation.client, prompts, budgets, drafts))
     return {
         "requests": requests,
         "in_tokens": sum(map(len, prompts)),
@@ -61,17 +90,40 @@ def throughput(
     }
 
 
+def _check_fits(local: LocalEngine, batch: int, tokens: int) -> None:
+    """Sequences that wait or are preempted would be timed with the ones that run."""
+    info = local.engine.info
+    if batch > info.slots:
+        fix = f"Add --set scheduler.max_running={batch}."
+        raise ConfigError(f"A batch of {batch} does not run at once: scheduler.max_running is {info.slots}.", fix=fix)
+    pages = batch * -(-tokens // info.page_size)
+    if pages * info.page_size > info.kv_tokens:
+        raise ConfigError(
+            f"A batch of {batch} with {tokens} tokens each needs a KV pool of {pages * info.page_size} tokens; "
+            f"it has {info.kv_tokens}.",
+            fix="Raise kv.memory, or measure smaller batches or contexts.",
+        )
+
+
 def _prompt(local: LocalEngine, rng: random.Random, length: int) -> list[int]:
     return rng.choices(range(local.engine.info.spec.vocab_size), k=length)
 
 
-async def _run(client: EngineClient, prompts: list[list[int]], budgets: list[int]) -> tuple[float, int]:
-    """Seconds from the first submit to the last token, and how many tokens came."""
+async def _run(
+    client: EngineClient, prompts: list[list[int]], budgets: list[int], drafts: Drafts | None = None
+) -> tuple[float, int]:
+    """Seconds from the first submit to the last token, and how many tokens came. `drafts` are added up."""
 
     async def one(number: int, prompt: list[int], budget: int) -> int:
         params = SamplingParams(max_tokens=budget, temperature=0.0, ignore_eos=True)
         request = Request(id=f"bench-{started}-{number}", prompt=prompt, params=params)
-        return sum([len(output.tokens) async for output in client.submit(request)])
+        tokens = 0
+        async for output in client.submit(request):
+            tokens += len(output.tokens)
+            if drafts is not None:
+                drafts.drafted += output.drafted
+                drafts.accepted += output.accepted
+        return tokens
 
     started = time.perf_counter()
     counts = await asyncio.gather(*(one(i, p, b) for i, (p, b) in enumerate(zip(prompts, budgets, strict=True))))

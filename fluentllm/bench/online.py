@@ -11,13 +11,16 @@ from typing import Any
 
 import httpx
 
-from ..core.errors import FluentError
+from ..core.errors import ConfigError
 from .report import percentiles
+
+SAFE_VOCABULARY = 1000
+"""Token ids below this are sent to a server that does not tell the size of its vocabulary."""
 
 
 @dataclass(slots=True)
 class Sample:
-    """One request: when it was sent, and when each chunk with text came. Seconds."""
+    """One request: when it was sent, and when each chunk of tokens came. Seconds."""
 
     sent: float
     chunks: list[float] = field(default_factory=list)
@@ -48,28 +51,31 @@ class Load:
     outputs: tuple[int, int]
     seed: int
     ttft_goal: float
-    """Seconds. With `tpot_goal`: a request that meets both counts as good."""
+    """Seconds. With `tpot_goal`: a request that meets both counts as good, and good ones a second are the goodput."""
     tpot_goal: float
     api_key: str | None = None
 
 
 async def measure(load: Load) -> dict[str, Any]:
-    """Raises `FluentError` if the server cannot be reached or answers nothing."""
+    """Raises `ConfigError` if the server cannot be reached, has no OpenAI API or refuses such requests."""
     headers = {"Authorization": f"Bearer {load.api_key}"} if load.api_key else {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=load.url, headers=headers, timeout=None, limits=limits) as client:
-        model, vocab = await _model(client)
+        model, vocab = await _model(client, load)
         rng = random.Random(load.seed)
         bodies = [
             _body(model, rng.choices(range(vocab), k=rng.randint(*load.inputs)), rng.randint(*load.outputs))
             for _ in range(load.requests)
         ]
-        await _one(client, _body(model, bodies[0]["prompt"][:8], 2))
-        started = time.perf_counter()
+        warm = await _one(client, _body(model, bodies[0]["prompt"][:8], 2))
+        if warm.error is not None:
+            raise ConfigError(f"{load.url} refused a first request: {warm.error}.", fix="Mend that first.")
+        started = arrival = time.perf_counter()
         tasks = []
         for body in bodies:
+            await asyncio.sleep(max(0.0, arrival - time.perf_counter()))
             tasks.append(asyncio.create_task(_one(client, body)))
-            await asyncio.sleep(rng.expovariate(load.rate) if load.rate else 0)
+            arrival += rng.expovariate(load.rate) if load.rate else 0.0
         samples = await asyncio.gather(*tasks)
         seconds = time.perf_counter() - started
     return summary(samples, seconds, load)
@@ -94,17 +100,23 @@ def summary(samples: list[Sample], seconds: float, load: Load) -> dict[str, Any]
     }
 
 
-async def _model(client: httpx.AsyncClient) -> tuple[str, int]:
+async def _model(client: httpx.AsyncClient, load: Load) -> tuple[str, int]:
     """Name of the first model served, and how many token ids are safe to send."""
     try:
         answer = await client.get("/v1/models")
         answer.raise_for_status()
-    except httpx.HTTPError as error:
-        raise FluentError(
-            f"{client.base_url} does not answer: {error}.", fix="Start `fluent serve`, or name its --url."
-        ) from None
-    model = answer.json()["data"][0]
-    return model["id"], int(model.get("vocab_size", 1000))
+        model = answer.json()["data"][0]
+        name, vocab, longest = model["id"], model.get("vocab_size"), model.get("max_model_len")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ConfigError(f"{load.url} does not answer: {error}.", fix="Start `fluent serve`, or give its --url.") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ConfigError(f"{load.url}/v1/models is not OpenAI's API.", fix="Give the --url of a server that has it.") from None
+    if longest is not None and load.inputs[1] + load.outputs[1] > longest:
+        raise ConfigError(
+            f"{load.inputs[1]} prompt tokens and {load.outputs[1]} new ones exceed the server's context of {longest} tokens.",
+            fix="Lower --input-len or --output-len.",
+        )
+    return name, vocab or SAFE_VOCABULARY
 
 
 def _body(model: str, prompt: list[int], budget: int) -> dict[str, Any]:
@@ -130,10 +142,13 @@ async def _one(client: httpx.AsyncClient, body: dict[str, Any]) -> Sample:
                 if not line.startswith("data: {"):
                     continue
                 event = json.loads(line[6:])
+                if "error" in event:
+                    sample.error = str(event["error"])
                 if event.get("choices"):
                     sample.chunks.append(time.perf_counter())
                 if event.get("usage"):
                     sample.tokens = event["usage"]["completion_tokens"]
+            sample.tokens = sample.tokens or len(sample.chunks)
     except httpx.HTTPError as error:
         sample.error = f"{type(error).__name__}: {error}"
     return sample

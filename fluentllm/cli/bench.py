@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..core.errors import ConfigError
 from . import options
+
+if TYPE_CHECKING:
+    from ..bench.offline import Drafts
+    from ..core.settings import Settings
+    from ..local import LocalEngine
 
 bench = typer.Typer(help="Measure latency, throughput, or a running server.", no_args_is_help=True)
 
@@ -23,8 +29,8 @@ def register(app: typer.Typer) -> None:
 def latency(
     model: options.Model = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, such as 1,8,32.")] = "1,8,32",
-    ctx: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
-    steps: Annotated[int, typer.Option(help="New tokens that are timed.")] = 64,
+    ctx: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="New tokens that are timed.")] = 64,
     json: Json = None,
     config: options.Config = None,
     sets: options.Sets = None,
@@ -36,23 +42,16 @@ def latency(
 
     batches = [_positive("--batch", part) for part in batch.split(",")]
 
-    def measure(local: Any) -> dict[str, Any]:
-        return {"decode": offline.latency(local, batches, ctx, steps, tell=typer.echo)}
+    def measure(local: LocalEngine, drafts: Drafts) -> dict[str, Any]:
+        return {"decode": offline.latency(local, batches, ctx, steps, tell=typer.echo, drafts=drafts)}
 
-    _offline(
-        {"model.name": model, "engine.device": device, "model.load_format": load_format},
-        measure,
-        json,
-        config,
-        sets,
-        max(batches),
-    )
+    _offline({"model.name": model, "engine.device": device, "model.load_format": load_format}, measure, json, config, sets)
 
 
 @bench.command()
 def throughput(
     model: options.Model = None,
-    requests: Annotated[int, typer.Option(help="Requests, all at once.")] = 256,
+    requests: Annotated[int, typer.Option(min=1, help="Requests, all at once.")] = 256,
     input_len: Annotated[str, typer.Option(help="Prompt tokens: N, or A:B for uniform.")] = "100:1024",
     output_len: Annotated[str, typer.Option(help="New tokens: N, or A:B for uniform.")] = "100:1024",
     seed: Annotated[int, typer.Option(help="Of lengths and prompts.")] = 1,
@@ -67,8 +66,8 @@ def throughput(
 
     inputs, outputs = _range("--input-len", input_len), _range("--output-len", output_len)
 
-    def measure(local: Any) -> dict[str, Any]:
-        figures = offline.throughput(local, requests, inputs, outputs, seed)
+    def measure(local: LocalEngine, drafts: Drafts) -> dict[str, Any]:
+        figures = offline.throughput(local, requests, inputs, outputs, seed, drafts)
         typer.echo(f"{requests} requests, {figures['out_tokens']} tokens in {figures['s']:.1f} s: {figures['tok_s']:.1f} tok/s")
         return {"throughput": figures}
 
@@ -78,25 +77,34 @@ def throughput(
 @bench.command()
 def serve(
     url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
-    requests: Annotated[int, typer.Option(help="How many.")] = 64,
-    rate: Annotated[float, typer.Option(help="Requests a second, arriving at random; 0 sends all at once.")] = 1.0,
+    requests: Annotated[int, typer.Option(min=1, help="How many.")] = 64,
+    rate: Annotated[float, typer.Option(min=0, help="Requests a second, arriving at random; 0 sends all at once.")] = 1.0,
     input_len: Annotated[str, typer.Option(help="Prompt tokens: N, or A:B for uniform.")] = "32:256",
     output_len: Annotated[str, typer.Option(help="New tokens: N, or A:B for uniform.")] = "16:128",
     seed: Annotated[int, typer.Option(help="Of arrivals, lengths and prompts.")] = 1,
-    ttft_goal: Annotated[float, typer.Option(help="A good request's first token comes within this many ms.")] = 2000.0,
-    tpot_goal: Annotated[float, typer.Option(help="And its tokens within this many ms each.")] = 200.0,
-    api_key: Annotated[str | None, typer.Option(help="The server's key.")] = None,
+    ttft_goal: Annotated[float, typer.Option(min=0, help="A good request's first token comes within this many ms.")] = 2000.0,
+    tpot_goal: Annotated[float, typer.Option(min=0, help="And its tokens within this many ms each.")] = 200.0,
+    api_key: options.ApiKey = None,
     json: Json = None,
+    config: options.Config = None,
+    sets: options.Sets = None,
 ) -> None:
-    """Load on a running server: TTFT, TPOT, ITL percentiles and goodput."""
+    """Load on a running server, arriving at random whether or not it keeps up: TTFT, TPOT, ITL percentiles and goodput."""
     import asyncio
 
     from ..bench import online, report
 
     load = online.Load(
-        url, requests, rate, _range("--input-len", input_len), _range("--output-len", output_len), seed,
-        ttft_goal / 1e3, tpot_goal / 1e3, api_key,
-    )  # fmt: skip
+        url=url,
+        requests=requests,
+        rate=rate,
+        inputs=_range("--input-len", input_len),
+        outputs=_range("--output-len", output_len),
+        seed=seed,
+        ttft_goal=ttft_goal / 1e3,
+        tpot_goal=tpot_goal / 1e3,
+        api_key=options.load(config, {"server.api_key": api_key}, sets).settings.server.api_key,
+    )
     figures = asyncio.run(online.measure(load))
     for name in ("ttft_ms", "tpot_ms", "itl_ms"):
         typer.echo(f"{name:8} " + "  ".join(f"{k} {v:8.1f}" for k, v in figures[name].items()))
@@ -104,30 +112,39 @@ def serve(
         f"{figures['requests']} requests ({figures['failed']} failed) in {figures['s']:.1f} s: {figures['tok_s']:.1f} tok/s, "
         f"goodput {figures['goodput_requests_s']:.2f} requests/s"
     )
-    report.write(json, {"serve": figures, **report.environment()})
+    for error in figures["errors"]:
+        typer.echo(f"failed: {error}", err=True)
+    report.write(json, {"url": url, "serve": figures, **report.environment()})
 
 
 def _offline(
     flags: dict[str, str | None],
-    measure: Any,
+    measure: Callable[[LocalEngine, Drafts], dict[str, Any]],
     json: Path | None,
     config: Path | None,
     sets: list[str] | None,
-    least_slots: int = 1,
 ) -> None:
     from ..bench import offline, report
     from ..local import LocalEngine
 
     settings = options.load(config, flags, sets).settings
-    slots = settings.scheduler.max_running
-    if slots is not None and slots < least_slots:
-        raise ConfigError(f"A batch of {least_slots} does not fit scheduler.max_running {slots}.", fix="Raise it.")
+    drafts = offline.Drafts()
     with LocalEngine(settings) as local:
         offline.startup(local)
         startup_s = report.seconds_since_process_start()
         typer.echo(f"{local.model_name} on {local.engine.info.device}: first token after {startup_s:.2f} s")
-        figures = {"model": settings.model.name, "startup_s": startup_s, **measure(local)}
-    report.write(json, {**figures, "speculative": None, **report.environment()})
+        figures = {"model": settings.model.name, "startup_s": startup_s, **measure(local, drafts)}
+        figures["speculative"] = _speculative(settings, drafts)
+    report.write(json, {**figures, **report.environment()})
+
+
+def _speculative(settings: Settings, drafts: Drafts) -> dict[str, Any] | None:
+    """None where it is off."""
+    chosen = settings.speculative
+    if chosen.method == "none":
+        return None
+    counts = {"drafted": drafts.drafted, "accepted": drafts.accepted}
+    return {"method": chosen.method, "k": chosen.k, "max_k": chosen.max_k, **counts}
 
 
 def _positive(option: str, text: str) -> int:

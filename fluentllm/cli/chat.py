@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,8 @@ from ..core.errors import FluentError
 from . import options
 
 if TYPE_CHECKING:
+    import httpx
+
     from ..frontend.generation import Generation
 
 Answer = Callable[[list[dict[str, str]]], str]
@@ -31,17 +34,21 @@ def chat(
     config: options.Config = None,
     sets: options.Sets = None,
 ) -> None:
-    """Chat in the terminal. An empty line or Ctrl-D ends it; `/new` begins a new conversation."""
-    sampling = {"temperature": temperature, "max_tokens": max_tokens}
+    """Chat in the terminal, with a model in this process or, with --url, on a server.
+
+    An empty line or Ctrl-D ends it, Ctrl-C ends an answer; `/new` begins a new conversation.
+    """
+    flags = {"model.name": model, "engine.device": device, "server.api_key": api_key}
+    settings = options.load(config, flags, sets).settings
     if url is not None:
-        _talk(lambda messages: asyncio.run(_print(_from_server(url, api_key, messages, sampling))), system)
+        server = _Server(url, settings.server.api_key, model, {"temperature": temperature, "max_tokens": max_tokens})
+        _talk(lambda messages: asyncio.run(_print(server.answer(messages))), system)
         return
 
-    from ..frontend.sampling import SamplingOptions
+    from ..frontend.sampling import SamplingOptions, check_options
     from ..local import LocalEngine
 
-    settings = options.load(config, {"model.name": model, "engine.device": device}, sets).settings
-    choices = SamplingOptions(temperature=temperature, max_tokens=max_tokens)
+    choices = check_options(SamplingOptions(temperature=temperature, max_tokens=max_tokens))
     with LocalEngine(settings, lambda line: typer.echo(line, err=True)) as local:
         _talk(lambda messages: local.call(_print(_from_engine(local.generation, messages, choices))), system)
 
@@ -66,6 +73,9 @@ def _talk(answer: Answer, system: str | None) -> None:
         except FluentError as error:
             typer.echo(f"error: {error}", err=True)
             messages.pop()
+        except KeyboardInterrupt:
+            typer.echo("\n(the answer was ended, and is forgotten)", err=True)
+            messages.pop()
 
 
 async def _print(pieces: AsyncIterator[str]) -> str:
@@ -84,27 +94,59 @@ async def _from_engine(generation: Generation, messages: list[dict[str, str]], c
             yield delta.text
 
 
-async def _from_server(url: str, api_key: str | None, messages: Any, sampling: dict[str, Any]) -> AsyncIterator[str]:
-    import httpx
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """A server with OpenAI's API."""
 
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    given = {key: value for key, value in sampling.items() if value is not None}
-    try:
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=None) as client:
-            model = (await client.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
-            body = {"model": model, "messages": messages, "stream": True, **given}
-            async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-                if answer.status_code != 200:
-                    raise FluentError((await answer.aread()).decode(errors="replace"))
-                async for line in answer.aiter_lines():
-                    if line.startswith("data: {"):
-                        event = json.loads(line[6:])
-                        if "error" in event:
-                            raise FluentError(event["error"]["message"])
-                        for choice in event.get("choices", ()):
-                            yield choice["delta"].get("content") or ""
-    except httpx.HTTPError as error:
-        raise FluentError(f"{url} does not answer: {error}.", fix="Start `fluent serve`, or give another --url.") from None
+    url: str
+    api_key: str | None
+    model: str | None
+    """None: the first that it serves."""
+    sampling: Mapping[str, Any]
+
+    async def answer(self, messages: list[dict[str, str]]) -> AsyncIterator[str]:
+        import httpx
+
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        given = {key: value for key, value in self.sampling.items() if value is not None}
+        try:
+            async with httpx.AsyncClient(base_url=self.url, headers=headers, timeout=None) as client:
+                model = self.model or _checked(await client.get("/v1/models"))["data"][0]["id"]
+                body = {"model": model, "messages": messages, "stream": True, **given}
+                async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+                    if response.status_code != 200:
+                        await response.aread()
+                        _checked(response)
+                    async for line in response.aiter_lines():
+                        if line.startswith("data: {"):
+                            yield _text(json.loads(line[6:]))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            message = f"{self.url} does not answer: {error or type(error).__name__}."
+            raise ServerFailed(message, fix="Start `fluent serve`, or give another --url.") from None
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ServerFailed(
+                f"{self.url} answers, but not as OpenAI's API does.", fix="Give the --url of a server that has it."
+            ) from None
+
+
+class ServerFailed(FluentError):
+    """A server that is talked to cannot answer."""
+
+    status, code = 502, "server_failed"
+
+
+def _checked(response: httpx.Response) -> Any:
+    """Its JSON. Raises `ServerFailed` with the message of an error."""
+    content = response.json()
+    if response.status_code != 200:
+        raise ServerFailed(f"{content['error']['message']} (status {response.status_code})")
+    return content
+
+
+def _text(event: dict[str, Any]) -> str:
+    if "error" in event:
+        raise ServerFailed(str(event["error"]["message"]))
+    return "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ()))
 
 
 def register(app: typer.Typer) -> None:

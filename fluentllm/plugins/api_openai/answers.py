@@ -118,6 +118,8 @@ class ModelCard(Struct, kw_only=True):
     created: int
     max_model_len: int | None
     """Longest context, prompt and answer; null before the engine was first ready."""
+    vocab_size: int | None
+    """Token ids are 0 … vocab_size - 1; null likewise."""
     owned_by: str = "fluentllm"
     object: Literal["model"] = "model"
 

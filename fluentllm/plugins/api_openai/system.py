@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 def _card(services: Services) -> ModelCard:
     info = services.client.info
-    return ModelCard(id=services.model, created=services.created, max_model_len=None if info is None else info.max_model_len)
+    return ModelCard(
+        id=services.model,
+        created=services.created,
+        max_model_len=None if info is None else info.max_model_len,
+        vocab_size=None if info is None else info.spec.vocab_size,
+    )
 
 
 @documented(answer=ModelList)

@@ -1,0 +1,167 @@
+"""`fluent bench`: the figures that its JSON holds, and what it refuses to measure."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine.harness import write_tiny_llama
+from processes.server import Server
+
+from fluentllm.bench.online import Load, Sample, summary
+from fluentllm.bench.report import percentiles
+
+from .conftest import Fluent
+
+DUMMY = ("--load-format", "dummy", "--device", "cpu", "--set", "engine.threads=1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_llama(tmp_path_factory.mktemp("bench") / "tiny"))
+
+
+def check_environment(figures: dict[str, Any], command: str) -> None:
+    """What every benchmark says of itself."""
+    assert figures["command"].startswith(f"fluent bench {command}")
+    assert {"python", "fluentllm", "torch"} <= figures["versions"].keys()
+    assert figures["device"]["cores"] >= 1
+    assert figures["device"]["cpu"]
+    assert figures["date"].endswith("Z")
+
+
+def test_latency(fluent_process: Fluent, model: str, tmp_path: Path) -> None:
+    file = tmp_path / "latency.json"
+    arguments = ("--batch", "1,3", "--ctx", "24", "--steps", "16", "--json", str(file))
+    printed = fluent_process("bench", "latency", model, *arguments, *DUMMY).stdout
+    figures = json.loads(file.read_text())
+    check_environment(figures, f"latency {model} --batch 1,3")
+    assert figures["model"] == model
+    assert figures["speculative"] is None
+    assert 0.1 < figures["startup_s"] < 60
+    assert [(row["batch"], row["ctx"]) for row in figures["decode"]] == [(1, 24), (3, 24)]
+    for row in figures["decode"]:
+        assert row.keys() == {"batch", "ctx", "prefill_s", "tpot_ms", "tok_s"}
+        assert row["prefill_s"] > 0
+        assert row["tok_s"] == pytest.approx(row["batch"] / row["tpot_ms"] * 1e3)
+    assert printed.count("TPOT") == 2
+    assert "first token after" in printed
+
+
+def test_throughput(fluent_process: Fluent, model: str, tmp_path: Path) -> None:
+    """Every request gets exactly what was asked for, end-of-sequence tokens or not."""
+    file = tmp_path / "throughput.json"
+    arguments = ("--requests", "9", "--input-len", "10:40", "--output-len", "7", "--json", str(file))
+    fluent_process("bench", "throughput", model, *arguments, *DUMMY)
+    figures = json.loads(file.read_text())
+    check_environment(figures, "throughput")
+    found = figures["throughput"]
+    assert (found["requests"], found["out_tokens"]) == (9, 63)
+    assert 90 <= found["in_tokens"] <= 360
+    assert found["tok_s"] == pytest.approx(63 / found["s"])
+    assert figures["startup_s"] > 0
+
+
+def test_a_benchmark_with_speculation_says_so(fluent_process: Fluent, model: str, tmp_path: Path) -> None:
+    file = tmp_path / "speculative.json"
+    chosen = ("--set", "speculative.method=pld", "--set", "speculative.k=2")
+    sizes = ("--requests", "2", "--input-len", "64", "--output-len", "32")
+    fluent_process("bench", "throughput", model, *sizes, "--json", str(file), *DUMMY, *chosen)
+    found = json.loads(file.read_text())["speculative"]
+    assert (found["method"], found["k"]) == ("pld", 2)
+    assert 0 <= found["accepted"] <= found["drafted"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("latency", "--batch", "1,x"), "--batch holds 'x'"),
+        (("latency", "--batch", "0"), "--batch holds '0'"),
+        (("throughput", "--input-len", "9:3"), "--input-len is '9:3'"),
+        (("throughput", "--output-len", "few"), "--output-len holds 'few'"),
+        (("latency", "--batch", "8", "--set", "scheduler.max_running=4"), "scheduler.max_running=8"),
+        (("latency", "--batch", "2", "--ctx", "300", "--set", "kv.memory=256KiB"), "KV pool"),
+        (("latency", "--batch", "1", "--ctx", "600"), "exceed the context of 512"),
+        (("serve", "--url", "http://127.0.0.1:9"), "http://127.0.0.1:9 does not answer"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(fluent: Fluent, model: str, arguments: tuple[str, ...], message: str) -> None:
+    command, *rest = arguments
+    given = rest if command == "serve" else [model, *rest, *DUMMY]
+    assert message in fluent("bench", command, *given, code=2).stderr
+
+
+class TestServe:
+    """`fluent bench serve` against a real server."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+        folder = tmp_path_factory.mktemp("served")
+        server = Server(folder / "tiny", "--api-key", "secret", temporary=folder)
+        yield server.url
+        server.client.close()
+        server.process.terminate()
+        server.wait_end()
+
+    def test_figures(self, fluent_process: Fluent, url: str, tmp_path: Path) -> None:
+        file = tmp_path / "serve.json"
+        sizes = ("--requests", "6", "--rate", "20", "--input-len", "8:16", "--output-len", "5")
+        printed = fluent_process(
+            "bench", "serve", "--url", url, *sizes, "--json", str(file), FLUENT_SERVER__API_KEY="secret"
+        ).stdout
+        figures = json.loads(file.read_text())
+        check_environment(figures, "serve")
+        found = figures["serve"]
+        assert (found["requests"], found["failed"], found["errors"], found["out_tokens"]) == (6, 0, [], 30)
+        for name in ("ttft_ms", "tpot_ms", "itl_ms"):
+            assert found[name].keys() == {"mean", "p50", "p90", "p99"}
+            assert 0 < found[name]["p50"] <= found[name]["p99"]
+        assert found["goodput_requests_s"] == pytest.approx(found["requests_s"])
+        assert "goodput" in printed
+
+    def test_a_goal_that_nothing_meets(self, fluent_process: Fluent, url: str, tmp_path: Path) -> None:
+        file = tmp_path / "serve.json"
+        sizes = ("--requests", "3", "--rate", "0", "--input-len", "8", "--output-len", "4", "--ttft-goal", "0")
+        fluent_process("bench", "serve", "--url", url, *sizes, "--api-key", "secret", "--json", str(file))
+        found = json.loads(file.read_text())["serve"]
+        assert found["goodput_requests_s"] == 0
+        assert found["requests_s"] > 0
+
+    def test_a_server_that_refuses(self, fluent_process: Fluent, url: str) -> None:
+        assert "401" in fluent_process("bench", "serve", "--url", url, "--requests", "1", code=2).stderr
+
+    def test_lengths_over_the_servers_context(self, fluent_process: Fluent, url: str) -> None:
+        arguments = ("--input-len", "8000", "--output-len", "200:300", "--api-key", "secret")
+        errors = fluent_process("bench", "serve", "--url", url, *arguments, code=2).stderr
+        assert "8000 prompt tokens and 300 new ones exceed the server's context of 8192" in errors
+
+
+def test_summary_of_samples() -> None:
+    """Times by their definitions: TTFT from sending to the first chunk, TPOT over the tokens after the first, ITL between
+    chunks; a request that failed counts in no time."""
+    samples = [
+        Sample(sent=0.0, chunks=[1.0, 1.5, 3.0], tokens=5),
+        Sample(sent=10.0, chunks=[10.1], tokens=1),
+        Sample(sent=20.0, error="500: no"),
+    ]
+    load = Load("", 3, 1.0, (1, 1), (1, 1), 0, ttft_goal=0.5, tpot_goal=1.0)
+    found = summary(samples, 40.0, load)
+    assert (found["requests"], found["failed"], found["errors"]) == (3, 1, ["500: no"])
+    assert found["ttft_ms"]["mean"] == pytest.approx(550)
+    assert found["tpot_ms"]["p50"] == pytest.approx(500)
+    assert found["itl_ms"]["mean"] == pytest.approx(1000)
+    assert found["tok_s"] == pytest.approx(6 / 40)
+    assert found["goodput_requests_s"] == pytest.approx(1 / 40)
+
+
+def test_percentiles() -> None:
+    values = [float(i) for i in range(100, 0, -1)]
+    found = percentiles(values)
+    assert found == {"mean": statistics.fmean(values), "p50": 51, "p90": 91, "p99": 100}
+    assert percentiles([3.0]) == {"mean": 3, "p50": 3, "p90": 3, "p99": 3}
+    assert percentiles([]) == {"mean": 0, "p50": 0, "p90": 0, "p99": 0}
