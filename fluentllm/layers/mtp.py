@@ -64,9 +64,9 @@ class MTP(Module):
         return self.layer.attention.layer
 
     def forward(self, hidden: Tensor, batch: Batch, attention: AttentionBackend) -> Tensor:
-        """hidden [T, hidden], for each row of the batch the state after the final norm at the position before: the
-        target's, or what this returned for the row before → the state from which the token at position + 1 + 1 … is drafted,
-        after this layer's norm, [T, hidden]. A row at position 0 has no state before it: zeros are taken there."""
+        """hidden [T, hidden]: for each row of the batch the state, after the final norm, at the position before: the target's,
+        or what this returned for that position → [T, hidden], after this layer's norm: what the token at the row's position
+        + 1 is drafted from. A row at position 0 has no state before it: zeros are taken there."""
         attention.begin(batch)
         hidden = torch.where((batch.positions == 0).unsqueeze(1), 0.0, hidden)
         tokens = self.token_norm(self.embedding(batch.tokens))
@@ -91,8 +91,8 @@ class MTP(Module):
 
     def borrowable(self) -> set[str]:
         """Tensors that may be the target's."""
-        parts = [self.embedding] if self.head is None else [self.embedding, self.head]
-        return {join(part.name, "weight") for part in parts}
+        names = [self.embedding.name] if self.head is None else [self.embedding.name, self.head.name]
+        return {join(name, "weight") for name in names}
 
 
 class DraftingModel(Module):
