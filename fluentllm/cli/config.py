@@ -9,7 +9,7 @@ import typer
 from . import options, output
 
 if TYPE_CHECKING:
-    from fluentllm.core.config_describe import Explanation
+    from fluentllm.core.config.describe import Explanation
 
 SECRETS = ("api_key", "key", "token", "secret", "password")
 """Settings of these names, or ending in `_` and one of them, are not printed."""
@@ -29,7 +29,7 @@ def show(
     json: output.Json = False,
 ) -> None:
     """Print every setting with its value and where it came from."""
-    from fluentllm.core.config_describe import explain
+    from fluentllm.core.config.describe import explain
 
     rows = explain("", options.load(config, sets=sets, every_plugin=True))
     rows = [row for row in rows if not changed or row.origin != "default"]
@@ -44,14 +44,14 @@ def schema(
     form: Annotated[Literal["json", "markdown"], typer.Option("--format", help="JSON Schema, or tables for people.")] = "json",
 ) -> None:
     """Print the JSON Schema of a config file, plugins' settings included."""
-    from fluentllm.core import config_describe
+    from fluentllm.core.config import describe
     from fluentllm.core.plugins import PluginManager
 
     structs = PluginManager.load(None).config_structs()
     if form == "json":
-        output.print_json(config_describe.schema(structs))
+        output.print_json(describe.schema(structs))
     else:
-        typer.echo(config_describe.markdown(structs))
+        typer.echo(describe.markdown(structs))
 
 
 @app.command()
@@ -62,10 +62,10 @@ def explain(
     json: output.Json = False,
 ) -> None:
     """Say what a setting is, its value, and where that came from."""
-    from fluentllm.core import config_describe
-    from fluentllm.core.config_sources import environment_name
+    from fluentllm.core.config import describe
+    from fluentllm.core.config.sources import environment_name
 
-    rows = config_describe.explain(key, options.load(config, sets=sets, every_plugin=True))
+    rows = describe.explain(key, options.load(config, sets=sets, every_plugin=True))
     if json:
         output.print_json([{**row.as_dict(), "value": _shown(row)} for row in rows])
         return

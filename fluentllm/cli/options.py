@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fluentllm.core.config_tree import Setting, settings_tree
+from fluentllm.core.config.tree import Setting, settings_tree
 from fluentllm.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from fluentllm.core.config import Loaded
-    from fluentllm.core.config_sources import ConfigFile
+    from fluentllm.core.config.sources import ConfigFile
     from fluentllm.core.settings import PluginSettings
 
 CONFIG_VARIABLE = "FLUENT_CONFIG"

@@ -9,9 +9,9 @@ import typer
 from . import options, output
 
 if TYPE_CHECKING:
-    from fluentllm.core.discovery import PluginInfo
-    from fluentllm.core.observers import Call
     from fluentllm.core.plugins import PluginManager
+    from fluentllm.core.plugins.discovery import PluginInfo
+    from fluentllm.core.plugins.observers import Call
 
 app = typer.Typer(help="List, show, trace and check plugins.", no_args_is_help=True)
 
@@ -41,7 +41,7 @@ def show(
     json: output.Json = False,
 ) -> None:
     """All there is to know of one plugin: where it lies, what it offers, its settings, its time."""
-    from fluentllm.core.config_tree import nearest
+    from fluentllm.core.config.tree import nearest
     from fluentllm.core.errors import PluginError
 
     manager = _load(config, sets)
@@ -92,8 +92,8 @@ def doctor(config: options.Config = None, sets: options.Sets = None, json: outpu
 
 def find_problems(config: Any = None, sets: Any = None) -> list[dict[str, str]]:
     """What is wrong with the installed plugins, each with what to do about it."""
-    from fluentllm.core.discovery import discover
     from fluentllm.core.errors import FluentError
+    from fluentllm.core.plugins.discovery import discover
 
     try:
         manager = _load(config, sets)
@@ -108,7 +108,7 @@ def find_problems(config: Any = None, sets: Any = None) -> list[dict[str, str]]:
 
 
 def _stale(infos: list[PluginInfo]) -> list[dict[str, str]]:
-    from fluentllm.core.staleness import stale_entries
+    from fluentllm.core.plugins.staleness import stale_entries
 
     return [{"problem": f"{item.distribution}: {item.difference}", "fix": item.fix} for item in stale_entries(infos)]
 
@@ -145,7 +145,7 @@ def _offers(manager: PluginManager, name: str) -> dict[str, list[str]]:
 
 
 def _settings(manager: PluginManager, name: str) -> list[str]:
-    from fluentllm.core.config_tree import Section, settings_tree
+    from fluentllm.core.config.tree import Section, settings_tree
 
     section = settings_tree(dict(manager.config_structs())).find(f"plugins.{name}")
     return [f"{leaf.key} ({leaf.type_name()})" for leaf in section.leaves()] if isinstance(section, Section) else []

@@ -46,7 +46,7 @@ In = TypeVar("In")
 In_contra = TypeVar("In_contra", contravariant=True)
 
 
-class FrameTooLarge(FluentError):  # noqa: N818 - named like the other errors, by what happened
+class FrameTooLarge(FluentError):
     """A message does not fit a frame; nothing of it was sent."""
 
     status, code = 413, "message_too_large"

@@ -1,6 +1,6 @@
 """Every setting of FluentLLM, in one tree of Structs: the only place of defaults, units and help texts.
 
-`core/config.py` fills the tree from one YAML or TOML file, the environment (`FLUENT_SERVER__PORT=8001`) and the command line.
+`core/config` fills the tree from one YAML or TOML file, the environment (`FLUENT_SERVER__PORT=8001`) and the command line.
 Plugins add their own Structs under `plugins.<name>`.
 """
 
@@ -116,4 +116,4 @@ class Settings(Struct, kw_only=True, forbid_unknown_fields=True):
     log: LogSettings = field(default_factory=LogSettings)
     plugins: PluginSettings = field(default_factory=PluginSettings)
     plugin: dict[str, Any] = field(default_factory=dict)
-    """Filled by `core/config.py` from `plugins.<name>`: plugin name → its own Struct."""
+    """Filled by `core/config/loading.py` from `plugins.<name>`: plugin name → its own Struct."""

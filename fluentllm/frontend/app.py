@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
 
 from ..core.errors import BodyTooLarge, FluentError
-from .responses import ClientLeft, error_response, fluent_error_response
+from .responses import DIRECT_SEND, ClientLeft, error_response, fluent_error_response
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from ..core.routes import Route
+    from ..core.plugins.routes import Route
     from ..core.settings import ServerSettings
     from .services import Services
 
@@ -77,6 +77,7 @@ class Gate:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
+        scope[DIRECT_SEND] = send
         await self.app(scope, self._bounded(receive), send)
 
     def _has_key(self, header: bytes) -> bool:

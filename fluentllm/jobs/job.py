@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct, field
 
-from ..core.config_sources import ConfigFile
-from ..core.config_tree import nearest
+from ..core.config.sources import ConfigFile
+from ..core.config.tree import nearest
 from ..core.errors import ConfigError, InvalidRequest
 from ..frontend.sampling import SamplingOptions
 

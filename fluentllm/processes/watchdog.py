@@ -19,7 +19,7 @@ from .control import EXIT_HANG
 if TYPE_CHECKING:
     from types import FrameType
 
-    from fluentllm.core.observers import Ledger
+    from fluentllm.core.plugins.observers import Ledger
     from fluentllm.core.session import Engine
 
 GRACE = 5.0

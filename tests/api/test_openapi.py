@@ -9,7 +9,7 @@ import jsonschema
 import msgspec
 import pytest
 
-from fluentllm.core.routes import Route
+from fluentllm.core.plugins.routes import Route
 from fluentllm.plugins.api_openai import plugin
 from fluentllm.plugins.api_openai.openapi import build
 from fluentllm.plugins.api_openai.schema import ChatRequest

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from fluentllm.core.config import load
-from fluentllm.core.config_describe import as_tree, explain, markdown, schema
-from fluentllm.core.config_tree import nearest, type_name
+from fluentllm.core.config.describe import as_tree, explain, markdown, schema
+from fluentllm.core.config.tree import nearest, type_name
 from fluentllm.core.errors import ConfigError
 from fluentllm.core.plugins import PluginManager
 

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from fluentllm.core.hookspecs import hookimpl
-from fluentllm.core.observers import FAILURE_LIMIT, Call, Ledger, Observer, Observers
 from fluentllm.core.plugins import PluginManager
+from fluentllm.core.plugins.observers import FAILURE_LIMIT, Call, Ledger, Observer, Observers
 from fluentllm.core.protocols import RequestEvent
 from fluentllm.core.types import KVEvent, StepPlan, StepResult
 

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from fluentllm.core import hookspecs
-from fluentllm.core.discovery import PROCESSES
-from fluentllm.core.plugin_checks import hook_arguments
 from fluentllm.core.plugins import HOOK_PROCESSES, REGISTRIES
+from fluentllm.core.plugins.checks import hook_arguments
+from fluentllm.core.plugins.discovery import PROCESSES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
 ROWS = dict(re.findall(r"^\| `(fluent_\w+)\((.*?)\)` \|", PAGE, re.MULTILINE))

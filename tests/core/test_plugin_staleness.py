@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from fluentllm.core.discovery import discover
 from fluentllm.core.plugins import PluginManager
-from fluentllm.core.staleness import stale_entries
+from fluentllm.core.plugins.discovery import discover
+from fluentllm.core.plugins.staleness import stale_entries
 
 MODULE = "plugin = object()\n"
 

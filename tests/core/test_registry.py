@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fluentllm.core.errors import ConfigError, PluginError
-from fluentllm.core.registry import Entry, Registry
+from fluentllm.core.plugins.registry import Entry, Registry
 
 
 def small_only(spec: int) -> str | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from fluentllm.core.routes import Route
+    from fluentllm.core.plugins.routes import Route
 
 Endpoint = TypeVar("Endpoint", bound="Callable[..., Any]")
 _REF = "#/components/schemas/{name}"

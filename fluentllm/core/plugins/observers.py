@@ -1,6 +1,6 @@
 """Calls into plugins: timed, counted, traced and, for observers, contained one by one.
 
-`core/plugins.py` makes every call to a plugin through a `Ledger`; the engine's loop calls `Observers` once a step, once
+`core/plugins/manager.py` makes every call to a plugin through a `Ledger`; the engine's loop calls `Observers` once a step, once
 for each event of a request, and once for a batch of cache events.
 """
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from .protocols import RequestEvent
-    from .types import KVEvent, StepPlan, StepResult
+    from ..protocols import RequestEvent
+    from ..types import KVEvent, StepPlan, StepResult
 
 log = logging.getLogger("fluentllm.plugins")
 trace_log = logging.getLogger("fluentllm.plugins.trace")

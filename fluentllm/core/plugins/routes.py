@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import PluginError
+from ..errors import PluginError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

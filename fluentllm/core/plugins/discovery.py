@@ -1,6 +1,6 @@
 """Finds plugins by their entry points, without importing any, and says which of them may load.
 
-First stage of `core/plugins.py`. Entry points of the group `fluentllm.plugins` name an object and, as extras, the
+First stage of `core/plugins/manager.py`. Entry points of the group `fluentllm.plugins` name an object and, as extras, the
 processes it runs in: `my_policy = "my_package.plugin:plugin [engine]"`.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import ConfigError, PluginError
-from .hookspecs import ENTRY_POINT_GROUP
+from ..errors import ConfigError, PluginError
+from ..hookspecs import ENTRY_POINT_GROUP
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping

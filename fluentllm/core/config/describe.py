@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
-from .config_tree import UNSET, Section, Setting, nearest, settings_tree
-from .errors import ConfigError
-from .settings import Settings
+from ..errors import ConfigError
+from ..settings import Settings
+from .tree import UNSET, Section, Setting, nearest, settings_tree
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from .config import Loaded
+    from ..config import Loaded
 
 
 class Explanation(Struct, frozen=True, kw_only=True):

@@ -1,6 +1,6 @@
 """Named factories that plugins offered for one purpose, and the choice among them.
 
-Filled by `core/plugins.py` from the hooks that take a `register`; read at assembly, where the config chooses by name or
+Filled by `core/plugins/manager.py` from the hooks that take a `register`; read at assembly, where the config chooses by name or
 `auto` asks which entries support the spec in question.
 """
 
@@ -10,12 +10,12 @@ import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, PluginError
+from ..errors import ConfigError, PluginError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .protocols import Supports
+    from ..protocols import Supports
 
 
 def supports_everything(spec: Any) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .errors import PluginError
+from ..errors import PluginError
 
 if TYPE_CHECKING:
     import typer

@@ -1,6 +1,6 @@
 """Reads what was given where: a YAML or TOML file with its lines, environment variables, the command line.
 
-Knows no setting; `config_tree.py` decides what the keys mean. First stage of `core/config.py`.
+Knows no setting; `tree.py` decides what the keys mean. First stage of `core/config/loading.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -1,7 +1,7 @@
 """Notices that the installed entry points of an editable install are not those of its source any more.
 
 Python reads entry points from what pip wrote at installation; an editable install follows the source for code, but not
-for these. Used at start by `core/plugins.py` and by `fluent doctor`.
+for these. Used at start by `core/plugins/manager.py` and by `fluent doctor`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 from urllib.request import url2pathname
 
+from ..hookspecs import ENTRY_POINT_GROUP
 from .discovery import OWN_DISTRIBUTION, PluginInfo, normalized
-from .hookspecs import ENTRY_POINT_GROUP
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

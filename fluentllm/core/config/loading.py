@@ -4,7 +4,7 @@
     loaded.settings.server.port, loaded.origins["server.port"]
 
 Every mistake of every source is reported at once, each with its place, the value seen and the nearest valid key.
-`config_sources.py` reads, `config_tree.py` knows the keys, `config_describe.py` explains them.
+`sources.py` reads, `tree.py` knows the keys, `describe.py` explains them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from .config_sources import ConfigFile, Given, environment_name, from_environment, near_misses
-from .config_tree import UNSET, Section, Setting, nearest, settings_tree
-from .discovery import admit, discover, normalized
-from .errors import ConfigError
-from .plugins import PluginManager
-from .settings import PluginSettings, Settings
+from ..errors import ConfigError
+from ..plugins import PluginManager
+from ..plugins.discovery import admit, discover, normalized
+from ..settings import PluginSettings, Settings
+from .sources import ConfigFile, Given, environment_name, from_environment, near_misses
+from .tree import UNSET, Section, Setting, nearest, settings_tree
 
 Structs = Mapping[str, "type[Struct] | None"]
 """Plugin name → the Struct of its settings; None: it has none, or is not asked for any."""

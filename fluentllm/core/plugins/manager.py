@@ -3,7 +3,7 @@
     plugins = PluginManager.load({"engine", "executor"}, settings.plugins.allow, settings.plugins.deny)
     plugins.registry("schedulers").get("fcfs").factory(context)
 
-`discovery.py` finds the entry points, `plugin_checks.py` holds each plugin to the contract, `registry.py` keeps what they
+`discovery.py` finds the entry points, `checks.py` holds each plugin to the contract, `registry.py` keeps what they
 offer, `observers.py` times and contains the calls. What a third-party plugin breaks by itself (an import, its own
 registration) is contained, reported and leaves it out; what leaves in doubt who does what stops the start.
 """
@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pluggy
 
-from . import hookspecs
+from .. import hookspecs
+from ..errors import PluginError
+from ..hookspecs import PROJECT
+from .checks import check
 from .discovery import PluginInfo, admit, allowed_by_environment, discover, normalized
-from .errors import PluginError
-from .hookspecs import PROJECT
 from .observers import OBSERVER_HOOKS, Call, Ledger, Observer, Observers
-from .plugin_checks import check
 from .registry import Entry, Registry, supports_everything
 from .routes import Route, RouteTable
 from .staleness import stale_entries
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     import typer
 
-    from .protocols import Supports
+    from ..protocols import Supports
 
 log = logging.getLogger("fluentllm.plugins")
 

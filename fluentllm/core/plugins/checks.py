@@ -10,9 +10,9 @@ import inspect
 import sys
 from typing import TYPE_CHECKING, Any
 
-from . import hookspecs
-from .errors import PluginError
-from .hookspecs import API_VERSION, PROJECT
+from .. import hookspecs
+from ..errors import PluginError
+from ..hookspecs import API_VERSION, PROJECT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

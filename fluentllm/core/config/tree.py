@@ -1,7 +1,7 @@
 """The tree of settings as data: which keys there are, of which type, and whether a value fits.
 
-Built from the Structs of `core/settings.py` and of plugins; read by `core/config.py` (to fill in values) and
-`core/config_describe.py` (to explain them).
+Built from the Structs of `core/settings.py` and of plugins; read by `core/config/loading.py` (to fill in values) and
+`core/describe.py` (to explain them).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import msgspec
 from msgspec import Meta, Struct
 from msgspec.structs import fields
 
-from .config_sources import Given, parse_scalar
-from .settings import Settings
+from ..settings import Settings
+from .sources import Given, parse_scalar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
