@@ -123,7 +123,7 @@ def plugin_lists(arguments: Sequence[str], environ: Mapping[str, str] | None = N
     environ = os.environ if environ is None else environ
     file = environ.get(CONFIG_VARIABLE) or None
     sets = []
-    for flag_text, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag_text, value in zip(arguments, [*arguments[1:], ""], strict=False):  # both empty for `fluent` alone
         name, separator, attached = flag_text.partition("=")
         if name in ("--config", "-c"):
             file = attached if separator else value
