@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "step": {"step", "kernels", "core (torch-free half)", "core (device half)"},
     "hub": {"hub", "core (torch-free half)"},
     "frontend": {"frontend", "hub", "core (torch-free half)"},
-    "plugins": {"core (torch-free half)", "core (device half)", "step", "layers", "kernels", "frontend", "hub"},
+    "transfer": {"transfer", "core (torch-free half)"},
+    "plugins": {"core (torch-free half)", "core (device half)", "step", "layers", "kernels", "frontend", "hub", "transfer"},
 }
 """Room → rooms of ours that it may import, anywhere in its files. The other rooms (cli, processes, assembly …) put the house
 together and may import all."""
