@@ -109,6 +109,21 @@ def test_an_engine_that_is_killed_is_replaced(server):
     assert server.complete().json()["choices"] == before.json()["choices"]
 
 
+def test_an_engine_that_is_asked_to_end_finishes_what_runs(server):
+    engine = server.child("engine")
+    with server.stream(max_tokens=1000) as response:
+        stream = events(response)
+        next(stream)
+        engine.terminate()
+        while (refused := server.complete()).status_code == 200:  # until the signal has arrived
+            pass
+        rest = list(stream)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
+    assert json.loads(rest[-2])["choices"][0]["finish_reason"] == "length"
+    engine.wait(10)
+    server.wait_healthy()
+
+
 def test_a_front_end_that_is_killed_is_replaced_on_the_same_port(server):
     engine, frontend = server.child("engine"), server.child("frontend")
     with server.stream() as response:
@@ -159,8 +174,9 @@ def test_too_many_crashes_end_the_server(tmp_path, temporary):
 
 
 def test_a_second_signal_ends_at_once_and_children_never_outlive_the_supervisor(tmp_path, temporary):
-    with running(tmp_path, temporary, "--set", "server.shutdown_timeout=60") as server, server.stream() as response:
-        next(response.iter_lines())
+    with running(tmp_path, temporary, "--set", "server.shutdown_timeout=60") as server, server.stream(n=32) as response:
+        stream = response.iter_lines()  # kept, since dropping it would end the request
+        next(stream)
         children = psutil.Process(server.process.pid).children(recursive=True)
         assert len(children) == 2
         server.process.send_signal(signal.SIGINT)

@@ -22,12 +22,18 @@ from fluentllm.processes import watchdog
 
 class Stuck:
     slow = False
+    nap = 0.0
 
     @hookimpl
     def fluent_step(self, plan, result):
         if self.slow:
             {hang}
         time.sleep(0.01)
+
+    @hookimpl
+    def fluent_request(self, event):
+        if event.kind == "queued":
+            time.sleep(self.nap)
 
 async def complete(client, tokens):
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
@@ -41,8 +47,10 @@ async def main():
     running = asyncio.create_task(engine.run())
     client = LocalEngineClient(engine)
     dog.start()
-    await asyncio.sleep(1.3)  # an idle engine is left alone,
-    await complete(client, 130)  # and so is one that is busy for long
+    await complete(client, 130)  # an engine that is busy for long is left alone,
+    await asyncio.sleep(1.3)  # and so is an idle one,
+    stuck.nap = 0.6
+    await complete(client, 1)  # and one that was idle and now is slow
     print("finished", flush=True)
     stuck.slow = True
     await complete(client, 5)
