@@ -18,17 +18,26 @@ def choose_ops(device: torch.device, deterministic: bool) -> Ops:
         return FixedOrderOps()
     from .plain import PlainOps
 
-    return PlainOps()
+    return PlainOps(copy_budget=_copy_budget() if device.type == "cpu" else 0)
 
 
 def choose_precision(setting: str, device: torch.device, dtype: torch.dtype, deterministic: bool) -> str:
-    """`model.weight_precision` → what matrix weights are packed to.
+    """`model.weight_precision` → what matrix weights are packed to (`weights.PRECISIONS`).
 
-    auto: on a CPU int4 for what the checkpoint itself stores in 4 bits (the rest in bfloat16); on a GPU, and in
-    deterministic mode, the dtype of the activations.
+    auto: `packed` on a CPU; on a GPU, and in deterministic mode, the dtype of the activations.
     """
     if setting != "auto":
         return setting
     if deterministic or device.type != "cpu":
         return str(dtype).removeprefix("torch.")
-    return "float32"
+    return "packed"
+
+
+def _copy_budget() -> int:
+    """Bytes for second copies of packed matrices: a quarter of the memory."""
+    import os
+
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (AttributeError, ValueError, OSError):
+        return 1 << 30

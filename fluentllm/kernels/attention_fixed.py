@@ -1,7 +1,7 @@
 """Attention in a fixed order (deterministic mode): a row's bits depend on its own query and keys alone.
 
-Products are elementwise, sums halve or run from left to right over tiles of `KEYS` positions counted from position 0, so neither
-batch, query length, chunk borders nor padding can change the order of additions. Float32 throughout.
+Products are elementwise, sums halve or run from left to right over tiles of `KEYS` positions counted from position 0, so
+neither batch, query length, chunk borders nor padding can change the order of additions. Float32 throughout.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tenso
 
 
 def _left_to_right(x: Tensor) -> Tensor:
-    """[R, H, tiles, ...] → [R, H, ...]: tiles added one after the other; those past a row's end are zeros and change nothing."""
+    """[R, H, tiles, ...] → [R, H, ...]: tiles added one after the other; those past a row's end are zeros, which change
+    nothing."""
     total = x[:, :, 0]
     for tile in range(1, x.shape[2]):
         total = total + x[:, :, tile]

@@ -23,7 +23,7 @@ class Ops(Protocol):
     deterministic: bool
 
     def pack(self, weight: Tensor, precision: str) -> Weight:
-        """weight [out, in], float; precision `float32`, `bfloat16`, `int8` or `int4` → what `linear` takes."""
+        """weight [out, in], float; precision one of `weights.PRECISIONS` → what `linear` takes."""
         ...
 
     def pack_blocks(self, kind: str, parts: Mapping[str, Tensor], precision: str) -> Weight | None:

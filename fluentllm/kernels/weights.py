@@ -1,14 +1,18 @@
-"""Matrix weights as products want them: float32, bfloat16, int8 a row, int4 in groups of 32.
+"""Matrix weights as products want them: dense, float16 through FBGEMM, int8 rows, 4 bits in groups of 32.
 
-`pack` and `pack_blocks` are called once a matrix, after loading; `Weight.product` once a layer and step.
+`pack` and `pack_blocks` are called once a matrix, after loading; `Weight.product` once a layer and step. Which is fastest when
+is in benchmarks/cpu/README.md.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
+
+from .quantise import GROUP, dequantise_blocks, quantise_int4, quantise_int8
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,7 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DENSE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PRECISIONS = (*DENSE, "int8", "int4")
+PRECISIONS = (*DENSE, "int8", "int4", "packed")
+"""packed: 4-bit blocks as the checkpoint has them, 8-bit blocks as int8 rows, everything else in 16 bits."""
 
 
 class Weight(Protocol):
@@ -54,19 +59,44 @@ class DenseWeight:
         return self.weight.float()
 
 
-class Int8Weight:
-    """Symmetric int8 with one scale a row: value = q · scale. The product runs in bfloat16."""
+class HalfWeight:
+    """float16 for FBGEMM: half the bytes of float32, activations and sums in float32. Only where FBGEMM is (x86)."""
 
-    def __init__(self, q: Tensor, scale: Tensor) -> None:
-        self.q = q
-        self.scale = scale.to(torch.bfloat16)
-        self.out_features, self.in_features = q.shape
-        self.nbytes = q.nbytes + self.scale.nbytes
+    def __init__(self, weight: Tensor) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.nbytes = 2 * weight.numel()
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float().contiguous(), None)
+        self._product = torch.ops.quantized.linear_dynamic_fp16.default
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if not x.shape[0]:
             return x.new_empty(0, self.out_features)
-        y = torch.ops.aten._weight_int8pack_mm(x.to(torch.bfloat16), self.q, self.scale).to(x.dtype)
+        if x.dtype is torch.float32:
+            y = self._product(x, self._packed)
+        else:
+            y = self._product(x.float(), self._packed).to(x.dtype)
+        return y if bias is None else y.add_(bias)
+
+    def dequantised(self) -> Tensor:
+        weight: Tensor = torch.ops.quantized.linear_unpack_fp16(self._packed)[0]
+        return weight
+
+
+class Int8Weight:
+    """Symmetric int8 with one scale a row: value = q · scale. The product runs in bfloat16."""
+
+    def __init__(self, q: Tensor, scale: Tensor) -> None:
+        """q int8 [out, in], scale [out]."""
+        self.q = q.contiguous()
+        self.scale = scale.to(torch.bfloat16)
+        self.out_features, self.in_features = q.shape
+        self.nbytes = q.nbytes + self.scale.nbytes
+        self._product = torch.ops.aten._weight_int8pack_mm.default
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not x.shape[0]:
+            return x.new_empty(0, self.out_features)
+        y = self._product(x.to(torch.bfloat16), self.q, self.scale).to(x.dtype)
         return y if bias is None else y.add_(bias)
 
     def dequantised(self) -> Tensor:
@@ -76,80 +106,110 @@ class Int8Weight:
 class Int4Weight:
     """4 bits a value in groups of 32 along the row: value = (q - 8) · scale + zero. The product runs in bfloat16."""
 
-    GROUP = 32
-
     def __init__(self, q: Tensor, scale: Tensor, zero: Tensor) -> None:
         """q uint8 [out, in], 0 … 15; scale and zero [out, in / 32]."""
         self.out_features, self.in_features = q.shape
-        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
-        self.scale_zero = torch.stack((scale.T, zero.T), dim=-1).to(torch.bfloat16).contiguous()
-        self.nbytes = self.packed.nbytes + self.scale_zero.nbytes
+        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
+        self._scale_zero = torch.stack((scale.T, zero.T), dim=-1).to(torch.bfloat16).contiguous()
+        self.nbytes = self._packed.nbytes + self._scale_zero.nbytes
+        self._product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if not x.shape[0]:
             return x.new_empty(0, self.out_features)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), self.packed, self.GROUP, self.scale_zero).to(
-            x.dtype
-        )
+        y = self._product(x.to(torch.bfloat16), self._packed, GROUP, self._scale_zero).to(x.dtype)
         return y if bias is None else y.add_(bias)
 
     def dequantised(self) -> Tensor:
         eye = torch.eye(self.in_features, dtype=torch.bfloat16)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(eye, self.packed, self.GROUP, self.scale_zero).T.float()
+        return self._product(eye, self._packed, GROUP, self._scale_zero).T.float()
 
 
-def pack(weight: Tensor, precision: str) -> Weight:
-    """weight [out, in], float → the same matrix at `precision`.
+class TwoWeights:
+    """One matrix twice: `few` for up to `border` rows, where reading it is what costs, `many` beyond, where computing is."""
 
-    int4 needs rows of whole groups of 32, a CPU and a multiple of 16 rows; where it does not fit, int8 is taken; off the CPU,
-    and where rows are no multiple of 16 values, bfloat16.
+    def __init__(self, few: Weight, many: Weight, border: int) -> None:
+        self.few, self.many, self.border = few, many, border
+        self.out_features, self.in_features = few.out_features, few.in_features
+        self.nbytes = few.nbytes + many.nbytes
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return (self.few if x.shape[0] <= self.border else self.many).product(x, bias)
+
+    def dequantised(self) -> Tensor:
+        return self.few.dequantised()
+
+
+def pack(weight: Tensor, precision: str, *, twice: bool = False) -> Weight:
+    """weight [out, in], float → the same matrix at `precision`; `twice`: with a 16-bit copy for many rows, if that is faster.
+
+    int4 needs rows of whole groups of 32 and a multiple of 16 rows; where it does not fit, int8 is taken. Off the CPU there is
+    neither, and bfloat16 is taken.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, one of {PRECISIONS} is expected")
-    # torch's int8 product reads past rows that are no multiple of 16, and crashes.
-    if precision in ("int8", "int4") and (weight.device.type != "cpu" or weight.shape[1] % 16):
-        precision = "bfloat16"
+    if precision in DENSE:
+        return DenseWeight(weight.to(DENSE[precision]))
+    if weight.device.type != "cpu":
+        return DenseWeight(weight.to(torch.bfloat16))
+    if precision == "packed":
+        return _half(weight)
+    few: Weight
     if precision == "int4" and _fits_int4(*weight.shape):
-        return Int4Weight(*quantise_int4(weight))
-    if precision in ("int8", "int4"):
-        return Int8Weight(*quantise_int8(weight))
-    return DenseWeight(weight.to(DENSE[precision]))
+        few = Int4Weight(*quantise_int4(weight))
+    else:
+        few = Int8Weight(*quantise_int8(weight))
+    return _with_copy(few, None, twice)
 
 
-def pack_blocks(kind: str, parts: Mapping[str, Tensor], precision: str) -> Weight | None:
-    """`q4_1` blocks (value = d · q + m) are int4 groups with scale = d, zero = m + 8 d; None where that does not fit."""
+def pack_blocks(kind: str, parts: Mapping[str, Tensor], precision: str, *, twice: bool = False) -> Weight | None:
+    """A checkpoint's blocks, or None where this precision has no place for them.
+
+    `q4_1` (value = d · q + m) are 4-bit groups with scale = d, zero = m + 8 d; `q8_0` (value = d · q) are rounded to int8 rows.
+    """
     q = parts["q"]
-    if kind != "q4_1" or precision != "int4" or q.device.type != "cpu" or not _fits_int4(*q.shape):
+    if precision not in ("packed", "int4") or q.device.type != "cpu":
         return None
-    return Int4Weight(q, parts["d"], parts["m"] + 8 * parts["d"])
+    if kind == "q4_1" and _fits_int4(*q.shape):
+        few: Weight = Int4Weight(q, parts["d"], parts["m"] + 8 * parts["d"])
+    elif kind == "q8_0" and precision == "packed":
+        few = Int8Weight(*quantise_int8(dequantise_blocks(kind, parts)))
+    else:
+        return None
+    return _with_copy(few, dequantise_blocks(kind, parts), twice)
 
 
-def dequantise_blocks(kind: str, parts: Mapping[str, Tensor]) -> Tensor:
-    """[rows, columns] float32."""
-    if kind != "q4_1":
-        raise ValueError(f"blocks of kind {kind!r} are unknown, 'q4_1' is expected")
-    q, d, m = parts["q"], parts["d"], parts["m"]
-    values = q.view(*d.shape, -1).float() * d.float().unsqueeze(-1) + m.float().unsqueeze(-1)
-    return values.view(q.shape)
+def copy_bytes(weight: Weight) -> int:
+    """Bytes of a `TwoWeights`' second copy, else 0."""
+    return weight.many.nbytes if isinstance(weight, TwoWeights) else 0
 
 
-def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [out, in] → q int8 [out, in], scale float32 [out]; the largest of each row becomes ±127."""
-    # Rounded to bfloat16 first, because that is what the product multiplies with.
-    scale = (weight.float().abs().amax(1).clamp(min=1e-12) / 127).to(torch.bfloat16).float()
-    q = (weight.float() / scale.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
-    return q, scale
+def _with_copy(few: Weight, values: Tensor | None, twice: bool) -> Weight:
+    border = _border(type(few))
+    if not twice or border is None:
+        return few
+    return TwoWeights(few, _half(few.dequantised() if values is None else values), border)
 
 
-def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """weight [out, in] → q uint8 [out, in], scale and zero float32 [out, in / 32]; each group spans its least and largest."""
-    groups = weight.float().unflatten(1, (-1, Int4Weight.GROUP))
-    low, high = groups.amin(-1), groups.amax(-1)
-    scale = ((high - low) / 15).clamp(min=1e-12).to(torch.bfloat16).float()
-    zero = (low + 8 * scale).to(torch.bfloat16).float()
-    q = ((groups - zero.unsqueeze(-1)) / scale.unsqueeze(-1) + 8).round_().clamp_(0, 15).to(torch.uint8)
-    return q.flatten(1), scale, zero
+def _half(weight: Tensor) -> Weight:
+    return HalfWeight(weight) if _has_fbgemm() else DenseWeight(weight.to(torch.bfloat16))
+
+
+@cache
+def _has_fbgemm() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+@cache
+def _border(kind: type) -> int | None:
+    """Rows up to which the product of few bits is faster than FBGEMM's in float16; measured with benchmarks/cpu/ops.py."""
+    if not _has_fbgemm():
+        return None
+    wide = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    if kind is Int4Weight:
+        return 12 if wide else 5
+    return 8 if wide else 4
 
 
 def _fits_int4(rows: int, columns: int) -> bool:
-    return columns % Int4Weight.GROUP == 0 and rows % 16 == 0
+    return columns % GROUP == 0 and rows % 16 == 0

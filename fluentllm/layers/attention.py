@@ -1,4 +1,4 @@
-"""Attention with grouped key and value heads: projections, optional norms of queries and keys, rotary; the backend does the rest."""
+"""Attention with grouped key and value heads: projections, norms of queries and keys, rotary; the backend does the rest."""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..core.protocols import PackedTensor, WeightSlot
-from ..kernels.weights import dequantise_blocks
+from ..core.protocols import WeightSlot
 from .module import Module, join
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ..core.protocols import BuildContext
+    from ..core.protocols import BuildContext, PackedTensor
     from ..kernels.weights import Weight
 
 
@@ -44,7 +43,8 @@ class Head(Module):
         self.weight: Weight | None = None
         self._ops = ctx.ops
         self._linear = ctx.ops.linear
-        self._precision = ctx.weight_precision
+        # Four bits cost too much here: with them SmolLM2 keeps 91 % of its most likely tokens, with eight 98 %.
+        self._precision = "int8" if ctx.weight_precision == "int4" else ctx.weight_precision
         self._device = ctx.device
         self._dtype = ctx.dtype
 
@@ -60,8 +60,3 @@ class Head(Module):
     def _take_packed(self, packed: PackedTensor) -> bool:
         self.weight = self._ops.pack_blocks(packed.kind, packed.parts, self._precision)
         return self.weight is not None
-
-
-def dequantised(packed: PackedTensor) -> Tensor:
-    """[rows, columns] float32."""
-    return dequantise_blocks(packed.kind, packed.parts)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.protocols import WeightSlot
-from ..kernels.weights import dequantise_blocks
+from ..kernels.quantise import dequantise_blocks
 from .module import Module, join
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Linear(Module):
         self._pack_if_complete()
 
     def _take_packed(self, name: str, packed: PackedTensor) -> bool:
-        if self._precision != "int4":
+        if self._precision not in ("int4", "packed"):
             return False
         self._arrived[name] = packed
         self._pack_if_complete()

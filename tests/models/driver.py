@@ -1,4 +1,4 @@
-"""Drives a model and an attention backend by hand-built batches, without an engine: what the model tests compare with the oracle.
+"""Drives a model and an attention backend by hand-built batches, without an engine: what model tests compare with the oracle.
 
 Sequences own randomly scattered pages of a small pool; a pass takes any mixture of chunks.
 """

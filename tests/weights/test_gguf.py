@@ -64,8 +64,20 @@ def test_packed_blocks_mean_the_same_values(small_gguf: Callable[..., SmallGGUF]
     assert torch.equal(values.view(rows, columns), checkpoint.read(name, CPU))
 
 
-def test_other_block_types_are_not_packed(small_gguf: Callable[..., SmallGGUF]) -> None:
+@pytest.mark.parametrize("name", [UP, Q])
+def test_blocks_of_eight_bits_are_packed_too(small_gguf: Callable[..., SmallGGUF], name: str) -> None:
     checkpoint = GGUFCheckpoint(small_gguf("llama", Type.Q8_0).write())
+    packed = checkpoint.packed(name)
+    assert packed is not None
+    assert packed.kind == "q8_0"
+    q, d = packed.parts["q"], packed.parts["d"]
+    assert q.dtype == torch.int8
+    values = q.unflatten(1, (-1, 32)).float() * d[..., None]
+    assert torch.equal(values.flatten(1), checkpoint.read(name, CPU))
+
+
+def test_other_block_types_are_not_packed(small_gguf: Callable[..., SmallGGUF]) -> None:
+    checkpoint = GGUFCheckpoint(small_gguf("llama", Type.Q6_K).write())
     assert checkpoint.packed(UP) is None
 
 

@@ -67,12 +67,19 @@ class TorchAttention:
         rows, heads, dim = q.shape
         if not rows:
             return q.new_empty(0, heads, self._pages[layer][1].shape[-1])
-        keys, values = (self._gather(pages, plan) for pages in self._pages[layer])
+        keys, values = self._pages[layer]
+        keys, values = self._gather(keys, plan).transpose(1, 2), self._gather(values, plan).transpose(1, 2)
+        kv_heads = keys.shape[1]
+        group = heads // kv_heads
+        if plan.rows == 1:
+            # The query heads that share keys become the rows of one product.
+            grouped = q.view(plan.sequences, kv_heads, group, dim)
+            return F.scaled_dot_product_attention(grouped, keys, values, plan.mask, scale=scale).reshape(rows, heads, -1)
         out = F.scaled_dot_product_attention(
             q.view(plan.sequences, plan.rows, heads, dim).transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=plan.mask,
+            keys,
+            values,
+            plan.mask,
             scale=scale,
             enable_gqa=True,
         )
@@ -129,8 +136,8 @@ class TorchAttention:
 def mla_absorbed(
     q_nope: Tensor, q_rope: Tensor, known: Tensor, up_k: Tensor, up_v: Tensor, mask: Tensor, scale: float
 ) -> Tensor:
-    """Queries taken to the latent space: q' = q_nope · up_k, scores = (q', q_rope) · (latent, k_rope), output = up_v · (weights ·
-    latent). known [N, L, C + rope], mask [N, 1, q, L] → [N · q, H, Dv]."""
+    """Queries taken to the latent space: q' = q_nope · up_k, scores = (q', q_rope) · (latent, k_rope), output = up_v · (weights
+    · latent). known [N, L, C + rope], mask [N, 1, q, L] → [N · q, H, Dv]."""
     rows, heads, _ = q_nope.shape
     sequences, keys, _ = known.shape
     width = up_k.shape[2]
@@ -152,8 +159,8 @@ def mla_expanded(
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Keys and values of each head made from the latent: q_nope [T, H, nope], latent [L, C], k_rope [L, rope], mask [1, 1, T, L]
-    bool or None for plain causal → [T, H, Dv]."""
+    """Keys and values of each head made from the latent: q_nope [T, H, nope], latent [L, C], k_rope [L, rope], mask [1, 1, T,
+    L] bool or None for plain causal → [T, H, Dv]."""
     heads = q_nope.shape[1]
     keys = torch.matmul(latent, up_k.transpose(1, 2))
     keys = torch.cat((keys, k_rope.expand(heads, -1, -1)), -1)

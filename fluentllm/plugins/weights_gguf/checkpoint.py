@@ -72,22 +72,31 @@ class GGUFCheckpoint:
         return values.to(device)
 
     def packed(self, name: str) -> PackedTensor | None:
-        """Q4_1 as it is, Q4_0 as Q4_1 with m = -8d."""
+        """Q4_1 and Q8_0 as they are, Q4_0 as Q4_1 with m = -8d."""
         source = self._sources[name]
         kind = self._types[source.tensor.name]
-        if kind not in (Type.Q4_0, Type.Q4_1) or len(source.shape) != 2:
+        if kind not in (Type.Q4_0, Type.Q4_1, Type.Q8_0) or len(source.shape) != 2:
             return None
         rows, columns = source.shape
         blocks = self._blocks(source, kind).reshape(rows, columns // _GROUP, -1)
         d = blocks[..., :2].copy().view(np.float16)[..., 0].astype(np.float32)
+        if kind is Type.Q8_0:
+            values = blocks[..., 2:].copy().view(np.int8).reshape(rows, columns)
+            return self._in_order(
+                source, PackedTensor("q8_0", (rows, columns), {"q": torch.from_numpy(values), "d": torch.from_numpy(d)})
+            )
         m = blocks[..., 2:4].copy().view(np.float16)[..., 0].astype(np.float32) if kind is Type.Q4_1 else -8 * d
         nibbles = blocks[..., -_GROUP // 2 :]
         q = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1).reshape(rows, columns)
         parts = {"q": torch.from_numpy(q), "d": torch.from_numpy(d), "m": torch.from_numpy(m)}
+        return self._in_order(source, PackedTensor("q4_1", (rows, columns), parts))
+
+    def _in_order(self, source: Source, packed: PackedTensor) -> PackedTensor:
+        """Rows as Hugging Face orders them."""
         if source.heads:
-            order = torch.tensor(row_order(rows, source.heads))
-            parts = {key: part[order] for key, part in parts.items()}
-        return PackedTensor("q4_1", (rows, columns), parts)
+            order = torch.tensor(row_order(packed.shape[0], source.heads))
+            packed.parts = {key: part[order] for key, part in packed.parts.items()}
+        return packed
 
     def _blocks(self, source: Source, kind: Type) -> np.ndarray:
         """The tensor's bytes, [rows, bytes of a row], still in the file."""
