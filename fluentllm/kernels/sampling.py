@@ -36,8 +36,8 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     tokens = torch.arange(vocab_size, dtype=torch.int32, device=seeds.device)
     h = (tokens * _GOLDEN).unsqueeze(0) ^ key.unsqueeze(1)
     h = _mix(_mix(h) + key.unsqueeze(1))
-    # 24 bits, centred: never 0 and never 1 in float32.
-    uniform = ((h >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
+    # 23 bits, centred: exact in float32, so never 0 and never 1 (with 24, the largest would round to 1: infinite noise).
+    uniform = ((h >> 9) & 0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
     return uniform.log_().neg_().log_().neg_()
 
 

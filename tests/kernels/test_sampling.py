@@ -52,6 +52,11 @@ def test_noise_depends_on_seed_and_position_only() -> None:
     assert all(not torch.equal(together[0], together[row]) for row in (1, 2, 3))
 
 
+def test_noise_is_finite_where_the_hash_is_largest() -> None:
+    # With 24 bits of hash the largest uniform rounds to 1, and one token of this row had infinite noise.
+    assert gumbel_noise(torch.tensor([208]), torch.tensor([7]), 2**17).isfinite().all()
+
+
 def test_noise_draws_from_the_softmax() -> None:
     """Chi-square of 100,000 draws over 8 tokens: 99.9 % quantile of 7 degrees of freedom is 24.3."""
     draws = 100_000
