@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from ..core.errors import EngineDied
 from .detokenizer import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 
-class TokenInfo(Struct):
+class TokenInfo(Struct, gc=False):
     """One token with its log-probability, for those who asked for logprobs."""
 
     token: int
@@ -30,7 +31,7 @@ class TokenInfo(Struct):
     """(token, logprob), most likely first."""
 
 
-class Delta(Struct):
+class Delta(Struct, gc=False):
     """What one step brought one choice."""
 
     index: int
@@ -45,7 +46,7 @@ class Delta(Struct):
     stop: str | int | None = None
     """The stop string or stop id that ended it."""
     new_tokens: int = 0
-    """Generated tokens this step, the stop id included."""
+    """Generated since the last delta, the stop id included."""
     cached_tokens: int = 0
     """With the first delta."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
@@ -61,9 +62,12 @@ class Choice:
         "_infos",
         "_logprobs",
         "_min_tokens",
+        "_plain",
+        "_push",
         "_seen",
         "_started",
         "_stops",
+        "_untold",
         "index",
     )
 
@@ -72,29 +76,50 @@ class Choice:
     ) -> None:
         self.index = index
         self._detokenizer = Detokenizer(tokenizer)
+        self._push = self._detokenizer.push_all
         self._stops = StopStrings(stops) if stops else None
         self._min_tokens = min_tokens
         self._logprobs = logprobs
         self._infos: list[TokenInfo] = []
         self._generated = 0
         self._started = False
+        self._plain = False  # after the first output, if there is nothing but text to look at
+        self._untold = 0  # generated tokens that `text` told of and no delta yet
         self._seen = 0  # characters that tokens have completed
         self._given = 0  # characters handed out
 
-    def take(self, output: RequestOutput) -> Delta:
-        """Everything that an engine output changes. After a delta with a finish reason there is no more."""
+    def text(self, output: RequestOutput) -> str | None:
+        """The output's text if that is all there is to tell, which it mostly is; else None, and `take` tells. For the server,
+        which asks this for every step and stream."""
+        if not self._plain or output.finish_reason is not None:
+            return None
         tokens = output.tokens
-        cached = 0 if self._started else output.cached_tokens
-        self._started = True
-        if output.stop_token is not None:
-            tokens = tokens[:-1]
+        self._untold += len(tokens)
+        return self._push(tokens)
+
+    def take(self, output: RequestOutput) -> Delta:
+        """What an engine output means. After a delta with a finish reason there is no more.
+
+        Raises `EngineDied` for an output that says that the engine gave the request up.
+        """
+        tokens = output.tokens
         reason: str | None = output.finish_reason
+        if reason in ("abort", "error"):
+            raise EngineDied("The engine gave the request up.", fix="Send it again.")
+        cached = 0 if self._started else output.cached_tokens
+        if not self._started:
+            self._started = True
+            self._plain = self._stops is None and not self._logprobs
         stop: str | int | None = output.stop_token
-        if self._stops is None and not self._logprobs:
-            text = self._detokenizer.push_all(tokens)
+        if stop is not None:
+            tokens = tokens[:-1]
+        if self._plain:
+            text = self._push(tokens)
             if reason is not None:
                 text += self._detokenizer.flush()
-            return Delta(self.index, text, tokens, None, reason, stop, len(output.tokens), cached, output.prompt_logprobs)
+            new_tokens = len(output.tokens) + self._untold
+            self._untold = 0
+            return Delta(self.index, text, tokens, None, reason, stop, new_tokens, cached, output.prompt_logprobs)
         pieces = []
         new_tokens = len(output.tokens)
         for position, token in enumerate(tokens):

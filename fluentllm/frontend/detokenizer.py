@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .tokenizer import OTHER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from .tokenizer import Tokenizer
 
@@ -23,26 +23,39 @@ class Detokenizer:
     A character whose bytes are spread over tokens comes with the last of them. Special tokens give no text.
     """
 
-    __slots__ = ("_given", "_ids", "_skip", "_spell", "_tokenizer", "_utf8")
+    __slots__ = ("_given", "_ids", "_skip", "_tokenizer", "_utf8", "_waiting", "_whole_text")
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
-        self._spell = tokenizer.token_bytes
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._whole_text = tokenizer.whole
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._waiting = False  # the decoder holds the beginning of a character
         self._ids: list[int] | None = [] if tokenizer.kind == OTHER else None
         self._given = 0
 
     def push(self, token: int) -> str:
         """The characters that `token` completes."""
+        if not self._waiting:
+            text = self._whole_text.get(token)
+            if text is not None:
+                return text
         if token in self._skip:
             return ""
         if self._ids is not None:
             self._ids.append(token)
             return self._whole(final=False)
-        return self._utf8.decode(self._spell(token))
+        text = self._utf8.decode(self._tokenizer.token_bytes(token))
+        self._waiting = bool(self._utf8.getstate()[0])
+        return text
 
-    def push_all(self, tokens: Iterable[int]) -> str:
+    def push_all(self, tokens: Sequence[int]) -> str:
+        if len(tokens) == 1:  # once a step and stream: no call more than needed
+            if not self._waiting:
+                text = self._whole_text.get(tokens[0])
+                if text is not None:
+                    return text
+            return self.push(tokens[0])
         return "".join([self.push(token) for token in tokens])
 
     def flush(self) -> str:

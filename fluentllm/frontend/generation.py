@@ -11,10 +11,11 @@ Leaving a stream early, by an error, a cancellation or a stop string, aborts wha
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -32,6 +33,14 @@ if TYPE_CHECKING:
     from .client import EngineClient
     from .templates import ChatTemplate
     from .tokenizer import Tokenizer
+
+
+T = TypeVar("T")
+
+SHORT = 400
+"""Characters (or tokens) that are worked on in the event loop."""
+SLOW = 0.02
+"""CPU seconds of a short text's work that send all later texts to the pool."""
 
 
 class Job(Struct, kw_only=True):
@@ -87,6 +96,7 @@ class Generation:
         self.client = client
         self.tokenizer = tokenizer
         self.template = template
+        self._slow = False
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
 
     def close(self) -> None:
@@ -105,16 +115,17 @@ class Generation:
     # ------------------------------------------------------------------------------------------------------------- prompts
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of plain text. Raises `ContextTooLong` without reading a text that cannot fit, `InvalidRequest`."""
-        return await self._in_pool(self._encode, text, add_special_tokens)
+        return await self._off_loop(len(text), self._encode, text, add_special_tokens)
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         """Ids of the rendered chat. Raises `InvalidRequest` if the model has no template or it refuses the messages."""
-        return await self._in_pool(self._encode_chat, messages, add_generation_prompt)
+        size = sum(len(message.get("content") or "") for message in messages)
+        return await self._off_loop(size, self._encode_chat, messages, add_generation_prompt)
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """Text of a whole sequence, special tokens spelt out. Raises `InvalidRequest` for ids outside the vocabulary."""
         check_prompt(list(tokens), self.info.spec.vocab_size)
-        return await self._in_pool(lambda: self.tokenizer.decode(tokens, skip_special_tokens=False))
+        return await self._off_loop(len(tokens), lambda: self.tokenizer.decode(tokens, skip_special_tokens=False))
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """The chat as the model reads it."""
@@ -155,8 +166,15 @@ class Generation:
     def _encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[int]:
         return self._encode(self.render(messages, add_generation_prompt=add_generation_prompt), False)
 
-    async def _in_pool(self, call: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
+    async def _off_loop(self, size: int, call: Callable[..., T], *args: Any) -> T:
+        """Run in the pool; but a short text takes less time than the way there and back, unless a template is slow."""
+        if size > SHORT or self._slow:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
+        started = time.thread_time()
+        try:
+            return call(*args)
+        finally:
+            self._slow = time.thread_time() - started > SLOW
 
     # ---------------------------------------------------------------------------------------------------------- generation
     def job(
@@ -198,16 +216,22 @@ class Generation:
             priority=options.priority or 0,
         )
 
-    async def stream(self, job: Job) -> AsyncGenerator[Delta, None]:
+    def stream(self, job: Job) -> AsyncGenerator[Delta, None]:
         """Deltas of all choices as they come. Close it (`contextlib.aclosing`) if you leave early.
 
         Raises what the engine refuses or ends a choice with (`QueueFull`, `EngineDied` …); the other choices are aborted.
         """
         choices = [self._choice(job, index) for index in range(len(job.prompts) * job.n)]
-        merged = choices[0] if len(choices) == 1 else _merge(choices)
-        async with aclosing(merged) as deltas:
-            async for delta in deltas:
-                yield delta
+        return choices[0] if len(choices) == 1 else _merge(choices)
+
+    def stream_parts(self, job: Job) -> tuple[AsyncGenerator[Any, None], Callable[[Any], str | None], Callable[[Any], Delta]]:
+        """`stream` in parts, for the server, which does this for every step and stream: items; what gives an item's text if
+        text is all that it brings a job of one choice, else None; what then makes a delta of it. Where the engine's outputs
+        need no looking after, they are the items themselves."""
+        if len(job.prompts) * job.n == 1 and not job.stop:
+            request, choice = self._begin(job, 0)
+            return self.client.submit(request), choice.text, choice.take
+        return self.stream(job), _more_than_text, _itself
 
     async def complete(self, job: Job) -> list[Completion]:
         """All choices, finished, in order."""
@@ -230,22 +254,31 @@ class Generation:
             result.text = "".join(text)
         return results
 
-    async def _choice(self, job: Job, index: int) -> AsyncGenerator[Delta, None]:
+    def _begin(self, job: Job, index: int) -> tuple[Request, Choice]:
         number, which = divmod(index, job.n)
         params = job.params[number]
         if which:
             params = msgspec.structs.replace(params, seed=choice_seed(params.seed, which))
         choice = Choice(index, self.tokenizer, job.stop, min_tokens=params.min_tokens, logprobs=params.logprobs is not None)
-        request = Request(id=f"{job.id}-{index}", prompt=job.prompts[number], params=params, priority=job.priority)
+        return Request(id=f"{job.id}-{index}", prompt=job.prompts[number], params=params, priority=job.priority), choice
+
+    async def _choice(self, job: Job, index: int) -> AsyncGenerator[Delta, None]:
+        request, choice = self._begin(job, index)
         async with aclosing(self.client.submit(request)) as outputs:
             async for output in outputs:
-                if output.finish_reason in ("abort", "error"):
-                    raise EngineDied("The engine gave the request up.", fix="Send it again.")
                 delta = choice.take(output)
                 yield delta
                 if delta.finish_reason is not None:
                     return
         raise EngineDied("The engine ended the request without a reason.", fix="Send it again.")
+
+
+def _more_than_text(delta: Delta) -> None:
+    return None
+
+
+def _itself(delta: Delta) -> Delta:
+    return delta
 
 
 async def _merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 from starlette.responses import Response
@@ -17,7 +18,7 @@ from starlette.responses import Response
 from ..core.errors import FluentError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Coroutine, Mapping
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 
     from starlette.types import Receive, Scope, Send
 
@@ -25,6 +26,9 @@ log = logging.getLogger("fluentllm.frontend")
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+DIRECT_SEND = "fluentllm.send"
+"""Key of the scope: the server's own `send`, without what the framework wraps around it. Only for the body of an answer
+whose start went through the wrapped one."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -52,7 +56,7 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
-class ClientLeft(Exception):  # noqa: N818 - not an error of anybody's
+class ClientLeft(Exception):
     """The client closed its connection before it had its answer."""
 
 
@@ -79,9 +83,18 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-class EventStream:
-    """A response that sends each piece of `events` as it comes. Errors before the first piece get a status of their own;
-    later ones are sent as an event, since the status is out."""
+@dataclass(frozen=True, slots=True)
+class Events(Generic[T]):
+    """What an `EventStream` sends: the items as they come, each as `encode` writes it (nothing if it gives b""), then `end`."""
+
+    items: AsyncGenerator[T, None]
+    encode: Callable[[T], bytes]
+    end: Callable[[], bytes]
+
+
+class EventStream(Generic[T]):
+    """A response of server-sent events. `prepare` makes them; what it or the first item raises gets a status of its own,
+    later errors are sent as an event, since the status is out."""
 
     HEADERS = (
         (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -89,31 +102,36 @@ class EventStream:
         (b"x-accel-buffering", b"no"),
     )
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        self.events = events
+    def __init__(self, prepare: Coroutine[Any, Any, Events[T]]) -> None:
+        self.prepare = prepare
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_left(receive, self._send(send))
+            await unless_left(receive, self._send(send, scope.get(DIRECT_SEND, send)))
         except ClientLeft:
             log.debug("client left %s", scope["path"])
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, send_body: Send) -> None:
+        events = await self.prepare
+        encode = events.encode
         started = False
-        async with aclosing(self.events) as events:
+        async with aclosing(events.items) as items:
             try:
-                async for piece in events:
-                    if not started:
-                        started = True
-                        await send({"type": "http.response.start", "status": 200, "headers": list(self.HEADERS)})
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                async for item in items:
+                    piece = encode(item)
+                    if piece:
+                        if not started:
+                            started = True
+                            await send({"type": "http.response.start", "status": 200, "headers": list(self.HEADERS)})
+                        await send_body({"type": "http.response.body", "body": piece, "more_body": True})
+                last = events.end()
             except Exception as error:
                 if not started:
                     raise
-                await send({"type": "http.response.body", "body": _error_event(error), "more_body": True})
-            if not started:
-                await send({"type": "http.response.start", "status": 200, "headers": list(self.HEADERS)})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                last = _error_event(error)
+        if not started:
+            await send({"type": "http.response.start", "status": 200, "headers": list(self.HEADERS)})
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 def _error_event(error: Exception) -> bytes:

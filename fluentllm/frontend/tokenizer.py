@@ -6,6 +6,7 @@ small thread pool; everything here may be called from several threads at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,9 @@ class Tokenizer:
         self.kind, self.trims_first_space = _decoder_kind(backend)
         self._longest_token = max(map(len, vocab), default=1)
         self._bytes: dict[int, bytes] = {}
+        self.whole: dict[int, str] = {}
+        """Text of tokens that are whole characters and not special; filled by `token_bytes`, so that a detokenizer seldom has
+        to look at bytes."""
 
     @property
     def bos_id(self) -> int | None:
@@ -104,6 +108,9 @@ class Tokenizer:
         known = self._bytes.get(token)
         if known is None:
             known = self._bytes[token] = self._spell(token)
+            if token not in self.special_ids and self.kind != OTHER:
+                with contextlib.suppress(UnicodeDecodeError):
+                    self.whole[token] = known.decode()
         return known
 
     def token_text(self, token: int) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from fluentllm.core.errors import InvalidRequest
 from fluentllm.frontend.generation import Usage, new_id
-from fluentllm.frontend.responses import DONE, EventStream, json_response, unless_left
+from fluentllm.frontend.responses import Events, EventStream, json_response, unless_left
 
 from .answers import AnswerMessage, ChatChoice, ChatChunk, ChatCompletion
 from .bodies import check_model, read
@@ -22,17 +21,16 @@ from .openapi import documented
 from .schema import ChatRequest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from fluentllm.frontend.choices import Delta
     from fluentllm.frontend.generation import Generation, Job
     from fluentllm.frontend.services import Services
 
 
 @documented(body=ChatRequest, answer=ChatCompletion, event=ChatChunk)
-async def chat_completions(request: Request) -> Response | EventStream:
+async def chat_completions(request: Request) -> Response | EventStream[Any]:
     services = services_of(request)
     body = await read(request, ChatRequest)
     check_model(body.model, services)
@@ -91,18 +89,24 @@ async def _answer(body: ChatRequest, services: Services) -> Response:
     )
 
 
-async def _events(body: ChatRequest, services: Services) -> AsyncGenerator[bytes, None]:
+async def _events(body: ChatRequest, services: Services) -> Events[Any]:
     generation = services.generation
     job = await _job(body, generation)
     usage = Usage(prompt_tokens=len(job.prompts[0]))
     with_usage = wants_usage(body)
     splicer = chat_splicer(id=job.id, created=int(time.time()), model=services.model, choices=job.n, with_usage=with_usage)
-    async with aclosing(generation.stream(job)) as deltas:
-        async for delta in deltas:
-            usage.add(delta, job.n)
-            logprobs = chat_logprobs(delta.logprobs, services.tokenizer) if delta.logprobs else None
-            if delta.text or logprobs is not None or delta.finish_reason is not None:
-                yield splicer.chunk(delta.index, delta.text, logprobs, delta.finish_reason)
-    if with_usage:
-        yield splicer.usage(usage)
-    yield DONE
+    items, text_of, delta_of = generation.stream_parts(job)
+    chunk = splicer.chunk
+
+    def encode(item: Any) -> bytes:
+        text = text_of(item)
+        if text is not None:
+            return chunk(0, text) if text else b""
+        delta: Delta = delta_of(item)
+        usage.add(delta, job.n)
+        logprobs = chat_logprobs(delta.logprobs, services.tokenizer) if delta.logprobs else None
+        if delta.text or logprobs is not None or delta.finish_reason is not None:
+            return chunk(delta.index, delta.text, logprobs, delta.finish_reason)
+        return b""
+
+    return Events(items, encode, lambda: splicer.end(usage if with_usage else None))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from fluentllm.frontend.responses import DONE
+
 from .answers import PromptTokensDetails, UsageBody
 
 if TYPE_CHECKING:
@@ -49,8 +51,11 @@ class Splicer:
         tail = b',"logprobs":%b,"finish_reason":%b' % (_encode(logprobs) if logprobs else _NULL, _REASONS[finish_reason])
         return head + _encode(text) + self._text_end + tail + self._end
 
-    def usage(self, usage: Usage) -> bytes:
-        return self._open + b'],"usage":' + _encode(usage_body(usage)) + b"}\n\n"
+    def end(self, usage: Usage | None) -> bytes:
+        """The last events of the answer."""
+        if usage is None:
+            return DONE
+        return self._open + b'],"usage":' + _encode(usage_body(usage)) + b"}\n\n" + DONE
 
 
 def chat_splicer(*, id: str, created: int, model: str, choices: int, with_usage: bool) -> Splicer:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from fluentllm.core.errors import InvalidRequest
 from fluentllm.frontend.generation import Usage, new_id
-from fluentllm.frontend.responses import DONE, EventStream, json_response, unless_left
+from fluentllm.frontend.responses import Events, EventStream, json_response, unless_left
 
 from .answers import TextChoice, TextCompletion
 from .bodies import check_model, read
@@ -21,8 +20,6 @@ from .openapi import documented
 from .schema import CompletionRequest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from starlette.requests import Request
     from starlette.responses import Response
 
@@ -37,7 +34,7 @@ DEFAULT_MAX_TOKENS = 16
 
 
 @documented(body=CompletionRequest, answer=TextCompletion, event=TextCompletion)
-async def completions(request: Request) -> Response | EventStream:
+async def completions(request: Request) -> Response | EventStream[Delta]:
     services = services_of(request)
     body = await read(request, CompletionRequest)
     check_model(body.model, services)
@@ -128,7 +125,7 @@ async def _answer(body: CompletionRequest, prompts: list[str | list[int]], servi
     )
 
 
-async def _events(body: CompletionRequest, prompts: list[str | list[int]], services: Services) -> AsyncGenerator[bytes, None]:
+async def _events(body: CompletionRequest, prompts: list[str | list[int]], services: Services) -> Events[Delta]:
     generation = services.generation
     job = await _job(body, prompts, generation)
     writer = _Writer(body, job, generation)
@@ -137,15 +134,15 @@ async def _events(body: CompletionRequest, prompts: list[str | list[int]], servi
     choices = len(job.prompts) * job.n
     splicer = text_splicer(id=job.id, created=int(time.time()), model=services.model, choices=choices, with_usage=with_usage)
     unwritten = set(range(choices))
-    async with aclosing(generation.stream(job)) as deltas:
-        async for delta in deltas:
-            text, logprobs = writer.write(delta, first=delta.index in unwritten)
-            unwritten.discard(delta.index)
-            usage.add(delta, job.n)
-            if logprobs is not None and not logprobs.tokens:
-                logprobs = None
-            if text or logprobs is not None or delta.finish_reason is not None:
-                yield splicer.chunk(delta.index, text, logprobs, delta.finish_reason)
-    if with_usage:
-        yield splicer.usage(usage)
-    yield DONE
+
+    def encode(delta: Delta) -> bytes:
+        text, logprobs = writer.write(delta, first=delta.index in unwritten)
+        unwritten.discard(delta.index)
+        usage.add(delta, job.n)
+        if logprobs is not None and not logprobs.tokens:
+            logprobs = None
+        if text or logprobs is not None or delta.finish_reason is not None:
+            return splicer.chunk(delta.index, text, logprobs, delta.finish_reason)
+        return b""
+
+    return Events(generation.stream(job), encode, lambda: splicer.end(usage if with_usage else None))
