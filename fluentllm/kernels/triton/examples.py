@@ -1,0 +1,72 @@
+"""Calls of every launcher with the shapes of real models, on tensors without memory: what the compile check compiles.
+
+A kernel that no example launches fails the check, so a new kernel cannot be forgotten.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .gqa_decode import gqa_decode
+from .gqa_plan import plan_gqa
+from .launch import recording
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from .launch import Launch
+
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+
+
+def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _ints(*shape: int) -> Tensor:
+    return _empty(*shape, dtype=torch.int32)
+
+
+def _longs(*shape: int) -> Tensor:
+    return _empty(*shape, dtype=torch.int64)
+
+
+def _floats(*shape: int) -> Tensor:
+    return _empty(*shape, dtype=torch.float32)
+
+
+def decode_attention() -> None:
+    # (sequences, heads, KV heads, dim, rows, page, dtype, dtype of the cache)
+    shapes = [
+        (1, 16, 8, 128, 1, 16, BF16, BF16),
+        (32, 32, 8, 128, 1, 64, BF16, BF16),
+        (32, 32, 8, 128, 4, 64, BF16, FP8),
+        (8, 9, 3, 64, 1, 16, torch.float16, torch.float16),
+        (128, 32, 4, 96, 8, 32, BF16, BF16),
+        (4, 8, 1, 256, 2, 64, BF16, BF16),
+        (2, 4, 4, 128, 1, 16, torch.float32, torch.float32),
+    ]
+    for n, heads, kv_heads, dim, rows, page, dtype, kv_dtype in shapes:
+        lengths = _ints(n)
+        cache = _empty(1000, page, kv_heads, dim, dtype=kv_dtype)
+        for longest, span in ((4096, 0), (256, 0), (4096, 512)) if n == 1 else ((4096, 0),):
+            plan = plan_gqa(lengths, kv_heads=kv_heads, longest=longest, fixed_span=span)
+            q = _empty(n * rows, heads, dim, dtype=dtype)
+            gqa_decode(q, cache, cache, _ints(n, longest // page), lengths, plan, rows, dim**-0.5)
+
+
+EXAMPLES: list[Callable[[], None]] = [
+    decode_attention,
+]
+
+
+def example_launches() -> Iterator[tuple[str, Launch]]:
+    """(name of the example, launch), every launch of every example."""
+    for example in EXAMPLES:
+        with recording() as launches:
+            example()
+        yield from ((example.__name__, launch) for launch in launches)

@@ -1,0 +1,182 @@
+"""Attention of decode and verification over paged KV with grouped heads: each item of the plan by one program, then a merge.
+
+The arithmetic is FlashAttention's (arXiv:2205.14135) with keys split among programs; scores are kept in units of log2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .gqa_plan import BLOCK, GqaPlan
+from .language import dot
+from .launch import launch, power_of_2
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHARED_BYTES = 160 * 1024
+"""Of shared memory for keys and values in flight; a multiprocessor of Hopper has 227 KiB for one program."""
+
+
+@triton.jit
+def _decode_kernel(
+    out, partial, lse, q, k_pages, v_pages, page_table, lengths, items, starts, spans, score_scale, value_scale,
+    q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    TILES: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(0) // TILES
+    tile = tl.program_id(0) % TILES
+    item = tl.program_id(1)
+    sequence = tl.load(items + item)
+    if sequence >= 0:
+        length = tl.load(lengths + sequence)
+        start_item = tl.load(starts + sequence)
+        span = tl.load(spans + sequence)
+        first = (item - start_item) * span
+        last = tl.minimum(first + span, length)
+
+        m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        valid = m < ROWS * GROUP
+        query = m // GROUP
+        head = kv_head * GROUP + m % GROUP
+        position = length - ROWS + query
+        d = tl.arange(0, BLOCK_D)
+        dv = tl.arange(0, BLOCK_V)
+        q_at = q + ((sequence * ROWS + query).to(tl.int64) * q_row + head * q_head)[:, None] + d[None, :]
+        queries = tl.load(q_at, mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
+
+        highest = tl.full([BLOCK_M], -1.0e30, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        table = page_table + sequence.to(tl.int64) * table_row
+        for base in range(first, last, BLOCK_N):
+            key = base + tl.arange(0, BLOCK_N)
+            inside = key < last
+            page = tl.load(table + key // PAGE, mask=inside, other=0).to(tl.int64)
+            slot = key % PAGE
+            k_at = k_pages + (page * k_page + slot * k_slot + kv_head * k_head)[:, None] + d[None, :]
+            keys = tl.load(k_at, mask=inside[:, None] & (d < DIM)[None, :], other=0.0).to(queries.dtype)
+            scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * score_scale
+            scores = tl.where(inside[None, :] & (key[None, :] <= position[:, None]), scores, float("-inf"))
+            # Finite from the start, so a row that sees none of these keys stays at weight 0 instead of NaN.
+            higher = tl.maximum(highest, tl.max(scores, 1))
+            weights = tl.exp2(scores - higher[:, None])
+            fade = tl.exp2(highest - higher)
+            v_at = v_pages + (page * v_page + slot * v_slot + kv_head * v_head)[:, None] + dv[None, :]
+            values = tl.load(v_at, mask=inside[:, None] & (dv < VALUE_DIM)[None, :], other=0.0).to(queries.dtype)
+            total = total * fade + tl.sum(weights, 1)
+            acc = dot(weights.to(queries.dtype), values, acc * fade[:, None])
+            highest = higher
+
+        result = acc * (value_scale / tl.where(total > 0, total, 1.0))[:, None]
+        row = query * HEADS + head
+        store = valid[:, None] & (dv < VALUE_DIM)[None, :]
+        if SINGLE:
+            alone = True
+        else:
+            alone = tl.load(starts + sequence + 1) - start_item == 1
+        if alone:
+            at = out + ((sequence * (ROWS * HEADS) + row).to(tl.int64) * VALUE_DIM)[:, None] + dv[None, :]
+            tl.store(at, result.to(out.dtype.element_ty), mask=store)
+        elif not SINGLE:
+            slot_row = (item * (ROWS * HEADS) + row).to(tl.int64)
+            tl.store(partial + (slot_row * VALUE_DIM)[:, None] + dv[None, :], result, mask=store)
+            tl.store(lse + slot_row, highest + tl.log2(total), mask=valid)
+
+
+@triton.jit
+def _merge_kernel(out, partial, lse, starts, COUNT: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_R: tl.constexpr,
+                  BLOCK_V: tl.constexpr, RUNS: tl.constexpr):  # fmt: skip
+    """Rows of one sequence: COUNT = query rows × heads. Sequences with one item are left alone: it wrote their output."""
+    sequence = tl.program_id(1)
+    first = tl.load(starts + sequence)
+    last = tl.load(starts + sequence + 1)
+    if last - first > 1:
+        row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+        valid = row < COUNT
+        dv = tl.arange(0, BLOCK_V)
+        run = tl.arange(0, RUNS)
+        highest = tl.full([BLOCK_R], -1.0e30, tl.float32)
+        for base in range(first, last, RUNS):
+            item = base + run
+            at = lse + (item[:, None] * COUNT + row[None, :]).to(tl.int64)
+            known = tl.load(at, mask=(item < last)[:, None] & valid[None, :], other=float("-inf"))
+            highest = tl.maximum(highest, tl.max(known, 0))
+        total = tl.zeros([BLOCK_R], tl.float32)
+        acc = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+        for base in range(first, last, RUNS):
+            item = base + run
+            at = (item[:, None] * COUNT + row[None, :]).to(tl.int64)
+            present = (item < last)[:, None] & valid[None, :]
+            weight = tl.exp2(tl.load(lse + at, mask=present, other=float("-inf")) - highest[None, :])
+            total += tl.sum(weight, 0)
+            at_values = partial + at[:, :, None] * VALUE_DIM + dv[None, None, :]
+            values = tl.load(at_values, mask=present[:, :, None] & (dv < VALUE_DIM)[None, None, :], other=0.0)
+            acc += tl.sum(values * weight[:, :, None], 0)
+        result = acc / tl.where(total > 0, total, 1.0)[:, None]
+        at_out = out + ((sequence * COUNT + row).to(tl.int64) * VALUE_DIM)[:, None] + dv[None, :]
+        tl.store(at_out, result.to(out.dtype.element_ty), mask=valid[:, None] & (dv < VALUE_DIM)[None, :])
+
+
+def gqa_decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    plan: GqaPlan,
+    rows: int,
+    scale: float,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> Tensor:
+    """q [N · rows, H, D] (last dimension contiguous), k_pages [P, page, Hkv, D], v_pages [P, page, Hkv, Dv] (any dtype that
+    converts to q's, float8_e4m3fn included: then the values are multiplied by `k_scale` and `v_scale`), page_table [N, W] int32,
+    lengths [N] int32 → [N · rows, H, Dv] in q's dtype.
+
+    Row j of a sequence stands at position length - rows + j and sees the keys up to there, its own included. A sequence of
+    length 0 gets zeros. `plan` is `plan_gqa` of the same lengths. Reference: `kernels.attention_reference.gqa_reference`.
+    """
+    (count, heads, dim), (_, page, kv_heads, value_dim) = q.shape, v_pages.shape
+    group = heads // kv_heads
+    if heads % kv_heads or count != rows * lengths.shape[0] or not 1 <= rows <= 8:
+        raise ValueError(
+            f"{count} rows of {heads} heads do not fit {lengths.shape[0]} sequences × {rows} and {kv_heads} KV heads"
+        )
+    out = q.new_empty(count, heads, value_dim)
+    per_sequence = rows * heads
+    items = plan.items.shape[0]
+    parts = 0 if plan.single else items
+    partial = torch.empty(parts, per_sequence, value_dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(parts, per_sequence, dtype=torch.float32, device=q.device)
+    block_m = min(64, max(16, power_of_2(rows * group)))
+    tiles = -(-rows * group // block_m)
+    block_d, block_v = max(16, power_of_2(dim)), max(16, power_of_2(value_dim))
+    block_n = BLOCK
+    stage = (block_d + block_v) * k_pages.element_size()
+    while block_n > 16 and 2 * block_n * stage > SHARED_BYTES:
+        block_n //= 2
+    launch(
+        _decode_kernel, (kv_heads * tiles, items), out, partial, lse, q, k_pages, v_pages, page_table, lengths,
+        plan.items, plan.starts, plan.spans, scale * k_scale * math.log2(math.e), v_scale,
+        q.stride(0), q.stride(1), *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
+        ROWS=rows, GROUP=group, HEADS=heads, DIM=dim, VALUE_DIM=value_dim, TILES=tiles, PAGE=page, BLOCK_M=block_m,
+        BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_V=block_v, SINGLE=plan.single,
+        num_warps=4, num_stages=max(1, min(4, SHARED_BYTES // (block_n * stage))),
+    )  # fmt: skip
+    sequences = lengths.shape[0]
+    # Few rows: one a program, many runs in flight. Many rows: most have nothing to merge, so fewer programs.
+    block_r, runs = (1, 16) if sequences * per_sequence <= 2048 else (8, 2)
+    launch(
+        _merge_kernel, (-(-per_sequence // block_r), sequences), out, partial, lse, plan.starts,
+        COUNT=per_sequence, VALUE_DIM=value_dim, BLOCK_R=block_r, BLOCK_V=block_v, RUNS=runs, num_warps=2,
+    )  # fmt: skip
+    return out

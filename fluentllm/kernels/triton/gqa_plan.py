@@ -1,0 +1,104 @@
+"""Dividing the keys of a decode batch among programs, on the device, once a step before the first layer.
+
+The work is a list of items (sequence, run of keys); how many there can be depends on shapes only, so the grid of the
+attention kernel is fixed and the lengths stay on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import launch, multiprocessors, power_of_2
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 64
+"""Runs of keys start at multiples of this."""
+LEAST_RUN = 256
+"""Shorter runs cost more to merge than they save."""
+
+
+@dataclass(frozen=True, slots=True)
+class GqaPlan:
+    items: Tensor
+    """[I] int32, sequence of each item; -1 for items that nobody needs."""
+    starts: Tensor
+    """[N + 1] int32, first item of each sequence, which has at least one."""
+    spans: Tensor
+    """[N] int32, keys of each of a sequence's runs but its last, a multiple of `BLOCK`."""
+    single: bool
+    """No sequence can have more than one item, so nothing needs merging."""
+
+
+@triton.jit
+def _plan_kernel(items, starts, spans, lengths, n, count, parts, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
+                 LEAST: tl.constexpr, FILL: tl.constexpr):  # fmt: skip
+    i = tl.arange(0, N)
+    length = tl.load(lengths + i, mask=i < n, other=0)
+    if SPAN == 0:
+        limit = tl.maximum(tl.cdiv(tl.sum(length, 0), parts), LEAST)
+        limit = tl.cdiv(limit, BLOCK) * BLOCK
+    else:
+        limit = SPAN
+    # An empty sequence has one item too: its program writes zeros.
+    runs = tl.where(i < n, tl.maximum(tl.cdiv(length, limit), 1), 0)
+    end = tl.cumsum(runs, 0)
+    start = end - runs
+    if SPAN == 0:
+        # Runs of one sequence are made equal: ceil(length / runs) ≤ limit, so their number stays.
+        span = tl.cdiv(tl.cdiv(length, tl.maximum(runs, 1)), BLOCK) * BLOCK
+    else:
+        span = runs * 0 + SPAN
+    total = tl.sum(runs, 0)
+    tl.store(starts + i, start, mask=i < n)
+    tl.store(starts + n, total)
+    tl.store(spans + i, span, mask=i < n)
+    for run in range(0, tl.max(runs, 0)):
+        tl.store(items + start + run, i, mask=(run < runs) & (start + run < count))
+    for base in range(0, count, FILL):
+        unused = base + tl.arange(0, FILL)
+        tl.store(items + unused, unused * 0 - 1, mask=(unused >= total) & (unused < count))
+
+
+def plan_gqa(lengths: Tensor, *, kv_heads: int, longest: int, per_multiprocessor: int = 2, fixed_span: int = 0) -> GqaPlan:
+    """lengths [N] int32, keys of each sequence on the device, 0 allowed; longest: host bound of them.
+
+    Aims at `per_multiprocessor` programs a multiprocessor over all `kv_heads`. `fixed_span` (keys, a multiple of `BLOCK`) makes runs
+    the same whatever else is in the batch: deterministic mode. Reference: `gqa_plan_reference`.
+    """
+    n = lengths.shape[0]
+    if fixed_span % BLOCK:
+        raise ValueError(f"fixed_span is {fixed_span}, a multiple of {BLOCK} is expected")
+    parts = max(1, -(-multiprocessors(lengths.device) * per_multiprocessor // kv_heads))
+    most = max(1, -(-longest // (fixed_span or LEAST_RUN)))
+    # Σ max(1, ceil(length / limit)) ≤ Σ length / limit + N ≤ parts + N.
+    count = n * most if fixed_span else min(n * most, parts + n)
+    items = torch.empty(max(count, 1), dtype=torch.int32, device=lengths.device)
+    starts = torch.empty(n + 1, dtype=torch.int32, device=lengths.device)
+    spans = torch.empty(max(n, 1), dtype=torch.int32, device=lengths.device)
+    launch(
+        _plan_kernel, (1,), items, starts, spans, lengths, n, count, parts,
+        N=power_of_2(n), SPAN=fixed_span, BLOCK=BLOCK, LEAST=LEAST_RUN, FILL=1024, num_warps=4,
+    )  # fmt: skip
+    return GqaPlan(items[:count], starts, spans, single=most <= 1)
+
+
+def gqa_plan_reference(
+    lengths: list[int], count: int, parts: int, fixed_span: int = 0
+) -> tuple[list[int], list[int], list[int]]:
+    """(items, starts, spans) in plain Python."""
+    limit = fixed_span or -(-max(-(-sum(lengths) // parts), LEAST_RUN) // BLOCK) * BLOCK
+    items: list[int] = []
+    starts, spans = [0], []
+    for i, length in enumerate(lengths):
+        runs = max(1, -(-length // limit))
+        spans.append(fixed_span or -(--(-length // runs) // BLOCK) * BLOCK)
+        items += [i] * runs
+        starts.append(len(items))
+    return items + [-1] * (count - len(items)), starts, spans

@@ -1,0 +1,108 @@
+"""Decode attention over paged KV: ragged lengths, several query rows, every split of the keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from paged import Paged, random_paged
+
+from fluentllm.kernels.attention_reference import gqa_reference
+from fluentllm.kernels.triton import gqa_plan
+from fluentllm.kernels.triton.gqa_decode import gqa_decode
+from fluentllm.kernels.triton.gqa_plan import gqa_plan_reference, plan_gqa
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 4e-2}
+
+
+def expected(q: torch.Tensor, paged: Paged, rows: int, scale: float) -> torch.Tensor:
+    parts = []
+    for i, length in enumerate(paged.lengths.tolist()):
+        positions = torch.arange(length - rows, length)
+        k, v = paged.keys(i)
+        if length:
+            parts.append(gqa_reference(q[i * rows : (i + 1) * rows].double(), k, v, positions, scale))
+        else:
+            parts.append(q.new_zeros(rows, q.shape[1], v.shape[-1], dtype=torch.float64))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("parts", [1, 4, 24])
+@pytest.mark.parametrize("lengths", [[1], [700], [1, 65, 1300, 0, 256, 257]])
+def test_plan_is_the_reference(lengths: list[int], parts: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gqa_plan, "multiprocessors", lambda _: parts)
+    plan = plan_gqa(torch.tensor(lengths, dtype=torch.int32, device=device), kv_heads=1, longest=2048, per_multiprocessor=1)
+    items, starts, spans = gqa_plan_reference(lengths, plan.items.shape[0], parts)
+    assert (plan.items.tolist(), plan.starts.tolist(), plan.spans.tolist()) == (items, starts, spans)
+    for i, length in enumerate(lengths):
+        runs = starts[i + 1] - starts[i]
+        assert (runs - 1) * spans[i] < max(length, 1)
+        assert runs * spans[i] >= length
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "rows", "page_size", "dtype"),
+    [
+        (4, 2, 64, 1, 16, torch.float32),
+        (8, 1, 128, 3, 64, torch.bfloat16),
+        (6, 2, 96, 8, 32, torch.float16),
+        (2, 2, 256, 2, 64, torch.bfloat16),
+        (24, 1, 64, 5, 16, torch.float32),
+    ],
+)
+def test_ragged_batch(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    rows: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rng: torch.Generator,
+) -> None:
+    lengths = [rows, 520, 64]
+    paged = random_paged(lengths, rng, device, kv_heads=kv_heads, dim=dim, page_size=page_size, dtype=dtype)
+    q = torch.randn(len(lengths) * rows, heads, dim, generator=rng).to(device, dtype)
+    plan = plan_gqa(paged.lengths, kv_heads=kv_heads, longest=1024)
+    out = gqa_decode(q, paged.k, paged.v, paged.table, paged.lengths, plan, rows, dim**-0.5)
+    assert plan.starts.tolist()[-1] > len(lengths)  # something was merged
+    torch.testing.assert_close(out.double(), expected(q, paged, rows, dim**-0.5), rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_short_context_needs_no_merge_and_an_empty_sequence_gets_zeros(device: torch.device, rng: torch.Generator) -> None:
+    paged = random_paged([5, 0, 200], rng, device, kv_heads=1, dim=64)
+    q = torch.randn(3, 2, 64, generator=rng).to(device)
+    plan = plan_gqa(paged.lengths, kv_heads=1, longest=224)
+    assert plan.single
+    out = gqa_decode(q, paged.k, paged.v, paged.table, paged.lengths, plan, 1, 0.1)
+    torch.testing.assert_close(out.double(), expected(q, paged, 1, 0.1), rtol=0, atol=2e-6)
+
+
+def test_queries_may_be_a_slice_and_values_narrower(device: torch.device, rng: torch.Generator) -> None:
+    paged = random_paged([400, 7], rng, device, kv_heads=2, dim=64, value_dim=32)
+    q = torch.randn(4, 9, 64, generator=rng).to(device)[:, 2:6]
+    plan = plan_gqa(paged.lengths, kv_heads=2, longest=416)
+    out = gqa_decode(q, paged.k, paged.v, paged.table, paged.lengths, plan, 2, 0.125)
+    torch.testing.assert_close(out.double(), expected(q, paged, 2, 0.125), rtol=0, atol=2e-6)
+
+
+def test_fixed_spans_give_a_sequence_the_same_bits_in_any_batch(device: torch.device, rng: torch.Generator) -> None:
+    paged = random_paged([700, 90, 1], rng, device, kv_heads=1, dim=64)
+    q = torch.randn(3, 2, 64, generator=rng).to(device)
+
+    def run(count: int) -> torch.Tensor:
+        lengths = paged.lengths[:count].contiguous()
+        plan = plan_gqa(lengths, kv_heads=1, longest=768, fixed_span=128)
+        return gqa_decode(q[:count], paged.k, paged.v, paged.table[:count], lengths, plan, 1, 0.125)
+
+    assert torch.equal(run(3)[:1], run(1))
+    torch.testing.assert_close(run(3).double(), expected(q, paged, 1, 0.125), rtol=0, atol=2e-6)
+
+
+def test_fp8_cache_with_scales(device: torch.device, rng: torch.Generator) -> None:
+    paged = random_paged([130, 33], rng, device, kv_heads=1, dim=64)
+    k8, v8 = paged.k.to(torch.float8_e4m3fn), paged.v.to(torch.float8_e4m3fn)
+    q = torch.randn(2, 4, 64, generator=rng).to(device)
+    plan = plan_gqa(paged.lengths, kv_heads=1, longest=160)
+    out = gqa_decode(q, k8, v8, paged.table, paged.lengths, plan, 1, 0.125, k_scale=0.5, v_scale=2.0)
+    same = Paged(k8.float() * 0.5, v8.float() * 2.0, paged.table, paged.lengths)
+    torch.testing.assert_close(out.double(), expected(q, same, 1, 0.125), rtol=0, atol=1e-5)
