@@ -130,6 +130,7 @@ class SocketEngineClient(_Client):
         self._generation = 0
         self._told: EngineState | None = None
         self._ready = asyncio.Event()
+        self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -161,6 +162,7 @@ class SocketEngineClient(_Client):
     def told(self, state: EngineState) -> None:
         """The supervisor says what the engine is doing."""
         self._told = state
+        self._news.set()
 
     def _check(self) -> None:
         if not self._ready.is_set():
@@ -177,7 +179,9 @@ class SocketEngineClient(_Client):
             try:
                 await ipc.connect(self._path, link.accept, oldest=self._generation, **self._limits)
             except OSError:
-                await asyncio.sleep(RECONNECT_DELAYS[min(attempt, len(RECONNECT_DELAYS) - 1)])
+                self._news.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), RECONNECT_DELAYS[min(attempt, len(RECONNECT_DELAYS) - 1)])
                 attempt += 1
             else:
                 attempt = 0

@@ -46,6 +46,10 @@ class Up(msgspec.Struct, frozen=True, tag="up"):
     chat: bool = True
 
 
+class Linked(msgspec.Struct, frozen=True, tag="linked"):
+    """The front end has reached the engine: requests would be answered now."""
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The child cannot start, and could not the next time either."""
 
@@ -60,7 +64,7 @@ class EngineIs(msgspec.Struct, frozen=True, tag="engine"):
     state: EngineState
 
 
-FromChild = Progress | Up | Failed
+FromChild = Progress | Up | Linked | Failed
 _encoder = msgspec.json.Encoder()
 _from_child = msgspec.json.Decoder(FromChild)
 _from_supervisor = msgspec.json.Decoder(EngineIs)

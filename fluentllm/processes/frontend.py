@@ -21,7 +21,7 @@ from fluentllm.frontend.client import SocketEngineClient
 from fluentllm.frontend.services import Services
 
 from .child import Child, run, settle
-from .control import Up
+from .control import Linked, Up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,11 +74,18 @@ async def serve(child: Child, plugins: PluginManager) -> None:
     server = Server(config)
     server.on_started = lambda: child.up(Up(chat=services.generation.template is not None))  # type: ignore[method-assign]
     settle()
+    linked = asyncio.create_task(_report_link(client, child))
     assert child.listen_fd is not None
     with socket.socket(fileno=child.listen_fd) as public:
         await server.serve(sockets=[public])
+    linked.cancel()
     services.close()
     await client.close()
+
+
+async def _report_link(client: SocketEngineClient, child: Child) -> None:
+    await client.wait_ready()
+    child.control.send(Linked())
 
 
 def main(child: Child) -> None:

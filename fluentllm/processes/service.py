@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fluentllm.core.errors import FluentError
 
-from .control import EXIT_HANG, EXIT_REFUSED, EngineIs, Failed, Progress, SupervisorEnd, Up
+from .control import EXIT_HANG, EXIT_REFUSED, EngineIs, Failed, Linked, Progress, SupervisorEnd, Up
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +29,7 @@ FIRST_DELAY, LONGEST_DELAY = 0.1, 10.0
 """Seconds before a restart; each crash within the window doubles them."""
 
 
-class ServiceFailed(FluentError):  # noqa: N818 - named like the other errors, by what happened
+class ServiceFailed(FluentError):
     """A child cannot be kept alive; the server stops."""
 
     code = "start_failed"
@@ -47,6 +47,7 @@ class Service:
         max_restarts: int,
         public: socket.socket | None = None,
         on_up: Callable[[Up], None],
+        on_linked: Callable[[], None] = lambda: None,
         on_down: Callable[[], None],
         on_progress: Callable[[str], None],
     ) -> None:
@@ -55,11 +56,13 @@ class Service:
         """Counts starts."""
         self.up: Up | None = None
         """What the running child said when it began to serve."""
+        self.linked = False
+        """Has the running child reached the engine? (front end)"""
         self._module = module
         self._runtime = runtime
         self._max_restarts = max_restarts
         self._public = public
-        self._on_up, self._on_down, self._on_progress = on_up, on_down, on_progress
+        self._on_up, self._on_linked, self._on_down, self._on_progress = on_up, on_linked, on_down, on_progress
         self._process: asyncio.subprocess.Process | None = None
         self._line: SupervisorEnd | None = None
         self._failed: Failed | None = None
@@ -76,7 +79,7 @@ class Service:
         ever_up = False
         while not self._stopping.is_set():
             code = await self._live()
-            was_up, self.up = self.up is not None, None
+            was_up, self.up, self.linked = self.up is not None, None, False
             ever_up |= was_up
             if self._stopping.is_set():
                 return
@@ -151,6 +154,9 @@ class Service:
             elif isinstance(message, Up):
                 self.up = message
                 self._on_up(message)
+            elif isinstance(message, Linked):
+                self.linked = True
+                self._on_linked()
             else:
                 self._failed = message
 

@@ -89,6 +89,7 @@ class Supervisor:
             max_restarts=limit,
             public=self._public,
             on_up=self._frontend_up,
+            on_linked=self._welcome,
             on_down=lambda: None,
             on_progress=lambda line: say(f"front end: {line}"),
         )
@@ -144,8 +145,9 @@ class Supervisor:
         self._welcome()
 
     def _welcome(self) -> None:
+        """The first time that everything is up, and the front end has reached the engine: a request would be answered."""
         engine, frontend = self._engine.up, self._frontend.up
-        if self._welcomed or engine is None or frontend is None or engine.info is None:
+        if self._welcomed or not self._frontend.linked or engine is None or frontend is None or engine.info is None:
             return
         self._welcomed = True
         say(
