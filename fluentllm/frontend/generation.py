@@ -24,7 +24,7 @@ from ..core.errors import ContextTooLong, EngineDied, EngineUnavailable, Invalid
 from ..core.types import Request, SamplingParams
 from .choices import Choice, Delta, TokenInfo
 from .detokenizer import Detokenizer
-from .sampling import SamplingOptions, check_prompt, choice_seed, sampling_params
+from .sampling import SamplingOptions, check_prompt, choice_seed, context_limit, sampling_params
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -154,11 +154,11 @@ class Generation:
         return "".join(pieces), offsets
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        limit = self.info.max_model_len
+        limit, why = context_limit(self.info)
         least = self.tokenizer.least_tokens(text)
         if least > limit:
             raise ContextTooLong(
-                f"The prompt has {len(text)} characters, at least {least} tokens, but the model's context is {limit} tokens.",
+                f"The prompt has {len(text)} characters, at least {least} tokens, but {why}.",
                 fix=f"Shorten the prompt to at most {limit - 1} tokens.",
             )
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)

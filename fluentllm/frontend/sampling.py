@@ -95,16 +95,23 @@ def check_options(options: SamplingOptions) -> SamplingOptions:
         raise InvalidRequest(str(error)) from None
 
 
+def context_limit(info: ModelInfo) -> tuple[int, str]:
+    """Most tokens of prompt and answer together, and what says so."""
+    if info.kv_tokens < info.max_model_len:
+        return info.kv_tokens, f"the KV pool holds {info.kv_tokens} tokens (a larger kv.memory would hold more)"
+    return info.max_model_len, f"the model's context is {info.max_model_len} tokens"
+
+
 def room_for_answer(prompt_tokens: int, info: ModelInfo) -> int:
     """New tokens that fit after the prompt, at least 1. Raises `InvalidRequest`, `ContextTooLong`."""
     if prompt_tokens == 0:
         raise InvalidRequest("The prompt has no tokens.", fix="Send at least one token of text.", param="prompt")
-    room = info.max_model_len - prompt_tokens
+    limit, why = context_limit(info)
+    room = limit - prompt_tokens
     if room < 1:
         raise ContextTooLong(
-            f"The prompt has {prompt_tokens} tokens, but the model's context is {info.max_model_len} tokens, prompt and answer "
-            "together.",
-            fix=f"Shorten the prompt to at most {info.max_model_len - 1} tokens.",
+            f"The prompt has {prompt_tokens} tokens, but {why}, prompt and answer together.",
+            fix=f"Shorten the prompt to at most {limit - 1} tokens.",
         )
     return room
 
@@ -128,7 +135,7 @@ def sampling_params(
     if wanted is not None and wanted > room:
         raise ContextTooLong(
             f"The prompt has {prompt_tokens} tokens and max_tokens asks for {wanted} more, {prompt_tokens + wanted} in all, "
-            f"but the model's context is {info.max_model_len} tokens.",
+            f"but {context_limit(info)[1]}.",
             fix=f"Ask for at most {room} tokens, or shorten the prompt.",
             param="max_tokens",
         )

@@ -6,6 +6,7 @@ import asyncio
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 import pytest
 
 from fluentllm.core.errors import ContextTooLong, EngineDied, EngineUnavailable, InvalidRequest
@@ -184,6 +185,10 @@ def test_the_context_bounds_what_is_asked(bytelevel: Tokenizer) -> None:
         params(bytelevel, 256)
     with pytest.raises(InvalidRequest, match="no tokens"):
         params(bytelevel, 0)
+    small = msgspec.structs.replace(model_info(400, 256), kv_tokens=64)
+    assert sampling_params(SamplingOptions(), 10, small, bytelevel).max_tokens == 54
+    with pytest.raises(ContextTooLong, match=r"KV pool holds 64 tokens .*kv\.memory"):
+        sampling_params(SamplingOptions(max_tokens=55), 10, small, bytelevel)
 
 
 def test_the_tokenizers_ends_are_added(bytelevel: Tokenizer) -> None:
