@@ -1,0 +1,51 @@
+"""Merging the splits of a sequence: softmax over the parts' log-sum-exps, weighted sum of their normalised outputs.
+
+Sequences that one part finished were written by the decode kernel and are left alone; inert ones (no keys) get zeros here.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def combine_splits(
+    out, partial, lse, spans, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr
+):
+    """out [N, ROWS, 512]; partial [2 · parts, ROWS, 512] float32, lse [2 · parts, ROWS] float32 in log2 units.
+
+    Grid (ROWS, 512 / COLUMNS, N). SPLITS are in flight at once. A sequence's piece in its first part is slot 2p + 1, in a
+    later part 2p.
+    """
+    row = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    sequence = tl.program_id(2)
+    first = tl.load(spans + 2 * sequence)
+    last = tl.load(spans + 2 * sequence + 1)
+    target = out + (sequence * ROWS + row).to(tl.int64) * 512 + column
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if last < first:
+        tl.store(target, tl.zeros([COLUMNS], out.dtype.element_ty))
+    elif last > first:
+        index = tl.arange(0, SPLITS)
+        # Finite, so that the difference of two is never NaN; a split without a visible key has -inf and weighs nothing.
+        top = -1.0e30
+        total = 0.0
+        acc = tl.zeros([COLUMNS], tl.float32)
+        for base in range(first, last + 1, SPLITS):
+            part = base + index
+            slot = 2 * part + (part == first).to(tl.int32)
+            inside = part <= last
+            weight = tl.load(lse + slot * ROWS + row, mask=inside, other=float("-inf"))
+            values = tl.load(
+                partial + (slot * ROWS + row).to(tl.int64)[:, None] * 512 + column[None, :], mask=inside[:, None], other=0.0
+            )
+            new_top = tl.maximum(top, tl.max(weight, 0))
+            alpha = tl.exp2(top - new_top)
+            weight = tl.exp2(weight - new_top)
+            total = total * alpha + tl.sum(weight, 0)
+            acc = acc * alpha + tl.sum(weight[:, None] * values, 0)
+            top = new_top
+        tl.store(target, (acc / tl.where(total > 0, total, 1.0)).to(out.dtype.element_ty))

@@ -1,0 +1,140 @@
+"""Launching the decode on a Hopper GPU: plan and workspace, the kernel that the cache asks for, and the combine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import hopper_bf16, hopper_fp8
+from .combine import combine_splits
+from .layout import LATENT, PAGE, ROPE, Fp8Planes
+from .plan import DecodePlan, new_plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROW_TILE = 64
+"""Query rows (heads × query length) of one CTA."""
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """Of the CUDA device with this index."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def parts_for(rows: int, device: torch.device) -> int:
+    """Parts that fill the chip when a sequence has `rows` query rows."""
+    return max(1, multiprocessors(device.index or 0) // -(-rows // ROW_TILE))
+
+
+@dataclass(slots=True)
+class MlaDecode:
+    """MLA decode of one shape: N sequences × q query rows × H heads. Holds plan and workspace.
+
+    `refresh` once a step, after the lengths are known on the device, then `fp8` or `bf16` once a layer. Nothing synchronises
+    with the host, so all of it can be captured. Layers must follow each other on one stream: they share the workspace.
+    """
+
+    heads: int
+    query_length: int
+    plan: DecodePlan
+    partial: Tensor
+    """[2 · parts, q · H, 512] float32, normalised outputs of pieces."""
+    lse: Tensor
+    """[2 · parts, q · H] float32, their log-sum-exps in log2 units."""
+    pdl: bool = True
+    """Set the combine up while the decode runs (programmatic dependent launch)."""
+    _descriptors: dict[tuple[int, ...], tuple[TensorDescriptor, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, lengths: Tensor, heads: int, query_length: int, parts: int | None = None) -> MlaDecode:
+        """For `lengths` int32 [N] (keys of each sequence, new ones included; 0 makes a sequence inert), which is read at
+        every `refresh`. Raises ValueError for shapes that the kernels don't have."""
+        rows = heads * query_length
+        if not 1 <= query_length <= 8 or not 1 <= heads <= 128:
+            raise ValueError(f"MLA decode takes 1 … 8 query rows and 1 … 128 heads, not {query_length} and {heads}.")
+        if parts is None:
+            parts = parts_for(rows, lengths.device)
+        return cls(
+            heads=heads,
+            query_length=query_length,
+            plan=new_plan(lengths, parts),
+            partial=torch.empty(2 * parts, rows, LATENT, dtype=torch.float32, device=lengths.device),
+            lse=torch.empty(2 * parts, rows, dtype=torch.float32, device=lengths.device),
+        )
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a sequence."""
+        return self.heads * self.query_length
+
+    def refresh(self) -> None:
+        """Split the work by the lengths as they are when the stream gets here."""
+        self.plan.refresh()
+
+    def fp8(
+        self, q_latent: Tensor, q_rope: Tensor, q_scale: Tensor, cache: Fp8Planes, page_table: Tensor, scale: float, out: Tensor
+    ) -> Tensor:
+        """q_latent E4M3 [N, q, H, 512], q_rope BF16 [N, q, H, 64] and q_scale float32 [N, q, H], as `quantise_query` makes
+        them, contiguous; page_table int32 [N, P] → out [N, q, H, 512], BF16 or float32, contiguous."""
+        groups = -(-self.rows // ROW_TILE)
+        hopper_fp8.decode_fp8[(self.plan.parts * groups,)](
+            q_latent, _rows_descriptor(q_rope, ROPE), *self._fp8_descriptors(cache), q_scale, out, self.partial, self.lse,
+            page_table, self.plan.lengths, self.plan.starts, self.plan.records, scale * math.log2(math.e), page_table.stride(0),
+            HEADS=self.heads, ROWS=self.rows, GROUPS=groups, NUM_STAGES=hopper_fp8.STAGES, PDL=self.pdl, num_warps=4,
+        )  # fmt: skip
+        return self._combine(out)
+
+    def bf16(self, q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, scale: float, out: Tensor) -> Tensor:
+        """q_latent [N, q, H, 512] and q_rope [N, q, H, 64], BF16, contiguous; cache BF16 [pages, 64, 576], latent first,
+        pages contiguous inside; page_table int32 [N, P] → out [N, q, H, 512], BF16 or float32, contiguous."""
+        groups = -(-self.rows // ROW_TILE)
+        hopper_bf16.decode_bf16[(self.plan.parts * groups,)](
+            _rows_descriptor(q_latent, LATENT), _rows_descriptor(q_rope, ROPE), *self._bf16_descriptors(cache), out,
+            self.partial, self.lse, page_table, self.plan.lengths, self.plan.starts, self.plan.records,
+            scale * math.log2(math.e), page_table.stride(0),
+            HEADS=self.heads, ROWS=self.rows, GROUPS=groups, NUM_STAGES=hopper_bf16.STAGES, PDL=self.pdl, num_warps=4,
+        )  # fmt: skip
+        return self._combine(out)
+
+    def _combine(self, out: Tensor) -> Tensor:
+        sequences = self.plan.lengths.shape[0]
+        # Few rows come with many splits: narrow programs, many splits in flight. Many rows: the other way round.
+        columns, splits = (64, 64) if self.rows * sequences < 256 else (512, 8)
+        combine_splits[(self.rows, LATENT // columns, sequences)](
+            out, self.partial, self.lse, self.plan.spans,
+            ROWS=self.rows, COLUMNS=columns, SPLITS=splits, PDL=self.pdl, num_warps=4, launch_pdl=self.pdl,
+        )  # fmt: skip
+        return out
+
+    def _fp8_descriptors(self, cache: Fp8Planes) -> tuple[TensorDescriptor, ...]:
+        key = (cache.latent.data_ptr(), *cache.latent.shape, cache.latent.stride(0))
+        if key not in self._descriptors:
+            self._descriptors[key] = (
+                _descriptor(cache.latent, [1, PAGE, 128]),
+                _descriptor(cache.rope, [1, PAGE, ROPE]),
+                _descriptor(cache.scale, [1, PAGE], swizzle=0),
+            )
+        return self._descriptors[key]
+
+    def _bf16_descriptors(self, cache: Tensor) -> tuple[TensorDescriptor, ...]:
+        key = (cache.data_ptr(), *cache.shape, cache.stride(0))
+        if key not in self._descriptors:
+            self._descriptors[key] = (_descriptor(cache, [1, PAGE, 256]), _descriptor(cache, [1, PAGE, ROPE]))
+        return self._descriptors[key]
+
+
+def _rows_descriptor(queries: Tensor, width: int) -> TensorDescriptor:
+    return _descriptor(queries.view(-1, width), [ROW_TILE, width])
+
+
+def _descriptor(tensor: Tensor, block: list[int], swizzle: int = 128) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=tensor.element_size() * 8, rank=len(block))
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)

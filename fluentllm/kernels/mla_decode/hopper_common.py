@@ -1,0 +1,67 @@
+"""What the Hopper decode kernels have in common: finding their part of the plan, and handing on its results."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+# Triton 3.9 renamed it.
+async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def part_of(records, GROUPS: gl.constexpr):
+    """This CTA's part: number, sequences [begin, end), its end on the axis of work, and its first piece."""
+    part = gl.program_id(0) // GROUPS
+    record = records + part * 8
+    return (part, gl.load(record), gl.load(record + 1), gl.load(record + 2), gl.load(record + 3), gl.load(record + 4),
+            gl.load(record + 5))  # fmt: skip
+
+
+@gluon.jit
+def next_piece(starts, lengths, sequence, end, high):
+    """First and last + 1 page, and keys, of the next sequence's piece: only a part's first piece starts inside its sequence."""
+    following = gl.minimum(sequence + 1, end - 1)
+    keys = gl.load(lengths + following)
+    return 0, gl.minimum((keys + 63) // 64, high - gl.load(starts + following)), keys
+
+
+@gluon.jit
+def exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS: gl.constexpr):
+    """End of a piece in the partition that keeps the softmax: reciprocal sums for the partitions that hold the output,
+    and log-sum-exps (log2 units) for the combine if the sequence has other pieces."""
+    mbarrier.wait(l_empty, (piece & 1) ^ 1)
+    inverse.store(gl.where(total > 0, 1.0 / total, 0.0))
+    mbarrier.arrive(l_full, count=1)
+    if last - first < (keys + 63) // 64:
+        slot = 2 * part + (first == 0).to(gl.int32)
+        gl.store(lse + slot * ROWS + row, gl.where(total > 0, top + gl.log2(total), float("-inf")), mask=row < ROWS)
+
+
+@gluon.jit
+def write_piece(out, partial, acc, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column, piece,
+                ROWS: gl.constexpr):  # fmt: skip
+    """End of a piece in a partition that holds part of the output: normalise, then write the output, or the piece's slot."""
+    mbarrier.wait(l_full, piece & 1)
+    factor = inverse.load(row.type.layout)
+    mbarrier.arrive(l_empty, count=1)
+    acc = acc * factor[:, None]
+    if last - first == (keys + 63) // 64:
+        offset = (sequence * ROWS + row).to(gl.int64) * 512
+        gl.store(out + offset[:, None] + column[None, :], acc.to(out.dtype.element_ty), mask=(row < ROWS)[:, None])
+    else:
+        slot = 2 * part + (first == 0).to(gl.int32)
+        offset = (slot * ROWS + row).to(gl.int64) * 512
+        gl.store(partial + offset[:, None] + column[None, :], acc, mask=(row < ROWS)[:, None])
+
+
+@gluon.jit
+def launch_dependents():
+    """Programmatic dependent launch: the next kernel may be set up now; it waits for this one's end before it reads."""
+    thread = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r,r", [thread], dtype=gl.int32,
+                              is_pure=False, pack=1)  # fmt: skip

@@ -1,0 +1,261 @@
+"""MLA decode over the FP8 cache on Hopper: one persistent, warp-specialised Gluon kernel.
+
+A CTA owns one part of the plan (a run of KV pages, possibly of several sequences) and one group of 64 query rows. Four
+partitions pass pages along shared memory:
+
+    loader (1 warp)      TMA: queries once a piece, one KV page (latent, scales, rotary) a stage
+    scores (4 warps)     S = Q K^T: FP8 WGMMA over the latent, BF16 WGMMA over the rotary part; online softmax; P → FP16
+    values × 2 (4 warps) each converts its 256 latent values E4M3 → FP16 (exact), then O += P V with FP16 WGMMA
+
+V needs no transpose because 16-bit WGMMA reads it as it lies. A token's scale s enters the exponent: with
+t = s_logit + log2 s, P' = 2^(t - max t) ≤ 1 is what multiplies the raw E4M3 values, so P' never leaves FP16's range.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper_common import async_load, exp2, launch_dependents, next_piece, part_of, publish_sums, write_piece
+
+STAGES = 3
+
+
+@gluon.jit
+def _loader(qr_desc, k8_desc, kr_desc, ks_desc, qr, k8, kr, ks, q_full, q_empty, k_full, k_empty,
+            page_table, lengths, starts, records, ROWS: gl.constexpr, GROUPS: gl.constexpr, TABLE_WIDTH,
+            NUM_STAGES: gl.constexpr):  # fmt: skip
+    _, begin, end, high, first, last, _ = part_of(records, GROUPS)
+    group = gl.program_id(0) % GROUPS
+    step = 0
+    piece = 0
+    for sequence in range(begin, end):
+        next_first, next_last, _ = next_piece(starts, lengths, sequence, end, high)
+        if first < last:
+            row = sequence * ROWS + group * 64
+            table = page_table + sequence * TABLE_WIDTH
+            page = gl.load(table + first)
+            mbarrier.wait(q_empty, (piece & 1) ^ 1)
+            mbarrier.expect(q_full, 64 * 128)
+            async_load(qr_desc, [row, 0], q_full, qr)
+            for index in range(first, last):
+                stage = step % NUM_STAGES
+                following = gl.load(table + gl.minimum(index + 1, last - 1))
+                mbarrier.wait(k_empty.index(stage), ((step // NUM_STAGES) & 1) ^ 1)
+                full = k_full.index(stage)
+                mbarrier.expect(full, 64 * 644)
+                for panel in gl.static_range(4):
+                    async_load(k8_desc, [page, 0, panel * 128], full, k8.index(stage * 4 + panel))
+                async_load(kr_desc, [page, 0, 0], full, kr.index(stage))
+                async_load(ks_desc, [page, 0], full, ks.index(stage))
+                page = following
+                step += 1
+            piece += 1
+        first = next_first
+        last = next_last
+
+
+@gluon.jit
+def _raw_scores(q0, q1, q2, q3, qr, k8, kr, stage, zero8, zeror):
+    """Q K^T of one page, unscaled. Two accumulators, since FP8 and BF16 products have different types of layout."""
+    s8 = warpgroup_mma(q0, k8.index(stage * 4).reshape([64, 128]).permute((1, 0)), zero8, use_acc=False, is_async=True)
+    s8 = warpgroup_mma(q1, k8.index(stage * 4 + 1).reshape([64, 128]).permute((1, 0)), s8, is_async=True)
+    s8 = warpgroup_mma(q2, k8.index(stage * 4 + 2).reshape([64, 128]).permute((1, 0)), s8, is_async=True)
+    s8 = warpgroup_mma(q3, k8.index(stage * 4 + 3).reshape([64, 128]).permute((1, 0)), s8, is_async=True)
+    sr = warpgroup_mma(qr, kr.index(stage).reshape([64, 64]).permute((1, 0)), zeror, use_acc=False, is_async=True)
+    s8, sr = warpgroup_mma_wait(0, deps=[s8, sr])
+    return s8 + gl.convert_layout(sr, zero8.type.layout)
+
+
+@gluon.jit
+def _softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total, p, alphas, p_full, p_empty, step):
+    """Online softmax of a page. `scale_bits` are those of a power of two (its exponent gives log2, its negation the
+    reciprocal); a page never written has zeros there, which masked keys survive."""
+    k_scale = scale_bits.to(gl.float32, bitcast=True)
+    log2_scale = ((scale_bits >> 23) | 0x4B000000).to(gl.float32, bitcast=True) - 8388735.0
+    reciprocal = (0x7F000000 - scale_bits).to(gl.float32, bitcast=True)
+    # Finite, since the quantisers bound the scales and the aligned rotary parts.
+    weighted = raw * k_scale[None, :] * factor[:, None] + log2_scale[None, :]
+    if hidden_from < 64:
+        weighted = gl.where(key[None, :] < visible[:, None], weighted, float("-inf"))
+    new_top = gl.maximum(top, gl.max(weighted, 1))
+    alpha = exp2(top - new_top)
+    prob = exp2(weighted - new_top[:, None])
+    total = total * alpha + gl.sum(prob * reciprocal[None, :], 1)
+    buffer = step % 2
+    mbarrier.wait(p_empty.index(buffer), ((step // 2) & 1) ^ 1)
+    p.index(buffer).store(prob.to(gl.float16))
+    alphas.index(buffer).store(alpha)
+    fence_async_shared()
+    mbarrier.arrive(p_full.index(buffer), count=1)
+    return new_top, total
+
+
+@gluon.jit
+def _scores(q8, q_scale, lse, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full, p_empty,
+            l_full, l_empty, lengths, starts, records, scale_log2, HEADS: gl.constexpr, ROWS: gl.constexpr,
+            GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr):  # fmt: skip
+    part, begin, end, high, first, last, keys = part_of(records, GROUPS)
+    group = gl.program_id(0) % GROUPS
+    S8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
+    SR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, S8))
+    key = gl.arange(0, 64, gl.SliceLayout(0, S8))
+    # The content of the queries stays in registers: shared memory is what limits the depth of the ring of pages.
+    A: gl.constexpr = gl.DotOperandLayout(0, S8, 4)
+    q_row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, A))
+    q_column = gl.arange(0, 128, gl.SliceLayout(0, A))
+    zero8 = gl.zeros([64, 64], gl.float32, S8)
+    zeror = gl.zeros([64, 64], gl.float32, SR)
+    step = 0
+    piece = 0
+    for sequence in range(begin, end):
+        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high)
+        if first < last:
+            factor = gl.load(q_scale + sequence * ROWS + row, mask=row < ROWS, other=0.0) * scale_log2
+            least = keys - ROWS // HEADS + 1
+            visible = least + row // HEADS
+            top = gl.full([64], -1.0e30, gl.float32, gl.SliceLayout(1, S8))
+            total = gl.zeros([64], gl.float32, gl.SliceLayout(1, S8))
+            source = q8 + (sequence * ROWS + q_row).to(gl.int64)[:, None] * 512 + q_column[None, :]
+            inside = (q_row < ROWS)[:, None]
+            q0 = gl.load(source, mask=inside, other=0.0)
+            q1 = gl.load(source + 128, mask=inside, other=0.0)
+            q2 = gl.load(source + 256, mask=inside, other=0.0)
+            q3 = gl.load(source + 384, mask=inside, other=0.0)
+            mbarrier.wait(q_full, piece & 1)
+            for index in range(first, last):
+                stage = step % NUM_STAGES
+                mbarrier.wait(k_full.index(stage), (step // NUM_STAGES) & 1)
+                raw = _raw_scores(q0, q1, q2, q3, qr, k8, kr, stage, zero8, zeror)
+                bits = ks.index(stage).reshape([64]).load(gl.SliceLayout(0, S8)).to(gl.int32, bitcast=True)
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                top, total = _softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total, p,
+                                           alphas, p_full, p_empty, step)  # fmt: skip
+                step += 1
+            mbarrier.arrive(q_empty, count=1)
+            publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS)
+            piece += 1
+        first = next_first
+        last = next_last
+        keys = next_keys
+
+
+@gluon.jit
+def _convert(k8, v, stage, HALF: gl.constexpr, ROWS_FROM: gl.constexpr):
+    """Half a page's keys (32) of half the latent (256): E4M3 → FP16, exactly."""
+    # Lanes so that neither the 16-byte reads of E4M3 nor the two 16-byte writes of FP16 meet in a bank of the 128-byte
+    # swizzle: eight lanes are four chunks of a row and four of the row whose index differs in bits 0 and 2.
+    LANES: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [0, 64]],
+        lane_bases=[[0, 16], [0, 32], [5, 0], [1, 0], [2, 0]],
+        warp_bases=[[8, 0], [16, 0]],
+        block_bases=[],
+        shape=[32, 128],
+    )
+    target = v.slice(ROWS_FROM * 32, 32, dim=0)
+    for chunk in gl.static_range(2):
+        source = k8.index(stage * 4 + HALF * 2 + chunk).reshape([64, 128]).slice(ROWS_FROM * 32, 32, dim=0)
+        target.slice(chunk * 128, 128, dim=1).store(source.load(LANES).to(gl.float16))
+
+
+@gluon.jit
+def _values(out, partial, k8, v, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths, starts,
+            records, HALF: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr):  # fmt: skip
+    part, begin, end, high, first, last, keys = part_of(records, GROUPS)
+    group = gl.program_id(0) % GROUPS
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, O))
+    column = HALF * 256 + gl.arange(0, 256, gl.SliceLayout(0, O))
+    step = 0
+    piece = 0
+    for sequence in range(begin, end):
+        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high)
+        if first < last:
+            acc = gl.zeros([64, 256], gl.float32, O)
+            mbarrier.wait(k_full.index(step % NUM_STAGES), (step // NUM_STAGES) & 1)
+            _convert(k8, v, step % NUM_STAGES, HALF, 0)
+            for index in range(first, last):
+                stage = step % NUM_STAGES
+                buffer = step % 2
+                mbarrier.wait(p_full.index(buffer), (step // 2) & 1)
+                alpha = alphas.index(buffer).load(gl.SliceLayout(1, O))
+                acc = acc * alpha[:, None]
+                fence_async_shared()
+                prob = p.index(buffer)
+                acc = warpgroup_mma(prob.slice(0, 32, dim=1), v.slice(0, 32, dim=0), acc, is_async=True)
+                _convert(k8, v, stage, HALF, 1)
+                fence_async_shared()
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                acc = warpgroup_mma(prob.slice(32, 32, dim=1), v.slice(32, 32, dim=0), acc, is_async=True)
+                step += 1
+                # The first half of V is free again; convert the next page's under the second product.
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                if index + 1 < last:
+                    mbarrier.wait(k_full.index(step % NUM_STAGES), (step // NUM_STAGES) & 1)
+                    _convert(k8, v, step % NUM_STAGES, HALF, 0)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(p_empty.index(buffer), count=1)
+            write_piece(out, partial, acc, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column, piece,
+                        ROWS)  # fmt: skip
+            piece += 1
+        first = next_first
+        last = next_last
+        keys = next_keys
+
+
+@gluon.jit
+def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, lse, page_table, lengths, starts,
+               records, scale_log2, table_width, HEADS: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+               NUM_STAGES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    """Grid: parts × groups programs, the groups of a part side by side so that they share its pages in L2."""
+    qr = gl.allocate_shared_memory(gl.bfloat16, [64, 64], qr_desc.layout)
+    k8 = gl.allocate_shared_memory(gl.float8e4nv, [NUM_STAGES * 4, 1, 64, 128], k8_desc.layout)
+    kr = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES, 1, 64, 64], kr_desc.layout)
+    ks = gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, 64], ks_desc.layout)
+    F16: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    v0 = gl.allocate_shared_memory(gl.float16, [64, 256], F16)
+    v1 = gl.allocate_shared_memory(gl.float16, [64, 256], F16)
+    p = gl.allocate_shared_memory(gl.float16, [2, 64, 64], F16)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    alphas = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT)
+    inverse = gl.allocate_shared_memory(gl.float32, [64], FLAT)
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    l_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    l_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    k_full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BAR)
+    k_empty = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BAR)
+    p_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    p_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=1)
+    mbarrier.init(l_full, count=1)
+    mbarrier.init(l_empty, count=2)
+    for i in gl.static_range(NUM_STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=3)
+    for i in gl.static_range(2):
+        mbarrier.init(p_full.index(i), count=1)
+        mbarrier.init(p_empty.index(i), count=2)
+    if PDL:
+        launch_dependents()
+    gl.warp_specialize(
+        [
+            (_scores, (q8, q_scale, lse, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full,
+                       p_empty, l_full, l_empty, lengths, starts, records, scale_log2, HEADS, ROWS, GROUPS, NUM_STAGES)),
+            (_values, (out, partial, k8, v0, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty,
+                       lengths, starts, records, 0, ROWS, GROUPS, NUM_STAGES)),
+            (_values, (out, partial, k8, v1, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty,
+                       lengths, starts, records, 1, ROWS, GROUPS, NUM_STAGES)),
+            (_loader, (qr_desc, k8_desc, kr_desc, ks_desc, qr, k8, kr, ks, q_full, q_empty, k_full,
+                       k_empty, page_table, lengths, starts, records, ROWS, GROUPS, table_width, NUM_STAGES)),
+        ],
+        [4, 4, 1],
+        [160, 160, 24],
+    )  # fmt: skip

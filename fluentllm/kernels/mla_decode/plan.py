@@ -1,0 +1,171 @@
+"""Splitting one decode over the chip, on the device: which CTA reads which pages of which sequences.
+
+Nothing of it is read by the host, so it lives inside a CUDA graph; one plan serves every layer of a step. Two ways, and the
+one that ends sooner is taken:
+
+- whole pieces: every part is one run of pages of one sequence. The longest run T is the least with Σ ⌈pages / T⌉ ≤ parts.
+- one axis: all sequences' pages are laid end to end, `OVERHEAD` page lengths before each for what starting it costs, and the
+  axis is cut into equal tiles; a part may end one sequence and begin others. Right for many or very uneven sequences.
+
+A sequence that spans several parts is finished by the combine kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .layout import PAGE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OVERHEAD = 2
+"""Pages that starting a sequence is worth."""
+SEARCH_STEPS = 20
+"""Halvings in the search for T: up to 2²⁰ pages in one sequence."""
+
+
+@dataclass(slots=True)
+class DecodePlan:
+    """The split of one step. Buffers stay where they are: graphs capture them."""
+
+    parts: int
+    lengths: Tensor
+    """[N] int32, the caller's: keys of each sequence."""
+    starts: Tensor
+    """[N] int32: where a sequence's first page lies on the axis."""
+    spans: Tensor
+    """[N, 2] int32: first and last part of each sequence; (0, -1) of an inert one."""
+    records: Tensor
+    """[parts, 8] int32, what a CTA must know first, in one piece of a cache line: its sequences [begin, end), where the part
+    ends on the axis, then its first piece: first and last + 1 page, keys."""
+
+    def refresh(self) -> None:
+        """Compute the plan from `lengths` as they are when the stream gets here."""
+        count = self.lengths.shape[0]
+        if self.lengths.is_cuda:
+            plan_kernel[(self.parts,)](
+                self.lengths, self.starts, self.spans, self.records, count, PARTS=self.parts, OVERHEAD=OVERHEAD, PAGE=PAGE,
+                STEPS=SEARCH_STEPS, BLOCK=triton.next_power_of_2(count), num_warps=4,
+            )  # fmt: skip
+        else:
+            plan_reference(self)
+
+
+def new_plan(lengths: Tensor, parts: int) -> DecodePlan:
+    """A plan for sequences of `lengths` (int32 [N], read at every `refresh`), cut into `parts`, and computed once."""
+    plan = DecodePlan(
+        parts=parts,
+        lengths=lengths,
+        starts=torch.zeros_like(lengths),
+        spans=torch.zeros(lengths.shape[0], 2, dtype=torch.int32, device=lengths.device),
+        records=torch.zeros(parts, 8, dtype=torch.int32, device=lengths.device),
+    )
+    plan.refresh()
+    return plan
+
+
+def plan_reference(plan: DecodePlan) -> None:
+    """The same in plain Python."""
+    lengths = plan.lengths.tolist()
+    pages = [-(-keys // PAGE) for keys in lengths]
+    tile = max(1, -(-sum(count + OVERHEAD * (count > 0) for count in pages) // plan.parts))
+    run = next(t for t in range(1, 2**SEARCH_STEPS + 1) if t == 2**SEARCH_STEPS or _runs(pages, t) <= plan.parts)
+    position = part = 0
+    records: list[list[int]] = []
+    for i, count in enumerate(pages):
+        position += OVERHEAD * (count > 0)
+        plan.starts[i] = position
+        splits = -(-count // run)
+        whole = [[i, i + 1, 0, k * count // splits, (k + 1) * count // splits, lengths[i], 0, 0] for k in range(splits)]
+        plan.spans[i] = torch.tensor([part, part + splits - 1] if count else [0, -1])
+        records += whole
+        part += splits
+        position += count
+    if part > plan.parts or run > tile + OVERHEAD:
+        starts = plan.starts.tolist()
+        plan.spans.copy_(
+            torch.tensor([[s // tile, (s + n - 1) // tile] if n else [0, -1] for s, n in zip(starts, pages, strict=True)])
+        )
+        records = [_tile_record(starts, pages, lengths, p * tile, (p + 1) * tile) for p in range(plan.parts)]
+    plan.records.zero_()
+    plan.records[: len(records)] = torch.tensor(records, dtype=torch.int32).view(-1, 8)
+
+
+def _runs(pages: list[int], longest: int) -> int:
+    return sum(-(-count // longest) for count in pages)
+
+
+def _tile_record(starts: list[int], pages: list[int], lengths: list[int], low: int, high: int) -> list[int]:
+    begin = sum(start + count <= low for start, count in zip(starts, pages, strict=True))
+    end = sum(start < high for start in starts)
+    at = min(begin, len(pages) - 1)
+    return [begin, end, high, max(0, low - starts[at]), min(pages[at], high - starts[at]), lengths[at], 0, 0]
+
+
+@triton.jit
+def plan_kernel(
+    lengths, starts, spans, records, count, PARTS: tl.constexpr, OVERHEAD: tl.constexpr, PAGE: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (PARTS,): every program computes the whole plan and writes its part's record, the first also what is a sequence's."""
+    part = tl.program_id(0)
+    index = tl.arange(0, BLOCK)
+    inside = index < count
+    keys = tl.load(lengths + index, mask=inside, other=0)
+    pages = (keys + PAGE - 1) // PAGE
+    weights = pages + OVERHEAD * (pages > 0).to(tl.int32)
+    ends = tl.cumsum(weights, 0)
+    begins = ends - pages
+    tile = tl.maximum((tl.sum(weights, 0) + PARTS - 1) // PARTS, 1)
+    # Invariant: runs of `run` fit; runs of `too_short` do not (or it is 0).
+    run = 1 << STEPS
+    too_short = 0
+    for _ in range(STEPS):
+        middle = (run + too_short) // 2
+        fits = tl.sum((pages + middle - 1) // middle, 0) <= PARTS
+        run = tl.where(fits, middle, run)
+        too_short = tl.where(fits, too_short, middle)
+    splits = (pages + run - 1) // run
+    split_ends = tl.cumsum(splits, 0)
+    split_begins = split_ends - splits
+    record = records + part * 8
+    if (tl.sum(splits, 0) <= PARTS) & (run <= tile + OVERHEAD):
+        mine = ((split_begins <= part) & (part < split_ends)).to(tl.int32)
+        own_pages = tl.sum(pages * mine, 0)
+        own_splits = tl.maximum(tl.sum(splits * mine, 0), 1)
+        own = part - tl.sum(split_begins * mine, 0)
+        sequence = tl.sum(index * mine, 0)
+        used = tl.sum(mine, 0)
+        tl.store(record, sequence)
+        tl.store(record + 1, sequence + used)
+        tl.store(record + 2, 0)
+        tl.store(record + 3, own * own_pages // own_splits * used)
+        tl.store(record + 4, (own + 1) * own_pages // own_splits * used)
+        tl.store(record + 5, tl.sum(keys * mine, 0))
+        first = tl.where(pages > 0, split_begins, 0)
+        last = tl.where(pages > 0, split_ends - 1, -1)
+    else:
+        low = part * tile
+        high = low + tile
+        begin = tl.sum((inside & (ends <= low)).to(tl.int32), 0)
+        end = tl.sum((inside & (begins < high)).to(tl.int32), 0)
+        chosen = (index == tl.minimum(begin, count - 1)).to(tl.int32)
+        start = tl.sum(begins * chosen, 0)
+        tl.store(record, begin)
+        tl.store(record + 1, end)
+        tl.store(record + 2, high)
+        tl.store(record + 3, tl.maximum(low - start, 0))
+        tl.store(record + 4, tl.minimum(tl.sum(pages * chosen, 0), high - start))
+        tl.store(record + 5, tl.sum(keys * chosen, 0))
+        first = tl.where(pages > 0, begins // tile, 0)
+        last = tl.where(pages > 0, (ends - 1) // tile, -1)
+    if part == 0:
+        tl.store(starts + index, begins, mask=inside)
+        tl.store(spans + 2 * index, first, mask=inside)
+        tl.store(spans + 2 * index + 1, last, mask=inside)
