@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from msgspec import structs
 
 from .core.draft_length import DraftLength
 from .core.engine import Engine
@@ -22,7 +23,9 @@ from .core.protocols import (
     AttentionContext,
     AttentionSpec,
     BuildContext,
+    DraftMemory,
     Model,
+    Proposer,
     ProposerContext,
     SchedulerContext,
     WeightsContext,
@@ -81,7 +84,7 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) ->
         dtype=dtype,
         ops=choose_ops(device, settings.engine.deterministic),
         weight_precision=precision,
-        max_positions=max_model_len(settings, spec),
+        max_positions=max_model_len(settings, spec) + positions_ahead(settings),
     )
     with torch.inference_mode():
         model: Model = family.build(config, context)
@@ -105,10 +108,13 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
     drafts = draft_length(settings)
     max_drafts = drafts.max_k if drafts is not None else 0
     tables = SlotTables(slots, longest, page_size, spec.vocab_size, device, max_drafts=max_drafts)
-    page_bytes = KVPool.bytes_per_page(spec.kv, page_size, kv_dtype)
+    make_proposer = _proposer(settings, spec, plugins) if drafts is not None else None
+    draft_memory = _draft_memory(make_proposer, spec, loaded.dtype)
+    kv_spec = structs.replace(spec.kv, layers=spec.kv.layers + draft_memory.kv_layers)
+    page_bytes = KVPool.bytes_per_page(kv_spec, page_size, kv_dtype) + draft_memory.bytes_per_page
     wanted, least = slots * tables.max_pages, tables.max_pages
     pages = plan_pages(settings.kv.memory, device, page_bytes, page_size, wanted=wanted, least=least)
-    pool = KVPool(spec.kv, pages, page_size, kv_dtype, device)
+    pool = KVPool(kv_spec, pages, page_size, kv_dtype, device)
     attention_spec = AttentionSpec(
         model=spec,
         device=device.type,
@@ -121,9 +127,9 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
     attention = backend(AttentionContext(attention_spec, pool, settings))
 
     proposer = None
-    if drafts is not None:
-        make_proposer = plugins.registry("proposers").get(settings.speculative.method).factory
-        proposer = make_proposer(ProposerContext(settings, loaded.model, tables, attention, max_drafts))
+    if make_proposer is not None:
+        dtype = _name(loaded.dtype)
+        proposer = make_proposer(ProposerContext(settings, loaded.model, tables, attention, max_drafts, pages, dtype))
     programs = StepPrograms(loaded.model, attention, tables, proposer)
 
     kv = KVCache(pages, page_size, settings.kv.prefix_cache, listen=plugins.observers.watches_kv)
@@ -167,7 +173,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def draft_length(settings: Settings) -> DraftLength | None:
-    """None if speculation is off. Raises `ConfigError` for a fixed k beyond `max_k`."""
+    """None if speculation is off, by its method or a k of 0. Raises `ConfigError` for a fixed k beyond `max_k`."""
     wanted = settings.speculative
     if wanted.method == "none":
         return None
@@ -177,7 +183,13 @@ def draft_length(settings: Settings) -> DraftLength | None:
             fix=f"Use auto or 0 … {wanted.max_k}, or raise max_k.",
             param="speculative.k",
         )
-    return DraftLength(wanted.k, wanted.max_k)
+    return DraftLength(wanted.k, wanted.max_k) if wanted.k != 0 else None
+
+
+def positions_ahead(settings: Settings) -> int:
+    """How far behind the end of the longest context drafts may stand."""
+    drafts = draft_length(settings)
+    return 2 * drafts.max_k + 1 if drafts is not None else 0
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -233,6 +245,18 @@ def _reader(settings: Settings, files: ModelFiles, plugins: PluginManager) -> Ca
             f"No reader can open {files.path} ({reasons}).", fix="Give a folder with .safetensors, or a .gguf."
         )
     return supported[0].factory
+
+
+def _proposer(settings: Settings, spec: ModelSpec, plugins: PluginManager) -> Callable[[ProposerContext], Proposer]:
+    factory: Callable[[ProposerContext], Proposer] = (
+        plugins.registry("proposers").require(settings.speculative.method, spec).factory
+    )
+    return factory
+
+
+def _draft_memory(factory: Any, spec: ModelSpec, dtype: torch.dtype) -> DraftMemory:
+    ask: Callable[[ModelSpec, int], DraftMemory] | None = getattr(factory, "memory", None)
+    return ask(spec, dtype.itemsize) if ask is not None else DraftMemory()
 
 
 def _attention(settings: Settings, spec: AttentionSpec, plugins: PluginManager) -> Callable[[AttentionContext], Any]:

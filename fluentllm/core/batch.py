@@ -48,3 +48,5 @@ class Batch:
     """Host side. Rows of each sequence, known for prefill only."""
     kv_lengths_host: tuple[int, ...] | None = None
     """Host side. `kv_lengths`, known for prefill only."""
+    features: int = 0
+    """Host side. Bits of `Feature`: what the pass's requests need, so that proposers compute no more than that either."""

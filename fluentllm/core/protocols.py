@@ -93,8 +93,10 @@ class Scheduler(Protocol):
         """The next step, or None if nothing can run now.
 
         Every sequence that decodes brings at most `drafting.verify` + 1 tokens and needs pages for
-        `Sequence.longest` + `drafting.verify` + `drafting.draft` tokens; `drafting` goes into the plan as it is. Each
-        sequence in the plan is told by `Sequence.launch`, and again by `Sequence.collect` when the step was collected.
+        `Sequence.longest` + `drafting.verify` + `drafting.draft` tokens, and where anything drafts (`max_drafts` > 0) for
+        `Sequence.longest` + `drafting.verify` + 1 at least; a prompt's last chunk needs them for `max_drafts` tokens past the
+        prompt. What is missing is not written, so drafts get worse. `drafting` goes into the plan as it is. Each sequence in
+        the plan is told by `Sequence.launch`, and again by `Sequence.collect` when the step was collected.
         """
         ...
 
@@ -132,6 +134,8 @@ class WeightSlot:
     """How `--load-format dummy` fills it: normal is N(0, 0.02²)."""
     unused: bool = False
     """Accepted where a checkpoint has it, and dropped: never read."""
+    drafts: bool = False
+    """Of the model's own draft layers: random weights hold it where the model's own layers draft."""
 
 
 @dataclass(slots=True)
@@ -139,10 +143,10 @@ class PackedTensor:
     """A weight [rows, columns] quantised in blocks along its columns, as a checkpoint ships it."""
 
     kind: str
-    """`q4_1`: value = d · q + m, blocks of 32, q in 0 … 15."""
+    """`q4_1`: value = d · q + m, blocks of 32, q in 0 … 15. `q8_0`: value = d · q, blocks of 32, q in -128 … 127."""
     shape: tuple[int, int]
     parts: dict[str, Tensor]
-    """q4_1: `q` uint8 [rows, columns], `d`, `m` float32 [rows, columns / 32]."""
+    """q4_1: `q` uint8 [rows, columns], `d`, `m` float32 [rows, columns / 32]. q8_0: `q` int8, `d`, of the same shapes."""
 
 
 class Checkpoint(Protocol):
@@ -272,6 +276,16 @@ class AttentionBackend(Protocol):
 
 # -------------------------------------------------------------------------------------------------------------- speculation
 @dataclass(frozen=True, slots=True)
+class DraftMemory:
+    """What a proposer keeps for the tokens of the KV pool; counted when the pool is planned."""
+
+    kv_layers: int = 0
+    """Layers of the pool behind the target's, of the same shape: the pass to `AttentionBackend` as layers kv.layers and up."""
+    bytes_per_page: int = 0
+    """Tensors of its own, for each page."""
+
+
+@dataclass(frozen=True, slots=True)
 class ProposerContext:
     """What a proposer is made from."""
 
@@ -280,6 +294,20 @@ class ProposerContext:
     tables: SlotTables
     attention: AttentionBackend
     max_drafts: int
+    pages: int = 0
+    """Usable pages of the KV pool; their numbers are 1 … pages, and 0 is scratch."""
+    dtype: str = "float32"
+    """Of hidden states."""
+
+
+class ProposerFactory(Protocol):
+    """What `fluent_proposers` registers: a callable. It is asked `supports(model spec)` before anything is allocated. A
+    factory with an attribute `memory` is asked for it then too; others keep nothing in the pool."""
+
+    memory: Callable[[ModelSpec, int], DraftMemory]
+    """(the target, bytes of one value of a hidden state) → what it keeps."""
+
+    def __call__(self, context: ProposerContext) -> Proposer: ...
 
 
 class Proposer(Protocol):
@@ -292,7 +320,8 @@ class Proposer(Protocol):
         batch: the pass, prefill or decode; hidden [T, hidden]: of its rows, after the final norm; slots [B] int64: those that
         got tokens (none after a prompt's chunk but the last); count ≥ 0: drafts wanted. Keeps the proposer's own state up to
         date for all rows, and returns drafts [B, count] int64, valid token ids, and how many of each row are worth verifying,
-        [B] int64.
+        [B] int64. A row at position p of slot s became part of the history if p < tables.length[s]; rows of slots that had
+        finished before write to page 0 (`batch.kv_rows`). One that raises, or returns other shapes, is switched off for good.
         """
         ...
 

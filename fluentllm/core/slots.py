@@ -66,6 +66,8 @@ class SlotTables:
         """Fill the row of a request that enters, or comes back after a preemption."""
         row, params = init.slot, init.params
         self.history[row, : len(init.tokens)] = self._upload(init.tokens, torch.int32)
+        # What is written past the pages of a request goes to the scratch page, never to those of the slot's last one.
+        self.page_table[row] = 0
         self.page_table[row, : len(init.pages)] = self._upload(init.pages, torch.int32)
         stops = (init.stop_ids + [-1] * MAX_STOP_IDS)[:MAX_STOP_IDS]
         self.stop_ids[row] = self._upload(stops, torch.int32)

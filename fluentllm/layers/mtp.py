@@ -109,9 +109,10 @@ class DraftingModel(Module):
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         draft = {id(module) for module in self.mtp.modules()} if self.mtp is not None else set()
+        borrowable = self.mtp.borrowable() if self.mtp is not None else set()
         for module in self.modules():
             for slot in module.own_slots():
-                yield self._optional(slot) if id(module) in draft else slot
+                yield self._optional(slot, slot.name not in borrowable) if id(module) in draft else slot
 
     def finalize(self) -> None:
         self._settle_draft()
@@ -133,7 +134,7 @@ class DraftingModel(Module):
         else:
             self.mtp.share(self.embedding, self.head, self._arrived)
 
-    def _optional(self, slot: WeightSlot) -> WeightSlot:
+    def _optional(self, slot: WeightSlot, drafts: bool) -> WeightSlot:
         def load(tensor: Tensor) -> None:
             self._arrived.add(slot.name)
             slot.load(tensor)
@@ -144,7 +145,7 @@ class DraftingModel(Module):
                 self._arrived.add(slot.name)
             return taken
 
-        return replace(slot, load=load, load_packed=load_packed if slot.load_packed else None, optional=True)
+        return replace(slot, load=load, load_packed=load_packed if slot.load_packed else None, optional=True, drafts=drafts)
 
 
 def _same(one: Head, other: Head) -> bool:

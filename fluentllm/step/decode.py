@@ -65,6 +65,7 @@ class Target(Protocol):
 def decode(slots: Tensor, drafting: Drafting, features: int, target: Target) -> tuple[Committed, Logprobs | None]:
     """Advance slots [B] int64 by one step that verifies `drafting.verify` drafts of each and leaves `drafting.draft`."""
     batch = decode_batch(slots, drafting.verify, target.tables)
+    batch.features = features
     hidden = target.model.forward(batch, target.attention)
     committed, logprobs = draw_and_commit(target.model.logits(hidden), batch, features, target.tables)
     draft(batch, hidden, slots, drafting.draft, target)

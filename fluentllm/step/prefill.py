@@ -59,6 +59,7 @@ def prefill(
     logprobs a chunk."""
     tables, model = target.tables, target.model
     batch = prefill_batch(chunks, tables)
+    batch.features = features
     hidden = model.forward(batch, target.attention)
     prompt_logprobs = [
         _prompt_logprobs(hidden[end - chunk.count : end], chunk, tables, model) if chunk.prompt_logprobs is not None else None

@@ -32,6 +32,7 @@ class FcfsScheduler:
         self._kv = context.kv
         self._max_waiting = settings.max_waiting
         self._prefill_tokens = settings.prefill_tokens
+        self._max_drafts = context.max_drafts
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._leaving: dict[Sequence, bool] = {}
@@ -104,10 +105,12 @@ class FcfsScheduler:
     # ------------------------------------------------------------------------------------------------------------ planning
     def _plan_decode(self, drafting: Drafting, grants: list[PageGrant]) -> list[int]:
         slots = []
+        # A draft layer writes KV for the newest token too, even while nothing is drafted.
+        ahead = drafting.verify + max(drafting.draft, min(self._max_drafts, 1))
         for sequence in list(self._running):
             if not sequence.can_decode or sequence in self._leaving:
                 continue
-            if self._grow(sequence, drafting.verify + drafting.draft, grants):
+            if self._grow(sequence, ahead, grants):
                 assert sequence.slot is not None
                 slots.append(sequence.slot)
         return slots
@@ -156,12 +159,21 @@ class FcfsScheduler:
         return chunks
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """A slot, and pages for all tokens it has so far; from sequences of lower priority if need be."""
+        """A slot, and pages for all tokens it has so far and the first drafts; from sequences of lower priority if need be."""
         priority = sequence.request.priority
-        while not (self._free_slots and self._kv.admit(sequence, len(sequence.tokens))):
+        while not (self._free_slots and self._admit(sequence)):
             # Only a strictly lower priority yields to a newcomer: among equals the one that runs stays.
             if not self._preempt_after((priority + 1, -1)):
                 return False
+        return True
+
+    def _admit(self, sequence: Sequence) -> bool:
+        length = len(sequence.tokens)
+        if not self._kv.admit(sequence, length):
+            return False
+        if self._max_drafts and self._kv.reserve(sequence, length + self._max_drafts) is None:
+            self._kv.release(sequence)
+            return False
         return True
 
     def _enter(self, sequence: Sequence) -> SlotInit:

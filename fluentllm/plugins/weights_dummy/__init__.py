@@ -28,8 +28,10 @@ def supports(path: Path) -> str | None:
 def _open(context: WeightsContext) -> Checkpoint:
     from .checkpoint import DummyCheckpoint
 
-    settings = context.settings.plugin.get(NAME, DummySettings())
-    return DummyCheckpoint(context.path, context.slots or (), context.settings.model.dtype, settings.seed)
+    settings = context.settings
+    own = settings.plugin.get(NAME, DummySettings())
+    drafts = settings.speculative.method != "none"
+    return DummyCheckpoint(context.path, context.slots or (), settings.model.dtype, own.seed, drafts=drafts)
 
 
 class DummyPlugin:

@@ -19,13 +19,15 @@ STD = 0.02
 
 
 class DummyCheckpoint:
-    """What the model's own slots ask for: N(0, 0.02²), ones or zeros. Optional and unused slots stay out."""
+    """What the model's own slots ask for: N(0, 0.02²), ones or zeros. Unused slots stay out, and optional ones but those of the
+    model's draft layers with `drafts`."""
 
     config: Mapping[str, Any]
 
-    def __init__(self, path: Path, slots: Iterable[WeightSlot], dtype: str, seed: int) -> None:
+    def __init__(self, path: Path, slots: Iterable[WeightSlot], dtype: str, seed: int, *, drafts: bool = False) -> None:
         self.config = config_at(path)
-        self._slots = {slot.name: (slot.shape, slot.init) for slot in slots if not (slot.optional or slot.unused)}
+        wanted = [slot for slot in slots if not slot.unused and (not slot.optional or (drafts and slot.drafts))]
+        self._slots = {slot.name: (slot.shape, slot.init) for slot in wanted}
         self._dtype = dtype
         self._seed = seed
 

@@ -1,0 +1,134 @@
+"""`mtp` drafts what its layer computes from the whole history, wherever its KV came from, and changes no token."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from engine.harness import Harness, write_tiny_llama
+
+from fluentllm.assembly import assemble
+from fluentllm.core.errors import ConfigError
+
+from .mtp import CONFIGS, Drafted, Reference, half_right, harness, watched
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Work = list[tuple[list[int], dict[str, Any]]]
+
+
+def work(count: int = 6) -> Work:
+    rng = random.Random(4)
+    shared = rng.choices(range(3, 160), k=40)
+    return [
+        (
+            [*shared[: (8, 16, 23, 40, 33, 40)[i]], *rng.choices(range(3, 160), k=rng.randint(1, 9))],
+            {"max_tokens": 18 + i, "ignore_eos": True, "temperature": (0, 0.8)[i % 2], "seed": i},
+        )
+        for i in range(count)
+    ]
+
+
+class Case:
+    """A model, its answers without speculation, and its drafts from scratch."""
+
+    def __init__(self, model: Harness) -> None:
+        self.model = model
+        self.answers = asyncio.run(self._alone())
+        self.reference = Reference(model.loaded.model)
+
+    async def _alone(self) -> list[list[int]]:
+        plain = {"kv.prefix_cache": False, "engine.overlap_depth": 0, "speculative.method": "none"}
+        async with self.model.engine(**plain) as running:
+            return [await running.tokens(tokens, **params) for tokens, params in work()]
+
+    def page_bytes(self) -> int:
+        spec = self.model.loaded.model.spec
+        layers = spec.kv.layers + spec.draft_kv_layers
+        return self.model.page_bytes(8) * layers // spec.kv.layers + spec.hidden_size * 4
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(harness(tmp_path_factory.mktemp(request.param), request.param))
+
+
+@pytest.mark.parametrize(("k", "depth"), [(5, 0), (5, 1), (5, 2), (1, 2), (2, 1), (3, 0)])
+async def test_drafts_and_tokens_under_pressure(case: Case, k: int, depth: int) -> None:
+    """Chunks, prefix hits, preemptions and steps that draft fewer or nothing, all at once."""
+    texts = [[*prompt, *answer] for (prompt, _), answer in zip(work(), case.answers, strict=True)]
+    record: list[Drafted] = []
+    settings = {
+        "speculative.method": "watched",
+        "speculative.k": k,
+        "engine.overlap_depth": depth,
+        "scheduler.prefill_tokens": 21,
+        "scheduler.max_running": 6,
+        "model.max_model_len": 80,
+        "kv.memory": str(17 * case.page_bytes()),
+    }
+    async with case.model.engine(plugins=watched(record, half_right(texts)), **settings) as running:
+        lengths = running.engine.draft_length
+        assert lengths is not None
+        rng = random.Random(k)
+        lengths.choose = lambda batch: rng.randint(0, k)  # type: ignore[method-assign]
+        ids = [running.submit(tokens, **params) for tokens, params in work()]
+        outputs = [await running.outputs(i) for i in ids]
+        assert [[t for o in found for t in o.tokens] for found in outputs] == case.answers
+        assert running.engine.stats().preemptions > 0
+        again = await running.outputs(running.submit(work()[3][0], **work()[3][1]))
+        assert [t for o in again for t in o.tokens] == case.answers[3]
+        assert again[0].cached_tokens >= 32
+        assert max(o.accepted for found in outputs for o in found) == k
+    only = sum(drafted.check(case.reference) for drafted in record)
+    drafts = sum(len(drafted.drafts) for drafted in record)
+    assert only > 0.95 * drafts > 50
+    assert any(not drafted.drafts for drafted in record)
+
+
+async def test_plain_decoding_drafts_the_same(case: Case) -> None:
+    """One request after the other, whole prompts, no cache, a fixed K."""
+    record: list[Drafted] = []
+    settings = {"speculative.method": "watched", "speculative.k": 3, "kv.prefix_cache": False}
+    async with case.model.engine(plugins=watched(record, lambda history, own: own), **settings) as running:
+        for (tokens, params), answer in zip(work(2), case.answers, strict=False):
+            assert await running.tokens(tokens, **params) == answer
+    assert sum(drafted.check(case.reference) for drafted in record) > 0.95 * sum(len(drafted.drafts) for drafted in record)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+async def test_drafts_past_the_end_of_the_context(tmp_path: Path, kind: str) -> None:
+    """With random weights of `load_format: dummy` too there is an MTP layer, if it is asked for."""
+    folder = write_tiny_llama(tmp_path, base=CONFIGS[kind])
+    model = Harness(folder, **{"model.max_model_len": 48, "speculative.method": "mtp", "speculative.k": 4})
+    prompts = [random.Random(i).choices(range(3, 160), k=20 + i) for i in range(3)]
+    answers = []
+    for method in ("none", "mtp"):
+        async with model.engine(**{"speculative.method": method}) as running:
+            ids = [running.submit(prompt, max_tokens=48 - len(prompt), ignore_eos=True) for prompt in prompts]
+            outputs = [await running.outputs(i) for i in ids]
+            answers.append([[t for o in found for t in o.tokens] for found in outputs])
+            assert all(found[-1].finish_reason == "length" for found in outputs)
+            assert sum(o.drafted for found in outputs for o in found) > 0 or method == "none"
+    assert answers[0] == answers[1]
+
+
+def test_a_model_without_mtp_is_refused(tmp_path: Path) -> None:
+    model = Harness(write_tiny_llama(tmp_path))
+    with pytest.raises(ConfigError, match="'mtp' cannot be used here: this checkpoint of LlamaForCausalLM has no MTP layer"):
+        assemble(model.settings(**{"speculative.method": "mtp"}), "tiny", model.loaded, model.plugins)
+
+
+def test_the_pool_holds_the_draft_layer_only_where_it_drafts(case: Case) -> None:
+    spec = case.model.loaded.model.spec
+    sizes = {}
+    for method in ("none", "pld", "mtp"):
+        engine = assemble(case.model.settings(**{"speculative.method": method}), "tiny", case.model.loaded, case.model.plugins)
+        engine.executor.close()
+        sizes[method] = engine.info.memory["kv_pool"] / (engine.info.kv_tokens + engine.info.page_size)
+    value = 4 * (spec.kv.latent_dim + spec.kv.rope_dim)
+    assert sizes["none"] == sizes["pld"] == value * spec.kv.layers
+    assert sizes["mtp"] == value * (spec.kv.layers + 1) + 4 * spec.hidden_size / 8
