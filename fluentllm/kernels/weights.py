@@ -6,16 +6,17 @@ is in benchmarks/cpu/README.md.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 
+from .copies import COPIES
 from .quantise import GROUP, dequantise_blocks, quantise_int4, quantise_int8
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -126,18 +127,31 @@ class Int4Weight:
 
 
 class TwoWeights:
-    """One matrix twice: `few` for up to `border` rows, where reading it is what costs, `many` beyond, where computing is."""
+    """One matrix twice: `few` for up to `border` rows, where reading it is what costs, and a 16-bit copy for more, where
+    computing is. The copy is made in the background; until it is there `few` does all the work."""
 
-    def __init__(self, few: Weight, many: Weight, border: int) -> None:
-        self.few, self.many, self.border = few, many, border
+    def __init__(self, few: Weight, values: Callable[[], Tensor], border: int) -> None:
+        """`values`: the matrix in float32, called once."""
+        self.few, self.border = few, border
+        self.many: Weight | None = None
         self.out_features, self.in_features = few.out_features, few.in_features
-        self.nbytes = few.nbytes + many.nbytes
+        self.copy_nbytes = 2 * few.out_features * few.in_features
+        self.nbytes = few.nbytes + self.copy_nbytes
+        self._values: Callable[[], Tensor] | None = values
+        COPIES.add(self._make)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return (self.few if x.shape[0] <= self.border else self.many).product(x, bias)
+        many = self.many
+        return (self.few if x.shape[0] <= self.border or many is None else many).product(x, bias)
 
     def dequantised(self) -> Tensor:
         return self.few.dequantised()
+
+    def _make(self) -> None:
+        assert self._values is not None
+        with torch.inference_mode():
+            self.many = _half(self._values())
+        self._values = None
 
 
 def pack(weight: Tensor, precision: str, *, twice: bool = False) -> Weight:
@@ -159,7 +173,7 @@ def pack(weight: Tensor, precision: str, *, twice: bool = False) -> Weight:
         few = Int4Weight(*quantise_int4(weight))
     else:
         few = Int8Weight(*quantise_int8(weight))
-    return _with_copy(few, None, twice)
+    return _with_copy(few, few.dequantised, twice)
 
 
 def pack_blocks(kind: str, parts: Mapping[str, Tensor], precision: str, *, twice: bool = False) -> Weight | None:
@@ -176,19 +190,17 @@ def pack_blocks(kind: str, parts: Mapping[str, Tensor], precision: str, *, twice
         few = Int8Weight(*quantise_int8(dequantise_blocks(kind, parts)))
     else:
         return None
-    return _with_copy(few, dequantise_blocks(kind, parts), twice)
+    return _with_copy(few, partial(dequantise_blocks, kind, parts), twice)
 
 
 def copy_bytes(weight: Weight) -> int:
     """Bytes of a `TwoWeights`' second copy, else 0."""
-    return weight.many.nbytes if isinstance(weight, TwoWeights) else 0
+    return weight.copy_nbytes if isinstance(weight, TwoWeights) else 0
 
 
-def _with_copy(few: Weight, values: Tensor | None, twice: bool) -> Weight:
+def _with_copy(few: Weight, values: Callable[[], Tensor], twice: bool) -> Weight:
     border = _border(type(few))
-    if not twice or border is None:
-        return few
-    return TwoWeights(few, _half(few.dequantised() if values is None else values), border)
+    return few if border is None or not twice else TwoWeights(few, values, border)
 
 
 def _half(weight: Tensor) -> Weight:

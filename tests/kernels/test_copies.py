@@ -1,0 +1,44 @@
+"""Matrices that are packed twice: right before the copy is there, and right after."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from fluentllm.kernels import weights
+from fluentllm.kernels.copies import COPIES, Copies
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize("rows", [0, 1, 3, 40])
+def test_products_before_and_after_the_copy(precision: str, rows: int) -> None:
+    matrix = torch.randn(48, 64)
+    packed = weights.pack(matrix, precision, twice=True)
+    x = torch.randn(rows, 64)
+    before = packed.product(x, None)
+    COPIES.wait()
+    if isinstance(packed, weights.TwoWeights):
+        assert packed.many is not None
+    expected = x @ packed.dequantised().T
+    for found in (before, packed.product(x, None)):
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03 * 8)
+
+
+def test_copies_are_made_in_order_and_the_thread_ends() -> None:
+    copies = Copies()
+    done: list[int] = []
+    first = threading.Event()
+    copies.add(first.wait)
+    for number in range(5):
+        copies.add(lambda number=number: done.append(number))
+    assert done == []
+    first.set()
+    copies.wait()
+    assert done == [0, 1, 2, 3, 4]
+    copies.add(lambda: done.append(5))
+    copies.wait()
+    assert done[-1] == 5
+    assert not any(thread.name == "fluent-copies" for thread in threading.enumerate())
