@@ -11,6 +11,8 @@ import torch
 
 from .gqa_decode import gqa_decode
 from .gqa_plan import plan_gqa
+from .gqa_prefill import gqa_prefill, prefill_tiles
+from .kv_append import append, rotate_and_append
 from .launch import recording
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def decode_attention() -> None:
         (8, 9, 3, 64, 1, 16, torch.float16, torch.float16),
         (128, 32, 4, 96, 8, 32, BF16, BF16),
         (4, 8, 1, 256, 2, 64, BF16, BF16),
-        (2, 4, 4, 128, 1, 16, torch.float32, torch.float32),
+        (2, 4, 4, 64, 1, 16, torch.float32, torch.float32),
     ]
     for n, heads, kv_heads, dim, rows, page, dtype, kv_dtype in shapes:
         lengths = _ints(n)
@@ -59,8 +61,44 @@ def decode_attention() -> None:
             gqa_decode(q, cache, cache, _ints(n, longest // page), lengths, plan, rows, dim**-0.5)
 
 
+def prefill_attention() -> None:
+    for heads, kv_heads, dim, page, dtype, kv_dtype, rows in (
+        (32, 8, 128, 16, BF16, BF16, 128),
+        (16, 8, 128, 64, BF16, FP8, 128),
+        (9, 3, 64, 16, torch.float16, torch.float16, 128),
+        (32, 4, 96, 32, BF16, BF16, 64),
+        (8, 1, 256, 64, BF16, BF16, 128),
+        (4, 4, 128, 16, torch.float32, torch.float32, 16),
+    ):
+        tiles = prefill_tiles((300, 5), (300, 1000), torch.device("meta"), rows=rows)
+        cache = _empty(1000, page, kv_heads, dim, dtype=kv_dtype)
+        gqa_prefill(_empty(305, heads, dim, dtype=dtype), cache, cache, _ints(2, 64), tiles, dim**-0.5)
+
+
+def keys_and_values() -> None:
+    for heads, kv_heads, dim, rotary, interleaved, norm, kv_dtype in (
+        (32, 8, 128, 128, False, False, BF16),
+        (16, 8, 128, 128, False, True, BF16),
+        (16, 8, 128, 64, True, True, FP8),
+        (9, 3, 64, 64, False, False, BF16),
+        (32, 32, 96, 96, False, False, BF16),
+    ):
+        rows = _empty(16000, kv_heads, dim, dtype=kv_dtype)
+        table, weight = _empty(4096, 1, rotary), _empty(dim) if norm else None
+        qkv = _empty(8, (heads + 2 * kv_heads) * dim)
+        rotate_and_append(
+            qkv, table, table, _longs(8), rows, rows, heads, positions=_longs(8), q_weight=weight, k_weight=weight,
+            eps=1e-6, interleaved=interleaved,
+        )  # fmt: skip
+    latent = _empty(16000, 576)
+    append(_empty(8, 512), _empty(8, 64), _longs(8), latent[:, :512], latent[:, 512:])
+    append(_empty(8, 1024), _empty(8, 1024), _longs(8), *[_empty(16000, 1024, dtype=FP8)] * 2)
+
+
 EXAMPLES: list[Callable[[], None]] = [
     decode_attention,
+    prefill_attention,
+    keys_and_values,
 ]
 
 

@@ -19,8 +19,8 @@ from .launch import launch, power_of_2
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHARED_BYTES = 160 * 1024
-"""Of shared memory for keys and values in flight; a multiprocessor of Hopper has 227 KiB for one program."""
+SHARED_BYTES = 100 * 1024
+"""Of shared memory for keys and values in flight: two programs fit on a multiprocessor of Hopper."""
 
 
 @triton.jit
@@ -56,10 +56,15 @@ def _decode_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
         table = page_table + sequence.to(tl.int64) * table_row
+        # Page numbers are fetched one block ahead, so that loads of keys wait for no other load and stay several in flight.
+        ahead = first + tl.arange(0, BLOCK_N)
+        next_page = tl.load(table + ahead // PAGE, mask=ahead < last, other=0)
         for base in range(first, last, BLOCK_N):
             key = base + tl.arange(0, BLOCK_N)
             inside = key < last
-            page = tl.load(table + key // PAGE, mask=inside, other=0).to(tl.int64)
+            page = next_page.to(tl.int64)
+            ahead = key + BLOCK_N
+            next_page = tl.load(table + ahead // PAGE, mask=ahead < last, other=0)
             slot = key % PAGE
             k_at = k_pages + (page * k_page + slot * k_slot + kv_head * k_head)[:, None] + d[None, :]
             keys = tl.load(k_at, mask=inside[:, None] & (d < DIM)[None, :], other=0.0).to(queries.dtype)
@@ -138,9 +143,9 @@ def gqa_decode(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> Tensor:
-    """q [N · rows, H, D] (last dimension contiguous), k_pages [P, page, Hkv, D], v_pages [P, page, Hkv, Dv] (any dtype that
-    converts to q's, float8_e4m3fn included: then the values are multiplied by `k_scale` and `v_scale`), page_table [N, W] int32,
-    lengths [N] int32 → [N · rows, H, Dv] in q's dtype.
+    """q [N · rows, H, D] (last dimension contiguous), k_pages [P, page, Hkv, D], v_pages [P, page, Hkv, Dv] (any
+    dtype that converts to q's, float8_e4m3fn included: then the values are multiplied by `k_scale` and `v_scale`), page_table
+    [N, W] int32, lengths [N] int32 → [N · rows, H, Dv] in q's dtype.
 
     Row j of a sequence stands at position length - rows + j and sees the keys up to there, its own included. A sequence of
     length 0 gets zeros. `plan` is `plan_gqa` of the same lengths. Reference: `kernels.attention_reference.gqa_reference`.
@@ -162,7 +167,7 @@ def gqa_decode(
     block_d, block_v = max(16, power_of_2(dim)), max(16, power_of_2(value_dim))
     block_n = BLOCK
     stage = (block_d + block_v) * k_pages.element_size()
-    while block_n > 16 and 2 * block_n * stage > SHARED_BYTES:
+    while block_n > 16 and block_n * stage > SHARED_BYTES:
         block_n //= 2
     launch(
         _decode_kernel, (kv_heads * tiles, items), out, partial, lse, q, k_pages, v_pages, page_table, lengths,
@@ -170,7 +175,7 @@ def gqa_decode(
         q.stride(0), q.stride(1), *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         ROWS=rows, GROUP=group, HEADS=heads, DIM=dim, VALUE_DIM=value_dim, TILES=tiles, PAGE=page, BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_V=block_v, SINGLE=plan.single,
-        num_warps=4, num_stages=max(1, min(4, SHARED_BYTES // (block_n * stage))),
+        num_warps=4, num_stages=1 + max(1, min(3, SHARED_BYTES // (block_n * stage))),
     )  # fmt: skip
     sequences = lengths.shape[0]
     # Few rows: one a program, many runs in flight. Many rows: most have nothing to merge, so fewer programs.

@@ -69,8 +69,8 @@ def _plan_kernel(items, starts, spans, lengths, n, count, parts, N: tl.constexpr
 def plan_gqa(lengths: Tensor, *, kv_heads: int, longest: int, per_multiprocessor: int = 2, fixed_span: int = 0) -> GqaPlan:
     """lengths [N] int32, keys of each sequence on the device, 0 allowed; longest: host bound of them.
 
-    Aims at `per_multiprocessor` programs a multiprocessor over all `kv_heads`. `fixed_span` (keys, a multiple of `BLOCK`) makes runs
-    the same whatever else is in the batch: deterministic mode. Reference: `gqa_plan_reference`.
+    Aims at `per_multiprocessor` programs a multiprocessor over all `kv_heads`. `fixed_span` (keys, a multiple of `BLOCK`) makes
+    runs the same whatever else is in the batch: deterministic mode. Reference: `gqa_plan_reference`.
     """
     n = lengths.shape[0]
     if fixed_span % BLOCK:
@@ -98,7 +98,7 @@ def gqa_plan_reference(
     starts, spans = [0], []
     for i, length in enumerate(lengths):
         runs = max(1, -(-length // limit))
-        spans.append(fixed_span or -(--(-length // runs) // BLOCK) * BLOCK)
+        spans.append(fixed_span or -(-length // (runs * BLOCK)) * BLOCK)
         items += [i] * runs
         starts.append(len(items))
     return items + [-1] * (count - len(items)), starts, spans

@@ -1,0 +1,169 @@
+"""Attention of prefill with grouped heads: ragged chunks, causal, over the pages that hold cached prefixes and the chunks' own KV.
+
+FlashAttention-2's loop (arXiv:2307.08691): one program for a tile of query rows of one head. The list of tiles is made on
+the host, where a prefill's lengths are known; tiles with the most keys come first, so that none is left over at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .language import dot
+from .launch import launch, power_of_2
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+SHARED_BYTES = 200 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTiles:
+    """Which rows each program computes; made once a pass, for all layers."""
+
+    table: Tensor
+    """[4, tiles] int32: sequence, first row of the tile in the batch, rows, position of its first row."""
+    rows: int
+    """Of a full tile."""
+
+
+def prefill_tiles(
+    query_lengths: Sequence[int], kv_lengths: Sequence[int], device: torch.device, *, rows: int = 128
+) -> PrefillTiles:
+    """Sequence i has query_lengths[i] rows, the last of kv_lengths[i] keys."""
+    tiles = []
+    start = 0
+    for sequence, (count, keys) in enumerate(zip(query_lengths, kv_lengths, strict=True)):
+        for first in range(0, count, rows):
+            tiles.append((sequence, start + first, min(rows, count - first), keys - count + first))
+        start += count
+    tiles.sort(key=lambda tile: tile[2] + tile[3], reverse=True)
+    table = torch.tensor(tiles, dtype=torch.int32).view(-1, 4).T.contiguous()
+    if device.type == "cuda":
+        table = table.pin_memory()
+    return PrefillTiles(table.to(device, non_blocking=True), rows)
+
+
+@triton.jit
+def _attend(acc, total, highest, queries, position, page, k_pages, v_pages, base, last, kv_head, score_scale,
+            k_page, k_slot, k_head, v_page, v_slot, v_head, d, dv, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+            PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """One block of keys, whose page numbers [BLOCK_N] are `page`. Not MASKED: every row sees all of them."""
+    key = base + tl.arange(0, BLOCK_N)
+    inside = key < last
+    slot = key % PAGE
+    k_at = k_pages + (page * k_page + slot * k_slot + kv_head * k_head)[:, None] + d[None, :]
+    v_at = v_pages + (page * v_page + slot * v_slot + kv_head * v_head)[:, None] + dv[None, :]
+    k_mask = (d < DIM)[None, :]
+    v_mask = (dv < VALUE_DIM)[None, :]
+    if MASKED:
+        k_mask = k_mask & inside[:, None]
+        v_mask = v_mask & inside[:, None]
+    keys = tl.load(k_at, mask=k_mask, other=0.0).to(queries.dtype)
+    scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * score_scale
+    if MASKED:
+        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+    higher = tl.maximum(highest, tl.max(scores, 1))
+    weights = tl.exp2(scores - higher[:, None])
+    fade = tl.exp2(highest - higher)
+    values = tl.load(v_at, mask=v_mask, other=0.0).to(queries.dtype)
+    total = total * fade + tl.sum(weights, 1)
+    acc = dot(weights.to(queries.dtype), values, acc * fade[:, None])
+    return acc, total, higher
+
+
+@triton.jit
+def _prefill_kernel(
+    out, q, k_pages, v_pages, page_table, tiles, tile_count, score_scale, value_scale,
+    q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    tile = tl.program_id(1)
+    sequence = tl.load(tiles + tile)
+    start = tl.load(tiles + tile_count + tile)
+    count = tl.load(tiles + 2 * tile_count + tile)
+    first_position = tl.load(tiles + 3 * tile_count + tile)
+
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_V)
+    row = (start + m).to(tl.int64)
+    valid = m < count
+    position = first_position + m
+    queries = tl.load(
+        q + (row * q_row + head * q_head)[:, None] + d[None, :], mask=valid[:, None] & (d < DIM)[None, :], other=0.0
+    )
+    highest = tl.full([BLOCK_M], -1.0e30, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    table = page_table + sequence.to(tl.int64) * table_row
+    last = first_position + count
+    seen_by_all = (first_position + 1) // BLOCK_N * BLOCK_N
+    kv_head = head // GROUP
+    # Page numbers are fetched one block ahead, so that loads of keys wait for no other load.
+    n = tl.arange(0, BLOCK_N)
+    next_page = tl.load(table + n // PAGE, mask=n < last, other=0)
+    for base in range(0, seen_by_all, BLOCK_N):
+        page = next_page.to(tl.int64)
+        ahead = base + BLOCK_N + n
+        next_page = tl.load(table + ahead // PAGE, mask=ahead < last, other=0)
+        acc, total, highest = _attend(
+            acc, total, highest, queries, position, page, k_pages, v_pages, base, last, kv_head, score_scale,
+            k_page, k_slot, k_head, v_page, v_slot, v_head, d, dv, DIM, VALUE_DIM, PAGE, BLOCK_M, BLOCK_N, False,
+        )  # fmt: skip
+    for base in range(seen_by_all, last, BLOCK_N):
+        page = next_page.to(tl.int64)
+        ahead = base + BLOCK_N + n
+        next_page = tl.load(table + ahead // PAGE, mask=ahead < last, other=0)
+        acc, total, highest = _attend(
+            acc, total, highest, queries, position, page, k_pages, v_pages, base, last, kv_head, score_scale,
+            k_page, k_slot, k_head, v_page, v_slot, v_head, d, dv, DIM, VALUE_DIM, PAGE, BLOCK_M, BLOCK_N, True,
+        )  # fmt: skip
+    result = acc * (value_scale / tl.where(total > 0, total, 1.0))[:, None]
+    at = out + ((row * HEADS + head) * VALUE_DIM)[:, None] + dv[None, :]
+    tl.store(at, result.to(out.dtype.element_ty), mask=valid[:, None] & (dv < VALUE_DIM)[None, :])
+
+
+def gqa_prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    tiles: PrefillTiles,
+    scale: float,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> Tensor:
+    """q [T, H, D] (last dimension contiguous), k_pages [P, page, Hkv, D], v_pages [P, page, Hkv, Dv], page_table [N, W] int32 →
+    [T, H, Dv] in q's dtype; the chunk's own KV is in the pages already. Scales as in `gqa_decode`.
+
+    Reference: `kernels.attention_reference.gqa_reference`.
+    """
+    (tokens, heads, dim), (_, page, kv_heads, value_dim) = q.shape, v_pages.shape
+    out = q.new_empty(tokens, heads, value_dim)
+    block_d, block_v = max(16, power_of_2(dim)), max(16, power_of_2(value_dim))
+    block_m, block_n = tiles.rows, 64
+    stage = (block_d + block_v) * k_pages.element_size()
+    queries = block_m * block_d * q.element_size()
+    while block_n > 16 and queries + block_n * stage > SHARED_BYTES:
+        block_n //= 2
+    launch(
+        _prefill_kernel, (heads, tiles.table.shape[1]), out, q, k_pages, v_pages, page_table, tiles.table,
+        tiles.table.shape[1], scale * k_scale * math.log2(math.e), v_scale,
+        q.stride(0), q.stride(1), *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
+        GROUP=heads // kv_heads, HEADS=heads, DIM=dim, VALUE_DIM=value_dim, PAGE=page, BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_D=block_d, BLOCK_V=block_v,
+        num_warps=8 if block_m >= 128 else 4, num_stages=1 + max(1, min(2, (SHARED_BYTES - queries) // (block_n * stage))),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,51 @@
+"""Prefill attention over paged KV: ragged chunks behind cached prefixes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from paged import random_paged
+
+from fluentllm.kernels.attention_reference import gqa_reference
+from fluentllm.kernels.triton.gqa_prefill import gqa_prefill, prefill_tiles
+
+
+@pytest.mark.parametrize(
+    ("chunks", "heads", "kv_heads", "dim", "page_size", "tile", "dtype"),
+    [
+        ([(0, 1)], 2, 1, 64, 16, 128, torch.float32),
+        ([(0, 130), (70, 3), (128, 64), (0, 0)], 4, 2, 64, 16, 64, torch.float32),
+        ([(5, 65), (0, 20)], 3, 1, 96, 32, 32, torch.float16),
+        ([(200, 40)], 2, 2, 128, 64, 128, torch.bfloat16),
+    ],
+)
+def test_ragged_chunks(
+    chunks: list[tuple[int, int]], heads: int, kv_heads: int, dim: int, page_size: int, tile: int, dtype: torch.dtype,
+    device: torch.device, rng: torch.Generator,
+) -> None:  # fmt: skip
+    """chunks: (cached keys, rows)."""
+    lengths = [cached + rows for cached, rows in chunks]
+    counts = [rows for _, rows in chunks]
+    paged = random_paged(lengths, rng, device, kv_heads=kv_heads, dim=dim, page_size=page_size, dtype=dtype)
+    q = torch.randn(sum(counts), heads, dim, generator=rng).to(device, dtype)
+    tiles = prefill_tiles(counts, lengths, device, rows=tile)
+    out = gqa_prefill(q, paged.k, paged.v, paged.table, tiles, dim**-0.5)
+    start = 0
+    for i, (cached, rows) in enumerate(chunks):
+        part = slice(start, start + rows)
+        k, v = paged.keys(i)
+        expected = gqa_reference(q[part].double(), k, v, torch.arange(cached, cached + rows), dim**-0.5)
+        tolerance = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 4e-2}[dtype]
+        torch.testing.assert_close(out[part].double(), expected, rtol=0, atol=tolerance)
+        start += rows
+
+
+def test_no_rows(device: torch.device, rng: torch.Generator) -> None:
+    paged = random_paged([4], rng, device, kv_heads=1, dim=64)
+    out = gqa_prefill(torch.zeros(0, 2, 64, device=device), paged.k, paged.v, paged.table, prefill_tiles([0], [4], device), 1.0)
+    assert out.shape == (0, 2, 64)
+
+
+def test_tiles_with_the_most_keys_come_first() -> None:
+    table = prefill_tiles([100, 300], [1000, 300], torch.device("cpu"), rows=128).table
+    assert table.T.tolist() == [[0, 0, 100, 900], [1, 356, 44, 256], [1, 228, 128, 128], [1, 100, 128, 0]]
