@@ -32,12 +32,14 @@ from .core.protocols import (
 )
 from .core.settings import Settings
 from .core.slots import SlotTables
-from .core.types import ModelInfo, ModelSpec
+from .core.types import ModelInfo, ModelSpec, SpeculativeInfo
 from .hub import ModelFiles, load_config
 from .kernels import choose_ops, choose_precision
+from .kernels.fixed_order import slowdown
 from .layers.loading import load_weights
 from .memory import plan_pages
 from .step.programs import StepPrograms
+from .step.synthetic import share_for
 
 if TYPE_CHECKING:
     from .core.plugins import PluginManager
@@ -66,7 +68,16 @@ def build_engine(settings: Settings, files: ModelFiles, plugins: PluginManager, 
     started = time.perf_counter()
     loaded = load_model(settings, files, plugins)
     tell(f"loaded {loaded.weight_bytes / 1e6:.0f} MB of weights in {time.perf_counter() - started:.1f} s")
+    if settings.engine.deterministic:
+        tell(_slowdown(loaded))
     return assemble(settings, files.name, loaded, plugins)
+
+
+def _slowdown(loaded: LoadedModel, rows: int = 8) -> str:
+    with torch.inference_mode():
+        plain, fixed = slowdown(loaded.model.matrices(), rows, loaded.dtype, loaded.device)
+    products = f"the matrix products of a step of {rows} sequences take {fixed * 1e3:.1f} ms instead of {plain * 1e3:.1f}"
+    return f"deterministic mode: {products} ({fixed / plain:.1f} ×, measured now)"
 
 
 def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) -> LoadedModel:
@@ -91,10 +102,10 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) ->
         reader = _reader(settings, files, plugins)
         checkpoint = reader(WeightsContext(files.path, settings, slots=model.weight_slots()))
         try:
-            report = load_weights(model, checkpoint, device)
+            load_weights(model, checkpoint, device)
         finally:
             checkpoint.close()
-    return LoadedModel(model, device, dtype, report.bytes, precision)
+    return LoadedModel(model, device, dtype, model.nbytes(), precision)
 
 
 def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: PluginManager) -> Engine:
@@ -130,7 +141,14 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
     if make_proposer is not None:
         dtype = _name(loaded.dtype)
         proposer = make_proposer(ProposerContext(settings, loaded.model, tables, attention, max_drafts, pages, dtype))
-    programs = StepPrograms(loaded.model, attention, tables, proposer)
+    programs = StepPrograms(
+        loaded.model,
+        attention,
+        tables,
+        proposer,
+        proposer_name=f"speculative.method {settings.speculative.method}",
+        synthetic=synthetic_share(settings, max_drafts),
+    )
 
     kv = KVCache(pages, page_size, settings.kv.prefix_cache, listen=plugins.observers.watches_kv)
     make_scheduler = plugins.registry("schedulers").get(settings.scheduler.policy).factory
@@ -145,6 +163,7 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
         kv_tokens=pages * page_size,
         page_size=page_size,
         slots=slots,
+        speculative=_speculative_info(settings, max_drafts) if drafts is not None else None,
     )
     return Engine(
         info=info,
@@ -184,6 +203,26 @@ def draft_length(settings: Settings) -> DraftLength | None:
             param="speculative.k",
         )
     return DraftLength(wanted.k, wanted.max_k) if wanted.k != 0 else None
+
+
+def synthetic_share(settings: Settings, max_drafts: int) -> float | None:
+    """Share of drafts to accept at random; None: by the rules. Raises `ConfigError` for a length that so few drafts cannot
+    have."""
+    length = settings.speculative.synthetic_acceptance
+    if length is None:
+        return None
+    if length > max_drafts + 1:
+        raise ConfigError(
+            f"speculative.synthetic_acceptance is {length}, but {max_drafts} drafts and the target's own are {max_drafts + 1}.",
+            fix="Lower it, raise speculative.k or max_k, or choose a speculative.method.",
+            param="speculative.synthetic_acceptance",
+        )
+    return share_for(length, max_drafts)
+
+
+def _speculative_info(settings: Settings, max_drafts: int) -> SpeculativeInfo:
+    chosen = settings.speculative
+    return SpeculativeInfo(method=chosen.method, k=chosen.k, max_k=max_drafts, synthetic_acceptance=chosen.synthetic_acceptance)
 
 
 def positions_ahead(settings: Settings) -> int:

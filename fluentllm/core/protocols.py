@@ -205,6 +205,14 @@ class Model(Protocol):
         """After loading: pack, fuse, free what is no longer needed."""
         ...
 
+    def matrices(self) -> list[Any]:
+        """Its packed matrices (`fluentllm.kernels.weights.Weight`)."""
+        ...
+
+    def nbytes(self) -> int:
+        """Bytes that its weights take on the device."""
+        ...
+
     def forward(self, batch: Batch, attention: AttentionBackend) -> Tensor:
         """Hidden states after the final norm, [T, hidden]."""
         ...

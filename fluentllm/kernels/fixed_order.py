@@ -6,6 +6,7 @@ only; what is left of elementwise work runs over pieces of a fixed length. Slowe
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from .plain import PlainOps, partner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor
 
@@ -58,6 +59,23 @@ class FixedOrderOps(PlainOps):
         # Not addcmul: its vector and scalar code may round differently.
         out = rotated * cos + partner(rotated, interleaved) * sin
         return out if width == x.shape[-1] else torch.cat((out, x[..., width:]), -1)
+
+
+def slowdown(matrices: Iterable[Weight], rows: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Seconds that one product of `rows` rows with each of the matrices takes, plain and in fixed order."""
+    matrices = list(matrices)
+    inputs = {m.in_features: torch.randn(rows, m.in_features, dtype=dtype, device=device) for m in matrices}
+    times = []
+    for ops in (PlainOps(), FixedOrderOps()):
+        for _ in range(2):  # the first pass warms up
+            started = time.perf_counter()
+            for matrix in matrices:
+                ops.linear(inputs[matrix.in_features], matrix)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - started
+        times.append(seconds)
+    return times[0], times[1]
 
 
 def tiled(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

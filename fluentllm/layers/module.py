@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
     from ..core.protocols import WeightSlot
+    from ..kernels.weights import Weight
 
 
 class Module:
@@ -33,6 +35,16 @@ class Module:
     def own_finalize(self) -> None:
         """Pack, fuse, free what loading alone needed."""
 
+    def nbytes(self) -> int:
+        """Bytes of all tensors and packed matrices held below, each once."""
+        held = {id(value): value for module in self.modules() for value in _held(module)}
+        return sum(value.nbytes for value in held.values())
+
+    def matrices(self) -> list[Weight]:
+        """All packed matrices below, each once."""
+        held = {id(value): value for module in self.modules() for value in _held(module) if hasattr(value, "product")}
+        return list(held.values())
+
     def modules(self) -> Iterator[Module]:
         """This one and all below it, parents first, each once."""
         seen: set[int] = set()
@@ -54,6 +66,13 @@ def _children(module: Module) -> Iterator[Module]:
             yield from (item for item in value if isinstance(item, Module))
         elif isinstance(value, dict):
             yield from (item for item in value.values() if isinstance(item, Module))
+
+
+def _held(module: Module) -> Iterator[Any]:
+    """Tensors and `kernels.weights.Weight`s: whatever knows its bytes."""
+    for value in vars(module).values():
+        items = value if isinstance(value, (list, tuple)) else (value,)
+        yield from (item for item in items if hasattr(item, "nbytes") and not isinstance(item, Module))
 
 
 def join(*parts: str) -> str:
