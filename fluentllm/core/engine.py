@@ -17,8 +17,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from .draft_counts import DraftCounts
 from .draft_length import DraftLength
-from .errors import ContextTooLong, FluentError, InvalidRequest
+from .errors import ContextTooLong, InvalidRequest
 from .executor import Executor
 from .kv.cache import KVCache
 from .protocols import RequestEvent, Scheduler
@@ -31,7 +32,6 @@ from .types import (
     FromEngine,
     ModelInfo,
     Outputs,
-    Refused,
     Request,
     RequestOutput,
     SlotResult,
@@ -101,6 +101,7 @@ class Engine:
         self.overlap_depth = overlap_depth
         self.draft_length = draft_length
         """None where nothing drafts."""
+        self.draft_counts = DraftCounts(info.speculative) if info.speculative is not None else None
         self._left_drafts = 0
         """Drafts that the last launched step leaves for the next to verify."""
         self.observers = observers or Observers()
@@ -241,11 +242,23 @@ class Engine:
                 self._finish(sequence, slot.finished)
         self.scheduler.collected(plan, finished)
         if self.draft_length is not None:
-            self.draft_length.collected(plan, result)
+            self._learn(self.draft_length, plan, result)
         for connection, batch in outputs.items():
             connection.deliver(Outputs(batch))
         self.observers.step(plan, result)
         self._flush_kv_events()
+
+    def _learn(self, draft_length: DraftLength, plan: StepPlan, result: StepResult) -> None:
+        """From a step with speculation on. What the proposer's failure left undone, the target has done already."""
+        draft_length.collected(plan, result)
+        counts = self.draft_counts
+        if counts is not None:
+            for slot in result.slots:
+                counts.add(slot)
+        if result.drafting_error is not None:
+            draft_length.stop()
+            if counts is not None:
+                counts.error = result.drafting_error
 
     def _advance(self, sequence: Sequence, slot: SlotResult) -> RequestOutput | None:
         """Append what a slot brought to its sequence; None while there is nothing to tell."""
@@ -286,10 +299,6 @@ class Engine:
             generated_tokens=sequence.generated,
         )
 
-    def refuse(self, connection: Connection, request_id: str, error: FluentError) -> None:
-        """Tell a client why its request did not enter."""
-        connection.deliver(Refused(request_id, error.code, error.status, str(error), error.param))
-
     # ------------------------------------------------------------------------------------------------------------- control
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -304,6 +313,7 @@ class Engine:
             cached_tokens=self._cached_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.preemptions,
+            speculative=self.draft_counts.stats() if self.draft_counts is not None else None,
         )
 
     def clear_cache(self) -> None:
