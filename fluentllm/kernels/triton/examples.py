@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .draw import argmax, draw
+from .elementwise import embedding, rotary, silu_mul
+from .filter import filter_thresholds
 from .gqa_decode import gqa_decode
 from .gqa_plan import plan_gqa
 from .gqa_prefill import gqa_prefill, prefill_tiles
 from .kv_append import append, rotate_and_append
 from .launch import recording
+from .norm import add_rms_norm, rms_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,10 +99,34 @@ def keys_and_values() -> None:
     append(_empty(8, 1024), _empty(8, 1024), _longs(8), *[_empty(16000, 1024, dtype=FP8)] * 2)
 
 
+def small_operations() -> None:
+    for size in (576, 2048, 4096):
+        x, weight = _empty(8, size), _empty(size)
+        rms_norm(x, weight, 1e-5)
+        add_rms_norm(x, x, weight, 1e-5)
+    rms_norm(_empty(8, 16, 128), _empty(128), 1e-5)
+    silu_mul(_empty(8, 2 * 14336))
+    embedding(_longs(8), _empty(32000, 4096))
+    rotary(_empty(8, 16, 64), _empty(8, 1, 64), _empty(8, 1, 64), interleaved=True)
+    rotary(_empty(8, 40, 128), _empty(8, 1, 128), _empty(8, 1, 128))
+
+
+def sampling() -> None:
+    floats, ints = _floats(33, 6), _longs(33, 8)
+    for vocab in (128256, 102400):
+        logits = _floats(32, vocab)
+        argmax(logits)
+        draw(logits, _longs(32), _longs(32), floats[:, 0], ints[:, 6])
+        thresholds = filter_thresholds(logits, _longs(32), floats[:, 0], ints[:, 4], floats[:, 1], floats[:, 2])
+        draw(logits, _longs(32), _longs(32), floats[:, 0], ints[:, 6], thresholds)
+
+
 EXAMPLES: list[Callable[[], None]] = [
     decode_attention,
     prefill_attention,
     keys_and_values,
+    small_operations,
+    sampling,
 ]
 
 

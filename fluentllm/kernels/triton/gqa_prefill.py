@@ -1,4 +1,4 @@
-"""Attention of prefill with grouped heads: ragged chunks, causal, over the pages that hold cached prefixes and the chunks' own KV.
+"""Attention of prefill with grouped heads: ragged chunks, causal, over the pages of cached prefixes and of the chunks' own KV.
 
 FlashAttention-2's loop (arXiv:2307.08691): one program for a tile of query rows of one head. The list of tiles is made on
 the host, where a prefill's lengths are known; tiles with the most keys come first, so that none is left over at the end.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-SHARED_BYTES = 200 * 1024
+SHARED_BYTES = 160 * 1024
 
 
 @dataclass(frozen=True, slots=True)

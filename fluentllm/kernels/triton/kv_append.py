@@ -105,15 +105,16 @@ def rotate_and_append(
         _rotate_and_append_kernel, (tokens, -(-total // block_h)), q, k_rows, v_rows, qkv, cos, sin, kv_rows,
         q_weight, k_weight, positions, eps, 1 / k_scale, 1 / v_scale,
         qkv.stride(0), q.stride(0), k_rows.stride(0), k_rows.stride(1), v_rows.stride(0), v_rows.stride(1), rope_row,
-        HEADS=heads, KV_HEADS=kv_heads, DIM=dim, ROTARY=cos.shape[-1], INTERLEAVED=interleaved, BLOCK_D=block_d, BLOCK_H=block_h,
-        num_warps=4,
+        HEADS=heads, KV_HEADS=kv_heads, DIM=dim, ROTARY=cos.shape[-1], INTERLEAVED=interleaved,
+        BLOCK_D=block_d, BLOCK_H=block_h, num_warps=4,
     )  # fmt: skip
     return q
 
 
 @triton.jit
 def _append_kernel(first_out, second_out, first, second, rows, first_row, second_row, first_out_row, second_out_row,
-                   inverse_first_scale, inverse_second_scale, FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                   inverse_first_scale, inverse_second_scale, FIRST: tl.constexpr, SECOND: tl.constexpr,
+                   BLOCK: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + token).to(tl.int64)
@@ -135,8 +136,8 @@ def append(
     first_scale: float = 1.0,
     second_scale: float = 1.0,
 ) -> None:
-    """first [T, A] and second [T, B] to rows `rows` [T] int64 of first_out [R, A] and second_out [R, B] (which may be two parts of
-    one cache), divided by the scales; last dimensions contiguous. Reference: `Tensor.index_copy_`."""
+    """first [T, A] and second [T, B] to rows `rows` [T] int64 of first_out [R, A] and second_out [R, B] (which may be two
+    parts of one cache), divided by the scales; last dimensions contiguous. Reference: `Tensor.index_copy_`."""
     block = min(1024, power_of_2(max(first.shape[1], second.shape[1])))
     blocks = -(-max(first.shape[1], second.shape[1]) // block)
     launch(
