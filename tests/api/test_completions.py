@@ -71,8 +71,9 @@ async def test_echo_begins_with_the_prompt_and_its_logprobs(real: Api) -> None:
     assert logprobs["top_logprobs"][0] is None
     assert all(value <= 0 for value in logprobs["token_logprobs"][1:])
     assert "".join(logprobs["tokens"][:length]) == prompt
-    for token, offset in zip(logprobs["tokens"][:length], logprobs["text_offset"], strict=False):
-        assert choice["text"][offset:].startswith(token)
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        assert choice["text"][offset:].startswith(token) or token.startswith("bytes:")
+    assert logprobs["text_offset"][length] == len(prompt)
     assert logprobs["tokens"][length:] == plain["choices"][0]["logprobs"]["tokens"]
     assert logprobs["token_logprobs"][length:] == pytest.approx(plain["choices"][0]["logprobs"]["token_logprobs"], abs=1e-4)
 
@@ -96,6 +97,8 @@ async def test_prompt_logprobs_are_those_of_generation(real: Api) -> None:
     by_name = {name: i for i in range(400) if (name := _name(real, i))}
     engine_tokens = [by_name[name] for name in names]
     again = await real.complete([*ids, *engine_tokens], max_tokens=0, logprobs=0, echo=True)
+    for name, top in zip(names, first["choices"][0]["logprobs"]["top_logprobs"], strict=True):
+        assert list(top) == [name]  # none of the likeliest was asked for; the token itself is always there
     scored = again["choices"][0]["logprobs"]["token_logprobs"][len(ids) :]
     assert scored == pytest.approx(first["choices"][0]["logprobs"]["token_logprobs"], abs=1e-4)
 

@@ -16,7 +16,7 @@ from fluentllm.core.errors import CheckpointError, InvalidRequest
 from fluentllm.frontend.gguf_metadata import read_metadata
 from fluentllm.frontend.tokenizer import Tokenizer, bytes_tokenizer, load_tokenizer
 
-from .checkpoints import CHATML, SPECIAL, byte_level, sentencepiece_like, write_chat_folder, write_folder
+from .checkpoints import CHATML, SPECIAL, TEXT, byte_level, sentencepiece_like, write_chat_folder, write_folder
 
 ODD = [
     "", " ", "  ", "\n\n\t x", "naïve café",
@@ -186,6 +186,13 @@ def random_texts(seed: int, count: int = 400) -> list[str]:
     return ["".join(rng.choices(letters, k=rng.randint(0, 30))) for _ in range(count)]
 
 
+def spliced_texts(seed: int, count: int = 300) -> list[str]:
+    """Scraps of what the tokenizers learned from, where merges compete."""
+    rng, source = random.Random(seed), TEXT[0] + TEXT[1]
+    starts = range(len(source))
+    return ["".join(source[i : i + rng.randint(1, 6)] for i in rng.choices(starts, k=12)) for _ in range(count)]
+
+
 def _split(pattern: str) -> list[Any]:
     from tokenizers import Regex
 
@@ -219,18 +226,38 @@ def test_byte_level_gguf_is_the_tokenizer_it_was_made_from(tmp_path: Path, pre: 
         )
 
 
+def test_llama3_takes_a_word_that_is_a_token_whole(tmp_path: Path) -> None:
+    """Its vocabulary has tokens that no merges lead to."""
+    state = json.loads(byte_level().to_str())
+    state["model"]["vocab"]["xyzzy"] = 400
+    backend = Backend.from_str(json.dumps(state))
+    for pre, ids in (("llama-bpe", [400]), ("gpt-2", backend.encode("xyzzy").ids)):
+        ours = load_tokenizer(write_gguf(tmp_path / f"{pre}.gguf", backend, "gpt2", pre))
+        assert ours.encode("xyzzy") == ids
+    assert len(ids) > 1
+
+
 def test_no_pre_tokenizer_named_is_the_default(tmp_path: Path) -> None:
     ours = load_tokenizer(write_gguf(tmp_path / "x.gguf", byte_level(), "gpt2"))
     texts = [ours.backend.pre_tokenizer.pre_tokenize_str(text) for text in ("1234 fox's", "a.b")]
     assert [[piece for piece, _ in text] for text in texts] == [["123", "4", "Ġfox", "'", "s"], ["a", ".", "b"]]
 
 
-def test_sentencepiece_gguf_is_the_tokenizer_it_was_made_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_sentencepiece_gguf_is_the_tokenizer_it_was_made_from(tmp_path: Path, shuffled: bool) -> None:
+    """Whether ids follow the scores, as they mostly do, or not."""
     backend = sentencepiece_like()
+    if shuffled:
+        state = json.loads(backend.to_str())
+        vocab = state["model"]["vocab"]
+        learned = sorted(vocab.values())[3 + 256 :]
+        moved = dict(zip(learned, random.Random(4).sample(learned, len(learned)), strict=True))
+        state["model"]["vocab"] = {token: moved.get(i, i) for token, i in vocab.items()}
+        backend = Backend.from_str(json.dumps(state))
     ours = load_tokenizer(write_gguf(tmp_path / "x.gguf", backend, "llama", bos_token_id=1, eos_token_id=2))
     assert ours.encode("Hi")[0] == 1
     assert ours.trims_first_space
-    for text in [*ODD, *random_texts(2), "<s>x</s> y"]:
+    for text in [*ODD, *random_texts(2), *spliced_texts(3), "<s>x</s> y"]:
         ids = ours.encode(text, add_special_tokens=False)
         assert ids == backend.encode(text, add_special_tokens=False).ids, text
         assert ours.decode(ids, skip_special_tokens=False) == backend.decode(ids, skip_special_tokens=False)
