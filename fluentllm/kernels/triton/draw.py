@@ -61,7 +61,7 @@ def _draw_kernel(best_value, best_token, logits, slots, positions, temperature, 
                 x = tl.where(x >= tl.load(thresholds + row), x, float("-inf"))
             x = x + _noise(tl.load(seeds + slot * seed_stride), tl.load(positions + row), token)
     # A NaN would poison every comparison; as the lowest value it can only lose.
-    x = tl.where((x == x) & inside, x, float("-inf"))
+    x = tl.where((x == x) & inside, x, float("-inf"))  # noqa: PLR0124
     value, index = tl.max(x, 0, return_indices=True, return_indices_tie_break_left=True)
     out = row * tl.num_programs(1) + part
     tl.store(best_value + out, value)
@@ -87,8 +87,8 @@ def draw(
 ) -> Tensor:
     """argmax(logits / T + noise(seed, position)) a row, argmax(logits) where T is 0 → [R] int64.
 
-    logits [R, V]; slots, positions [R] int64; temperature float32, seeds int64: columns of the slot tables (any stride), indexed by
-    slot; thresholds [R] float32 of `filter.filter_thresholds`: what is below, after the temperature, is left out.
+    logits [R, V]; slots, positions [R] int64; temperature float32, seeds int64: columns of the slot tables (any stride),
+    indexed by slot; thresholds [R] float32 of `filter.filter_thresholds`: what is below, after the temperature, is left out.
     Reference: `step.sample.draw`, whose noise has the same integers; logarithms may differ in their last bits.
     """
     return _draw(logits, slots, positions, temperature, seeds, thresholds)

@@ -80,7 +80,7 @@ def prefill_attention() -> None:
 
 
 def keys_and_values() -> None:
-    for heads, kv_heads, dim, rotary, interleaved, norm, kv_dtype in (
+    for heads, kv_heads, dim, rotates, interleaved, norm, kv_dtype in (
         (32, 8, 128, 128, False, False, BF16),
         (16, 8, 128, 128, False, True, BF16),
         (16, 8, 128, 64, True, True, FP8),
@@ -88,7 +88,7 @@ def keys_and_values() -> None:
         (32, 32, 96, 96, False, False, BF16),
     ):
         rows = _empty(16000, kv_heads, dim, dtype=kv_dtype)
-        table, weight = _empty(4096, 1, rotary), _empty(dim) if norm else None
+        table, weight = _empty(4096, 1, rotates), _empty(dim) if norm else None
         qkv = _empty(8, (heads + 2 * kv_heads) * dim)
         rotate_and_append(
             qkv, table, table, _longs(8), rows, rows, heads, positions=_longs(8), q_weight=weight, k_weight=weight,

@@ -45,10 +45,10 @@ def _search(at, heat, vocab, floor_key, highest, needed, BY_MASS: tl.constexpr, 
     """Largest key t with Σ weight(keys ≥ t) ≥ needed, over keys ≥ floor_key; weight is 1, or exp(x - highest)."""
     branch = tl.arange(0, 8)
     low = tl.zeros([1], tl.uint32)
-    for step in tl.static_range(11):
+    for step in range(11):
         # 32 bits: ten passes of three, one of two.
-        shift: tl.constexpr = max(29 - 3 * step, 0)
-        ways: tl.constexpr = 8 if step < 10 else 4
+        shift = tl.maximum(29 - 3 * step, 0).to(tl.uint32)
+        ways = tl.where(step < 10, 8, 4)
         candidate = low + (branch.to(tl.uint32) << shift)
         sums = tl.zeros([8], tl.float32)
         for base in range(0, vocab, BLOCK):
@@ -106,8 +106,9 @@ def _threshold_kernel(thresholds, logits, slots, temperature, top_k, top_p, min_
 def filter_thresholds(
     logits: Tensor, slots: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> Tensor:
-    """logits [R, V]; slots [R] int64; the rest columns of the slot tables (any stride; temperature, top_p and min_p share one),
-    top_k int64 → thresholds [R] float32: of logits / temperature, what is ≥ the threshold stays; -inf where nothing is filtered.
+    """logits [R, V]; slots [R] int64; the rest columns of the slot tables (any stride; temperature, top_p and min_p share
+    one), top_k int64 → thresholds [R] float32: of logits / temperature, what is ≥ the threshold stays; -inf where nothing is
+    filtered.
 
     Order and meaning as `kernels.sampling.filter_logits`, the reference; the mass of top-p is summed in another order.
     """

@@ -37,7 +37,9 @@ def _warps(block: int) -> int:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [T, D] or [T, H, D], last dimension contiguous, weight [D] → the same shape, contiguous. Reference: `PlainOps.rms_norm`."""
+    """x [T, D] or [T, H, D], last dimension contiguous, weight [D] → the same shape, contiguous.
+
+    Reference: `PlainOps.rms_norm`."""
     size = x.shape[-1]
     groups = x.shape[1] if x.ndim == 3 else 1
     out = x.new_empty(x.shape)
