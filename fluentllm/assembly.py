@@ -25,7 +25,6 @@ from .core.protocols import (
     BuildContext,
     DraftMemory,
     Model,
-    Proposer,
     ProposerContext,
     SchedulerContext,
     WeightsContext,
@@ -43,6 +42,7 @@ from .step.synthetic import share_for
 
 if TYPE_CHECKING:
     from .core.plugins import PluginManager
+    from .core.plugins.registry import Entry
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
@@ -119,8 +119,8 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
     drafts = draft_length(settings)
     max_drafts = drafts.max_k if drafts is not None else 0
     tables = SlotTables(slots, longest, page_size, spec.vocab_size, device, max_drafts=max_drafts)
-    make_proposer = _proposer(settings, spec, plugins) if drafts is not None else None
-    draft_memory = _draft_memory(make_proposer, spec, loaded.dtype)
+    entry = plugins.registry("proposers").require(settings.speculative.method, spec) if drafts is not None else None
+    draft_memory = _draft_memory(entry, spec, loaded.dtype)
     kv_spec = structs.replace(spec.kv, layers=spec.kv.layers + draft_memory.kv_layers)
     page_bytes = KVPool.bytes_per_page(kv_spec, page_size, kv_dtype) + draft_memory.bytes_per_page
     wanted, least = slots * tables.max_pages, tables.max_pages
@@ -138,15 +138,15 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
     attention = backend(AttentionContext(attention_spec, pool, settings))
 
     proposer = None
-    if make_proposer is not None:
+    if entry is not None:
         dtype = _name(loaded.dtype)
-        proposer = make_proposer(ProposerContext(settings, loaded.model, tables, attention, max_drafts, pages, dtype))
+        proposer = entry.factory(ProposerContext(settings, loaded.model, tables, attention, max_drafts, pages, dtype))
     programs = StepPrograms(
         loaded.model,
         attention,
         tables,
         proposer,
-        proposer_name=f"speculative.method {settings.speculative.method}",
+        proposer_name=f"proposer {entry.name!r} of plugin {entry.plugin!r}" if entry is not None else "",
         synthetic=synthetic_share(settings, max_drafts),
     )
 
@@ -286,15 +286,8 @@ def _reader(settings: Settings, files: ModelFiles, plugins: PluginManager) -> Ca
     return supported[0].factory
 
 
-def _proposer(settings: Settings, spec: ModelSpec, plugins: PluginManager) -> Callable[[ProposerContext], Proposer]:
-    factory: Callable[[ProposerContext], Proposer] = (
-        plugins.registry("proposers").require(settings.speculative.method, spec).factory
-    )
-    return factory
-
-
-def _draft_memory(factory: Any, spec: ModelSpec, dtype: torch.dtype) -> DraftMemory:
-    ask: Callable[[ModelSpec, int], DraftMemory] | None = getattr(factory, "memory", None)
+def _draft_memory(entry: Entry | None, spec: ModelSpec, dtype: torch.dtype) -> DraftMemory:
+    ask: Callable[[ModelSpec, int], DraftMemory] | None = getattr(entry.factory, "memory", None) if entry is not None else None
     return ask(spec, dtype.itemsize) if ask is not None else DraftMemory()
 
 

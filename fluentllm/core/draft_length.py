@@ -35,9 +35,16 @@ class DraftLength:
         self._until_trial = FIRST_INTERVAL
         self._trial = 0
         self._last_best = 0
+        self._stopped = False
+
+    def stop(self) -> None:
+        """The proposer is gone: draft no more."""
+        self._stopped = True
 
     def choose(self, batch: int) -> int:
         """Drafts to ask for, for a step of about `batch` sequences."""
+        if self._stopped:
+            return 0
         if self.fixed is not None:
             return self.fixed
         bucket = _bucket(batch)

@@ -37,6 +37,9 @@ class Pending(Protocol):
 
 
 class Programs(Protocol):
+    drafting_error: str | None
+    """Why nothing is drafted any more; None while all is well."""
+
     def run(self, plan: StepPlan) -> list[Pending]: ...
 
 
@@ -82,13 +85,13 @@ class Executor:
         started = time.perf_counter()
         self._apply(plan)
         pending = self.programs.run(plan)
-        rows = self._rows
+        rows, error = self._rows, self.programs.drafting_error
         if self.device.type == "cpu":
-            self._read(plan, pending, rows, started, None, future)
+            self._read(plan, pending, rows, started, None, error, future)
             return
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        self._reader.submit(self._guard(future, self._read), plan, pending, rows, started, done, future)
+        self._reader.submit(self._guard(future, self._read), plan, pending, rows, started, done, error, future)
 
     def _apply(self, plan: StepPlan) -> None:
         """Admissions and page grants, before the programs of the same step, on their stream."""
@@ -109,12 +112,14 @@ class Executor:
         rows: SlotRows,
         started: float,
         done: torch.cuda.Event | None,
+        drafting_error: str | None,
         future: Future[StepResult],
     ) -> None:
         if done is not None:
             done.synchronize()
         slots = [result for program in pending for result in program.read(rows)]
-        future.set_result(StepResult(step=plan.step, slots=slots, seconds=time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        future.set_result(StepResult(step=plan.step, slots=slots, seconds=seconds, drafting_error=drafting_error))
 
 
 def _initialise_thread(device: torch.device, threads: int | None) -> None:

@@ -180,6 +180,8 @@ class StepResult(Struct, kw_only=True):
     """Slots of last prefill chunks (and of chunks with prompt logprobs), then of `decode`, in the plan's order."""
     seconds: float
     """From the program's start to its end on the device."""
+    drafting_error: str | None = None
+    """Why the proposer was switched off, in this step or before."""
 
 
 # -------------------------------------------------------------------------------------------------------- model and memory
@@ -222,6 +224,16 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     speculation has kv.layers + draft_kv_layers layers."""
 
 
+class SpeculativeInfo(Struct, frozen=True, kw_only=True):
+    """Who drafts, and how much."""
+
+    method: str
+    k: int | Literal["auto"]
+    max_k: int
+    synthetic_acceptance: float | None = None
+    """Drafts are accepted at random, for benchmarks: the answers mean nothing."""
+
+
 class ModelInfo(Struct, frozen=True, kw_only=True):
     """What the engine tells the front end once it can serve."""
 
@@ -236,6 +248,8 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     """Tokens that the KV pool holds."""
     page_size: int
     slots: int
+    speculative: SpeculativeInfo | None = None
+    """None where nothing drafts."""
 
 
 class KVEvent(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -248,6 +262,25 @@ class KVEvent(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Hash of the page before the first of `blocks`; None at the start of a sequence."""
     tokens: list[int] = field(default_factory=list)
     page_size: int = 0
+
+
+class SpeculativeStats(Struct, frozen=True, kw_only=True):
+    """Drafts since the start, and how far they were right."""
+
+    info: SpeculativeInfo
+    verifications: int = 0
+    """Times that a sequence's drafts were verified; each brought its accepted drafts and one token of the target's own."""
+    drafted: list[int] = field(default_factory=list)
+    """For each position, first to last: how often it held a draft."""
+    accepted: list[int] = field(default_factory=list)
+    """And how often that and all before it were right."""
+    error: str | None = None
+    """Why the proposer was switched off."""
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens a verification, the target's own included."""
+        return 1 + sum(self.accepted) / self.verifications if self.verifications else 1.0
 
 
 class EngineStats(Struct, frozen=True, kw_only=True):
@@ -264,6 +297,8 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     cached_tokens: int
     generated_tokens: int
     preemptions: int
+    speculative: SpeculativeStats | None = None
+    """None where nothing drafts."""
 
 
 # ------------------------------------------------------------------------------------- frames between front end and engine

@@ -29,12 +29,14 @@ class Committed:
     """[B] int64, drafts that became tokens."""
 
 
-def commit(drawn: Tensor, drafts: Tensor, slots: Tensor, tables: SlotTables, features: int) -> Committed:
+def commit(
+    drawn: Tensor, drafts: Tensor, slots: Tensor, tables: SlotTables, features: int, equal: Tensor | None = None
+) -> Committed:
     """drawn [B, q] int64, the target's own token at each of q = K + 1 positions; drafts [B, K] int64; slots [B] int64.
 
     Draft j is accepted if it is the token drawn at its position and all before it were; the first token that differs is
     the target's own. Of a slot's K drafts the first `tables.drafted` count. The new tokens end at the first stop id and at
-    the budget.
+    the budget. `equal` [B, K] bool says which drafts are right, if another rule than equality is to hold.
     """
     rows = drawn.shape[1]
     offsets = torch.arange(rows, device=drawn.device)
@@ -42,7 +44,8 @@ def commit(drawn: Tensor, drafts: Tensor, slots: Tensor, tables: SlotTables, fea
     length = tables.length[slots]
 
     drafted = tables.drafted[slots].clamp(max=rows - 1)
-    right = ((drawn[:, :-1] == drafts) & (offsets[:-1] < drafted.unsqueeze(1))).to(torch.int64).cumprod(1).sum(1)
+    equal = drawn[:, :-1] == drafts if equal is None else equal
+    right = (equal & (offsets[:-1] < drafted.unsqueeze(1))).to(torch.int64).cumprod(1).sum(1)
     # Rows with `offsets` ≤ right are new, unless something ends the request before.
     is_stop = (drawn.unsqueeze(2) == tables.stop_ids[slots].unsqueeze(1)).any(2)
     before_stop = (is_stop.to(torch.int64).cumsum(1) - is_stop.to(torch.int64)) == 0
@@ -73,7 +76,11 @@ def _append(drawn: Tensor, new: Tensor, length: Tensor, slots: Tensor, tables: S
 
 
 def leave_drafts(drafts: Tensor, valid: Tensor, slots: Tensor, tables: SlotTables) -> None:
-    """Write drafts [B, K] int64, of which the first `valid` [B] count, behind the slots' histories for the next step."""
+    """Write drafts [B, K] int64, of which the first `valid` [B] count, behind the slots' histories for the next step.
+
+    Ids outside the vocabulary would be read outside the embedding: they become ids inside it, which are wrong drafts.
+    """
+    drafts = drafts.clamp(0, tables.vocab_size - 1)
     index = tables.length[slots].unsqueeze(1) + torch.arange(drafts.shape[1], device=drafts.device)
     tables.history[slots.unsqueeze(1), index] = drafts.to(torch.int32)
-    tables.drafted[slots] = valid
+    tables.drafted[slots] = valid.clamp(0, drafts.shape[1])

@@ -6,6 +6,7 @@ append to history, lengths and counts → draft for the next step
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 import torch
@@ -19,6 +20,9 @@ from .commit import Committed, commit, leave_drafts
 from .logprobs import Logprobs, logprobs_of
 from .processors import process_logits
 from .sample import draw
+from .synthetic import accept_at_random
+
+log = logging.getLogger(__name__)
 
 
 def decode_batch(slots: Tensor, drafts: int, tables: SlotTables) -> Batch:
@@ -60,6 +64,12 @@ class Target(Protocol):
     attention: AttentionBackend
     tables: SlotTables
     proposer: Proposer | None
+    synthetic: float | None
+    """Share of drafts that are accepted whatever they are (`step.synthetic`); None: those that are right."""
+
+    def drop_proposer(self, reason: str) -> None:
+        """Draft no more."""
+        ...
 
 
 def decode(slots: Tensor, drafting: Drafting, features: int, target: Target) -> tuple[Committed, Logprobs | None]:
@@ -67,20 +77,42 @@ def decode(slots: Tensor, drafting: Drafting, features: int, target: Target) -> 
     batch = decode_batch(slots, drafting.verify, target.tables)
     batch.features = features
     hidden = target.model.forward(batch, target.attention)
-    committed, logprobs = draw_and_commit(target.model.logits(hidden), batch, features, target.tables)
+    committed, logprobs = draw_and_commit(target.model.logits(hidden), batch, features, target.tables, target.synthetic)
     draft(batch, hidden, slots, drafting.draft, target)
     return committed, logprobs
 
 
 def draft(batch: Batch, hidden: Tensor, slots: Tensor, count: int, target: Target) -> None:
-    """Let the proposer see the pass, and leave its drafts in the slots that got tokens."""
-    if target.proposer is not None:
+    """Let the proposer see the pass, and leave its drafts in the slots that got tokens. One that fails is dropped: what the
+    target computes needs no drafts."""
+    if target.proposer is None:
+        return
+    try:
         drafts, valid = target.proposer.draft(batch, hidden, slots, count)
-        if count:
-            leave_drafts(drafts, valid, slots, target.tables)
+        wrong = wrong_drafts(drafts, valid, slots, count)
+    except Exception as error:
+        log.debug("the proposer failed", exc_info=True)
+        wrong = f"it raised {type(error).__name__}: {error}"
+    if wrong is not None:
+        target.drop_proposer(wrong)
+    elif count:
+        leave_drafts(drafts, valid, slots, target.tables)
 
 
-def draw_and_commit(logits: Tensor, batch: Batch, features: int, tables: SlotTables) -> tuple[Committed, Logprobs | None]:
+def wrong_drafts(drafts: Tensor, valid: Tensor, slots: Tensor, count: int) -> str | None:
+    """What is wrong with the shapes and types of a proposer's answer. Reads nothing from the device."""
+    for name, tensor, shape in (("drafts", drafts, (slots.shape[0], count)), ("valid", valid, (slots.shape[0],))):
+        if not isinstance(tensor, Tensor):
+            return f"it returned {type(tensor).__name__} as {name}, not a tensor"
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.int64 or tensor.device != slots.device:
+            found = f"{name} {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            return f"it returned {found}; expected {list(shape)} torch.int64 on {slots.device}"
+    return None
+
+
+def draw_and_commit(
+    logits: Tensor, batch: Batch, features: int, tables: SlotTables, synthetic: float | None = None
+) -> tuple[Committed, Logprobs | None]:
     """logits [B × q, V] float32 of a pass with q rows a slot → tokens in the slots' histories."""
     rows = batch.query_length or 1
     slots = batch.slots
@@ -90,5 +122,9 @@ def draw_and_commit(logits: Tensor, batch: Batch, features: int, tables: SlotTab
     raw = logits.clone() if features & Feature.LOGPROBS else logits
     logits = process_logits(logits, row_slots, positions, drafts, tables, features)
     drawn = draw(logits, row_slots, positions, tables, features)
+    right = None
+    if synthetic is not None and rows > 1:
+        drawn, right = accept_at_random(drawn.view(-1, rows), drafts, positions.view(-1, rows), slots, tables, synthetic)
+        drawn = drawn.view(-1)
     logprobs = logprobs_of(raw, drawn) if features & Feature.LOGPROBS else None
-    return commit(drawn.view(-1, rows), drafts, slots, tables, features), logprobs
+    return commit(drawn.view(-1, rows), drafts, slots, tables, features, right), logprobs

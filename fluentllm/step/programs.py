@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from ..core.executor import Pending, SlotRows
@@ -13,17 +15,37 @@ from .decode import decode
 from .logprobs import Logprobs, keep_top
 from .prefill import prefill
 
+log = logging.getLogger(__name__)
+
 _FINISH: dict[int, FinishReason | None] = {RUNNING: None, STOPPED: "stop", OUT_OF_BUDGET: "length"}
 
 
 class StepPrograms:
     """Prefill and decode of one model over one set of slot tables."""
 
-    def __init__(self, model: Model, attention: AttentionBackend, tables: SlotTables, proposer: Proposer | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        attention: AttentionBackend,
+        tables: SlotTables,
+        proposer: Proposer | None = None,
+        *,
+        proposer_name: str = "",
+        synthetic: float | None = None,
+    ) -> None:
+        """`proposer_name`: how the log calls it; `synthetic`: share of drafts that are accepted whatever they are."""
         self.model = model
         self.attention = attention
         self.tables = tables
         self.proposer = proposer
+        self.synthetic = synthetic
+        self.drafting_error: str | None = None
+        self._proposer_name = proposer_name
+
+    def drop_proposer(self, reason: str) -> None:
+        self.proposer = None
+        self.drafting_error = f"{self._proposer_name}: {reason}"
+        log.error("%s is switched off: %s. Requests go on without drafts.", self._proposer_name, reason)
 
     def run(self, plan: StepPlan) -> list[Pending]:
         """Enqueue the plan's programs on the current stream; nothing is read back here."""
