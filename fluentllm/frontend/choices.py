@@ -5,7 +5,7 @@ The pure half of `generation`: no engine, no tasks, no clock.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from ..core.types import RequestOutput, TokenLogprob
     from .tokenizer import Tokenizer
+
+
+Ending = Literal["stop", "length"]
 
 
 class TokenInfo(Struct, gc=False):
@@ -41,7 +44,7 @@ class Delta(Struct, gc=False):
     """Without the stop id that ended it."""
     logprobs: list[TokenInfo] | None = None
     """Of the tokens whose text begins in what was given up to here, if asked for."""
-    finish_reason: str | None = None
+    finish_reason: Ending | None = None
     """`stop` or `length`, with the last one."""
     stop: str | int | None = None
     """The stop string or stop id that ended it."""
@@ -102,10 +105,10 @@ class Choice:
 
         Raises `EngineDied` for an output that says that the engine gave the request up.
         """
-        tokens = output.tokens
-        reason: str | None = output.finish_reason
-        if reason in ("abort", "error"):
+        if output.finish_reason == "abort" or output.finish_reason == "error":  # noqa: PLR1714 - mypy narrows this one
             raise EngineDied("The engine gave the request up.", fix="Send it again.")
+        tokens = output.tokens
+        reason: Ending | None = output.finish_reason
         cached = 0 if self._started else output.cached_tokens
         if not self._started:
             self._started = True

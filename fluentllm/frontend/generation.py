@@ -22,8 +22,9 @@ from msgspec import Struct
 
 from ..core.errors import ContextTooLong, EngineDied, EngineUnavailable, InvalidRequest
 from ..core.types import Request, SamplingParams
-from .choices import Choice, Delta, TokenInfo
+from .choices import Choice, Delta, Ending, TokenInfo
 from .detokenizer import Detokenizer
+from .merge import merge
 from .sampling import SamplingOptions, check_prompt, choice_seed, context_limit, sampling_params
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Completion(Struct, kw_only=True):
     """Prompt number × n + choice number."""
     text: str
     tokens: list[int]
-    finish_reason: str
+    finish_reason: Ending
     stop: str | int | None = None
     logprobs: list[TokenInfo] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
@@ -77,7 +78,7 @@ class Usage(Struct):
     completion_tokens: int = 0
     cached_tokens: int = 0
 
-    def add(self, delta: Delta, n: int) -> None:
+    def add(self, delta: Delta | Completion, n: int) -> None:
         self.completion_tokens += delta.new_tokens
         if delta.cached_tokens and delta.index % n == 0:
             self.cached_tokens += delta.cached_tokens
@@ -222,7 +223,7 @@ class Generation:
         Raises what the engine refuses or ends a choice with (`QueueFull`, `EngineDied` …); the other choices are aborted.
         """
         choices = [self._choice(job, index) for index in range(len(job.prompts) * job.n)]
-        return choices[0] if len(choices) == 1 else _merge(choices)
+        return choices[0] if len(choices) == 1 else merge(choices)
 
     def stream_parts(self, job: Job) -> tuple[AsyncGenerator[Any, None], Callable[[Any], str | None], Callable[[Any], Delta]]:
         """`stream` in parts, for the server, which does this for every step and stream: items; what gives an item's text if
@@ -235,7 +236,7 @@ class Generation:
 
     async def complete(self, job: Job) -> list[Completion]:
         """All choices, finished, in order."""
-        results = [Completion(index=i, text="", tokens=[], finish_reason="") for i in range(len(job.prompts) * job.n)]
+        results = [Completion(index=i, text="", tokens=[], finish_reason="length") for i in range(len(job.prompts) * job.n)]
         pieces: list[list[str]] = [[] for _ in results]
         async with aclosing(self.stream(job)) as deltas:
             async for delta in deltas:
@@ -279,34 +280,3 @@ def _more_than_text(delta: Delta) -> None:
 
 def _itself(delta: Delta) -> Delta:
     return delta
-
-
-async def _merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    """Items of all streams as they come. The first error ends all of them; so does leaving."""
-    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
-
-    async def pump(stream: AsyncGenerator[Delta, None]) -> None:
-        end: Exception | None = None
-        try:
-            async with aclosing(stream) as deltas:
-                async for delta in deltas:
-                    queue.put_nowait(delta)
-        except Exception as error:  # handed to the reader, who raises it
-            end = error
-        queue.put_nowait(end)
-
-    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
-    try:
-        running = len(tasks)
-        while running:
-            item = await queue.get()
-            if isinstance(item, Delta):
-                yield item
-            elif item is None:
-                running -= 1
-            else:
-                raise item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -102,7 +102,7 @@ class EventStream(Generic[T]):
         (b"x-accel-buffering", b"no"),
     )
 
-    def __init__(self, prepare: Coroutine[Any, Any, Events[T]]) -> None:
+    def __init__(self, prepare: Callable[[], Coroutine[Any, Any, Events[T]]]) -> None:
         self.prepare = prepare
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,7 +112,7 @@ class EventStream(Generic[T]):
             log.debug("client left %s", scope["path"])
 
     async def _send(self, send: Send, send_body: Send) -> None:
-        events = await self.prepare
+        events = await self.prepare()
         encode = events.encode
         started = False
         async with aclosing(events.items) as items:

@@ -34,7 +34,8 @@ async def read(request: Request, kind: type[T]) -> T:
     if decoder is None:
         decoder = _DECODERS[kind] = msgspec.json.Decoder(kind)
     try:
-        return decoder.decode(body)
+        decoded: T = decoder.decode(body)
+        return decoded
     except msgspec.ValidationError as error:
         raise _explain(str(error), body, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -36,7 +36,7 @@ async def chat_completions(request: Request) -> Response | EventStream[Any]:
     check_model(body.model, services)
     check_common(body, 1, services)
     if body.stream:
-        return EventStream(_events(body, services))
+        return EventStream(lambda: _events(body, services))
     return await unless_left(request.receive, _answer(body, services))
 
 

@@ -51,7 +51,7 @@ async def completions(request: Request) -> Response | EventStream[Delta]:
             "max_tokens = 0 without echo asks for nothing.", fix="Set echo, or ask for tokens.", param="max_tokens"
         )
     if body.stream:
-        return EventStream(_events(body, prompts, services))
+        return EventStream(lambda: _events(body, prompts, services))
     return await unless_left(request.receive, _answer(body, prompts, services))
 
 
