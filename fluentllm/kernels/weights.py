@@ -157,8 +157,8 @@ class TwoWeights:
 def pack(weight: Tensor, precision: str, *, twice: bool = False) -> Weight:
     """weight [out, in], float → the same matrix at `precision`; `twice`: with a 16-bit copy for many rows, if that is faster.
 
-    int4 needs rows of whole groups of 32 and a multiple of 16 rows; where it does not fit, int8 is taken. Off the CPU there is
-    neither, and bfloat16 is taken.
+    int4 needs rows of whole groups of 32 and a multiple of 16 rows; where it does not fit, int8 is taken, which needs whole
+    groups too, and else 16 bits. Off the CPU there is neither, and bfloat16 is taken.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, one of {PRECISIONS} is expected")
@@ -166,7 +166,8 @@ def pack(weight: Tensor, precision: str, *, twice: bool = False) -> Weight:
         return DenseWeight(weight.to(DENSE[precision]))
     if weight.device.type != "cpu":
         return DenseWeight(weight.to(torch.bfloat16))
-    if precision == "packed":
+    # With other widths torch's int8 product reads past the end of rows.
+    if precision == "packed" or weight.shape[1] % GROUP:
         return _half(weight)
     few: Weight
     if precision == "int4" and _fits_int4(*weight.shape):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .plan import DecodePlan, SequencePlan, plan_decode, plan_prefill
+from .window import Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,18 +26,34 @@ class TorchAttention:
         self._kv_dtype = pool.dtype
         layers = range(pool.spec.layers)
         self._rows = [pool.rows(layer) for layer in layers]
-        if pool.spec.kind == "mla":
-            self._latent_pages = [pool.latent[layer] for layer in layers]
-        else:
-            self._pages = [(pool.k[layer], pool.v[layer]) for layer in layers]
+        tensors = (pool.latent,) if pool.spec.kind == "mla" else (pool.k, pool.v)
+        self._pages = [tuple(tensor[layer] for tensor in tensors) for layer in layers]
         self._decode: DecodePlan | None = None
         self._prefill: list[SequencePlan] = []
+        self._window: Window | None = None
+        # The target's layers and a draft layer's run in passes of their own: each has its window, by its first layer.
+        self._windows: dict[int, Window] | None = None
+        if pool.device.type == "cpu" and pool.dtype is self._dtype:
+            self._windows = {}
+        self._bytes_per_token = pool.spec.values_per_token() * pool.dtype.itemsize
+        self._started = False
 
     def begin(self, batch: Batch) -> None:
+        self._started = False
         if batch.query_length is None:
             self._decode, self._prefill = None, plan_prefill(batch)
         else:
             self._decode, self._prefill = plan_decode(batch, self._dtype), []
+
+    def _start(self, layer: int, batch: Batch, plan: DecodePlan) -> None:
+        """At a decode pass's first layer."""
+        self._started = True
+        self._window = None
+        if self._windows is None or plan.side_by_side is not None or not plan.sequences:
+            return
+        window = self._windows.setdefault(layer, Window(self._bytes_per_token))
+        if window.begin(batch, plan.keys):
+            self._window = window
 
     # ------------------------------------------------------------------------------------------------------------------ gqa
     def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
@@ -44,7 +61,9 @@ class TorchAttention:
         k_rows.index_copy_(0, batch.kv_rows, k.to(self._kv_dtype))
         v_rows.index_copy_(0, batch.kv_rows, v.to(self._kv_dtype))
         if self._decode is not None:
-            return self._gqa_decode(layer, q, self._decode, scale)
+            if not self._started:
+                self._start(layer, batch, self._decode)
+            return self._gqa_decode(layer, q, k, v, self._decode, scale)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         for plan in self._prefill:
             part = slice(plan.start, plan.stop)
@@ -63,12 +82,11 @@ class TorchAttention:
             )[0].transpose(0, 1)
         return out
 
-    def _gqa_decode(self, layer: int, q: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+    def _gqa_decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: float) -> Tensor:
         rows, heads, dim = q.shape
         if not rows:
-            return q.new_empty(0, heads, self._pages[layer][1].shape[-1])
-        keys, values = self._pages[layer]
-        keys, values = self._gather(keys, plan).transpose(1, 2), self._gather(values, plan).transpose(1, 2)
+            return q.new_empty(0, heads, v.shape[2])
+        keys, values = (known.transpose(1, 2) for known in self._known(layer, plan, (k, v)))
         kv_heads = keys.shape[1]
         group = heads // kv_heads
         if plan.rows == 1:
@@ -99,33 +117,38 @@ class TorchAttention:
         scale: float,
     ) -> Tensor:
         (cache,) = self._rows[layer]
-        cache.index_copy_(0, batch.kv_rows, torch.cat((latent, k_rope), -1).to(self._kv_dtype))
+        new = torch.cat((latent, k_rope), -1)
+        cache.index_copy_(0, batch.kv_rows, new.to(self._kv_dtype))
         if self._decode is not None:
-            return self._mla_absorbed(layer, q_nope, q_rope, up_k, up_v, self._decode, scale)
+            plan = self._decode
+            if not self._started:
+                self._start(layer, batch, plan)
+            if not q_nope.shape[0]:
+                return q_nope.new_empty(0, q_nope.shape[1], up_v.shape[1])
+            (known,) = self._known(layer, plan, (new,))
+            return mla_absorbed(q_nope, q_rope, known, up_k, up_v, plan.mask, scale)
         out = q_nope.new_empty(q_nope.shape[0], q_nope.shape[1], up_v.shape[1])
         for plan in self._prefill:
             part = slice(plan.start, plan.stop)
             if plan.pages is None:
                 known = latent[part], k_rope[part]
             else:
-                known = self._sequence(self._latent_pages[layer], plan).split((latent.shape[1], k_rope.shape[1]), -1)
+                known = self._sequence(self._pages[layer][0], plan).split((latent.shape[1], k_rope.shape[1]), -1)
             out[part] = mla_expanded(q_nope[part], q_rope[part], *known, up_k, up_v, plan.mask, scale)
         return out
 
-    def _mla_absorbed(
-        self, layer: int, q_nope: Tensor, q_rope: Tensor, up_k: Tensor, up_v: Tensor, plan: DecodePlan, scale: float
-    ) -> Tensor:
-        rows, heads, _ = q_nope.shape
-        if not rows:
-            return q_nope.new_empty(0, heads, up_v.shape[1])
-        known = self._gather(self._latent_pages[layer], plan)
-        return mla_absorbed(q_nope, q_rope, known, up_k, up_v, plan.mask, scale)
-
     # ----------------------------------------------------------------------------------------------------------------- pages
-    def _gather(self, pages: Tensor, plan: DecodePlan) -> Tensor:
-        """[pages, page_size, ...] → [N, L, ...]."""
-        chosen = pages[plan.pages] if isinstance(plan.pages, slice) else pages.index_select(0, plan.pages)
-        return chosen.view(plan.sequences, plan.keys, *pages.shape[2:]).to(self._dtype)
+    def _known(self, layer: int, plan: DecodePlan, new: tuple[Tensor, ...]) -> list[Tensor]:
+        """The layer's pool tensors as [N, L, ...] each; `new`: this pass's rows, which the pool holds by now."""
+        pages = self._pages[layer]
+        if self._window is not None:
+            return [copy[:, : plan.keys] for copy in self._window.layer(layer, pages, plan.pages, new)]
+        part = plan.side_by_side
+        if part is not None:
+            return [tensor[part].flatten(0, 1).unsqueeze(0).to(self._dtype) for tensor in pages]
+        chosen = plan.pages.flatten()
+        gathered = (tensor.index_select(0, chosen) for tensor in pages)
+        return [tensor.view(plan.sequences, plan.keys, *tensor.shape[2:]).to(self._dtype) for tensor in gathered]
 
     def _sequence(self, pages: Tensor, plan: SequencePlan) -> Tensor:
         """[pages, page_size, ...] → [keys, ...]."""

@@ -25,8 +25,10 @@ class DecodePlan:
     """q."""
     keys: int
     """L."""
-    pages: Tensor | slice
-    """[N · P] page numbers, or the slice of the pool where one sequence's pages lie side by side."""
+    pages: Tensor
+    """[N, P] page numbers."""
+    side_by_side: slice | None
+    """The slice of the pool, if there is one sequence and its pages are neighbours."""
     mask: Tensor
     """[N, 1, q, L], 0 where the row sees the key, else -inf; in the activations' dtype."""
 
@@ -57,15 +59,15 @@ def plan_decode(batch: Batch, dtype: torch.dtype) -> DecodePlan:
     index = torch.arange(keys, device=table.device)
     hidden = index > batch.positions.view(sequences, 1, rows, 1)
     mask = torch.zeros(hidden.shape, dtype=dtype, device=table.device).masked_fill_(hidden, float("-inf"))
-    return DecodePlan(sequences, rows, keys, _pages(table), mask)
+    return DecodePlan(sequences, rows, keys, table, _side_by_side(table), mask)
 
 
-def _pages(table: Tensor) -> Tensor | slice:
-    if table.shape[0] == 1:
-        numbers = table[0].tolist()
-        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-            return slice(numbers[0], numbers[0] + len(numbers))
-    return table.flatten()
+def _side_by_side(table: Tensor) -> slice | None:
+    if table.shape[0] != 1:
+        return None
+    numbers = table[0].tolist()
+    whole = range(numbers[0], numbers[0] + len(numbers))
+    return slice(whole.start, whole.stop) if numbers == list(whole) else None
 
 
 def plan_prefill(batch: Batch) -> list[SequencePlan]:
