@@ -98,8 +98,9 @@ class TransferDone:
     transfer: int
     peer: Peer
     status: Literal["done", "cancelled", "failed"]
-    """done: all bytes lie in the peer's memory and the notification is on its way. cancelled, failed: some bytes may have
-    been written, no more will be, and no notification was sent (failed: perhaps it was)."""
+    """done: all bytes lie in the peer's memory and the notification is on its way. cancelled: some bytes may have been
+    written, no more will be, and no notification was sent. failed: nobody knows; where the peer is frozen rather than dead,
+    bytes and notification may even come later, so a failed transfer is no proof that its target pages are drained."""
     size: int
     """Bytes it would have written, or has."""
     error: TransportError | None = None
@@ -116,7 +117,7 @@ class Notified:
 
 @dataclass(frozen=True, slots=True)
 class PeerGone:
-    """The last event of a peer: nothing of ours is under way to it, and nothing of its is delivered any more.
+    """The last event of a peer: our memory is not read for it any more, and none of its notifications is delivered.
 
     It says nothing of what the peer may still write into *our* memory; see `KVTransport.revokes`.
     """

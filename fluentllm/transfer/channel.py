@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ..core.transport import Peer, PeerDied, TransferDone, TransportCounters, TransportError, TransportEvent
+from ..core.transport import Peer, PeerDied, PeerReady, TransferDone, TransportCounters, TransportError, TransportEvent
 from .wire import Envelope, Wire
 
 if TYPE_CHECKING:
@@ -63,8 +63,10 @@ class Channel:
     _operations: list[tuple[Any, Transfer | None]] = field(default_factory=list)
     """Under way; None: a probe."""
     _leaving: float | None = None
-    _probed: float = field(default_factory=time.monotonic)
+    _probed: float = 0.0
     _probing: bool = False
+    _ready: bool = False
+    """The first probe was answered; until then nothing is written."""
 
     def add(self, transfer: Transfer) -> None:
         self._queue.append(transfer)
@@ -88,13 +90,16 @@ class Channel:
         if self.gone:
             return
         self.error, self.gone = error, True
-        for operation, _ in self._operations:
-            self.wire.abandon(operation)
-        self._operations.clear()
+        self._drop_operations()
         for transfer in list(self._queue):
             transfer.under_way = 0
             transfer.error = transfer.error or error
             self._end(transfer)
+
+    def _drop_operations(self) -> None:
+        for operation, _ in self._operations:
+            self.wire.abandon(operation)
+        self._operations.clear()
 
     def step(self) -> bool:
         """Look at what is under way, end what is over, post what fits. Returns whether anything moves."""
@@ -102,10 +107,10 @@ class Channel:
             return False
         try:
             self._look()
+            self._probe()
             self._post()
             for transfer in list(self._queue):
                 self._advance(transfer)
-            self._probe()
         except PeerDied as error:
             self.lose(error)
             return True
@@ -114,7 +119,8 @@ class Channel:
             self.lose(TransportError(f"{type(error).__name__}: {error}"))
             return True
         if self._leaving is not None:
-            if not self._queue and not self._operations:
+            if not self._queue and all(transfer is None for _, transfer in self._operations):
+                self._drop_operations()
                 self.gone = True
             elif time.monotonic() - self._leaving > LEAVE_WITHIN:
                 self.lose(PeerDied(f"{self.peer.name!r} kept what was under way to it; its connection was cut."))
@@ -130,21 +136,29 @@ class Channel:
                 self._operations.remove(item)
                 raise
             except TransportError as error:
-                if transfer is not None:
-                    transfer.error = transfer.error or error
+                if transfer is None:
+                    self._operations.remove(item)
+                    raise PeerDied(f"{self.peer.name!r} does not answer: {error}") from error
+                transfer.error = transfer.error or error
                 # Why it failed is not always told: the next probe says whether the peer is gone.
                 self._probed = 0.0
             self._operations.remove(item)
             if transfer is None:
                 self._probing = False
+                self._answered()
             else:
                 transfer.under_way -= 1
+
+    def _answered(self) -> None:
+        if not self._ready:
+            self._ready = True
+            self.tell(PeerReady(self.peer))
 
     def _advance(self, transfer: Transfer) -> None:
         """End it, or send its notification, if its time has come."""
         if transfer.cancelled or transfer.error:
             transfer.chunks.clear()
-        if transfer.chunks or transfer.under_way:
+        if transfer.chunks or transfer.under_way or (not self._ready and not transfer.cancelled):
             return
         if transfer.notification is None or transfer.notifying or transfer.cancelled or transfer.error:
             self._end(transfer)
@@ -155,6 +169,8 @@ class Channel:
             self._end(transfer)
 
     def _post(self) -> None:
+        if not self._ready:
+            return
         for transfer in self._queue:
             if len(self._operations) >= self.wire.window:
                 return
@@ -172,11 +188,14 @@ class Channel:
                     self._probing = True
                 else:
                     transfer.under_way += 1
+            elif transfer is None:
+                self._answered()
         except PeerDied:
             raise
         except TransportError as error:
-            if transfer is not None:
-                transfer.error = error
+            if transfer is None:
+                raise PeerDied(f"{self.peer.name!r} does not answer: {error}") from error
+            transfer.error = error
             self._probed = 0.0
 
     def _probe(self) -> None:

@@ -24,7 +24,6 @@ from ..core.transport import (
     Peer,
     PeerDied,
     PeerGone,
-    PeerReady,
     TransportClosed,
     TransportCounters,
     TransportError,
@@ -265,7 +264,6 @@ class PolledTransport:
             channel.lose(error)
             return
         self._by_epoch[peer.epoch] = channel
-        self._tell(PeerReady(peer))
 
     def _leave(self, peer: Peer) -> None:
         self._channels[peer.number].leave()
@@ -286,7 +284,8 @@ class PolledTransport:
             self._wire.disconnect(channel.connection)
         if channel.error is not None:
             self.counters.peers_lost += 1
-            log.warning("transport %s: lost %r: %s", self._wire.kind, channel.peer.name, channel.error)
+            level = logging.WARNING if self._epoch else logging.DEBUG  # 0 while this end itself ends all connections
+            log.log(level, "transport %s: lost %r: %s", self._wire.kind, channel.peer.name, channel.error)
         self._tell(PeerGone(channel.peer, channel.error))
 
     def _drop_all(self, reason: str) -> None:

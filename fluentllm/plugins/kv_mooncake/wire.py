@@ -1,18 +1,20 @@
 """One Mooncake transfer engine; a new one for each registration, so that an old address leads nowhere.
 
-Writes are asynchronous and polled. Notifications and probes block inside the library, so each connection has a thread for
-them. A notification goes with a write of at least one byte: every endpoint registers a mailbox for it.
+Writes are asynchronous and polled. Notifications and probes block inside the library, for a minute if the peer is frozen, so
+each connection has a thread for them. A notification goes with a write of at least one byte, so every endpoint registers a
+mailbox.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...core.transport import PeerDied, TransportError, WriteRefused
+from .lane import Lane
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,8 +33,7 @@ class Connection:
     """host:port of the peer's engine."""
     mailbox: int
     """Address in the peer's memory."""
-    thread: ThreadPoolExecutor
-    """One thread: notifications keep their order."""
+    thread: Lane
 
 
 class MooncakeWire:
@@ -86,7 +87,7 @@ class MooncakeWire:
     def connect(self, address: Address) -> Connection:
         try:
             session, _, mailbox = address.wire.decode().rpartition(":")
-            connection = Connection(session, int(mailbox), ThreadPoolExecutor(1, thread_name_prefix="kv-mooncake"))
+            connection = Connection(session, int(mailbox), Lane())
         except ValueError as error:
             raise TransportError(f"{address.name!r} sent an address that Mooncake has no use for.") from error
         return connection
@@ -124,7 +125,7 @@ class MooncakeWire:
         return [_bytes(note.msg) for note in self._engine.get_notifies()]
 
     def disconnect(self, connection: Connection) -> None:
-        connection.thread.shutdown(wait=False, cancel_futures=True)
+        connection.thread.end()
 
     def close(self) -> None:
         engine, self._engine = self._engine, None
@@ -149,7 +150,8 @@ class MooncakeWire:
 
     @staticmethod
     def _probe(engine: Any, connection: Connection) -> None:
-        if engine.send_probe(connection.session) != 0:
+        # The first call looks up the peer's memory, which blocks; later writes find it.
+        if engine.get_first_buffer_address(connection.session) <= 0 or engine.send_probe(connection.session) != 0:
             raise PeerDied(f"Mooncake's peer {connection.session} does not answer.")
 
 

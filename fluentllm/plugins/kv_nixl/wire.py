@@ -165,7 +165,8 @@ def _library() -> Any:
 
 
 def _ucx_variables(host: str, settings: NixlSettings) -> dict[str, str]:
-    variables = {"UCX_TLS": "all" if settings.kernel_copies else f"^{','.join(KERNEL_COPIES)}"}
+    # What goes wrong is reported by our own errors.
+    variables = {"UCX_LOG_LEVEL": "fatal", "UCX_TLS": "all" if settings.kernel_copies else f"^{','.join(KERNEL_COPIES)}"}
     if settings.devices != "auto":
         variables["UCX_NET_DEVICES"] = settings.devices
     elif _is_loopback(host):
