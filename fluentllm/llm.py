@@ -23,19 +23,21 @@ Message = Mapping[str, Any]
 class LLM:
     """A loaded model. Close it, or use it in a `with` statement, to free its memory.
 
-    `settings` are dotted keys of the settings tree (`{"engine.deterministic": True}`), over those of the file `config`.
+    `model`: what `fluent serve` takes; left out, the one that `config` names, or else the small default model. `settings` are
+    dotted keys of the settings tree (`{"engine.deterministic": True}`), over those of the file `config`.
     Raises `FluentError` subclasses for what cannot be loaded.
     """
 
     def __init__(
-        self, model: str = "smollm2", *, config: Path | None = None, settings: Mapping[str, Any] | None = None
+        self, model: str | None = None, *, config: Path | None = None, settings: Mapping[str, Any] | None = None
     ) -> None:
         import os
 
         from .core.config import load
         from .local import LocalEngine
 
-        loaded = load(config, {**(settings or {}), "model.name": model}, os.environ)
+        named = {} if model is None else {"model.name": model}
+        loaded = load(config, {**(settings or {}), **named}, os.environ)
         self._local = LocalEngine(loaded.settings)
         # Also at interpreter exit, so that no task of the engine is left pending.
         self._finalizer = weakref.finalize(self, self._local.close)
@@ -67,9 +69,21 @@ class LLM:
     async def _generate(self, prompts: list[Prompt], options: SamplingOptions) -> list[Completion]:
         generation = self._local.generation
         tokens = [await generation.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        return await generation.complete(generation.job(tokens, options))
+        return await self._complete(tokens, options)
 
     async def _chat(self, conversations: list[Sequence[Message]], options: SamplingOptions) -> list[Completion]:
         generation = self._local.generation
         tokens = [await generation.encode_chat(messages) for messages in conversations]
-        return await generation.complete(generation.job(tokens, options))
+        return await self._complete(tokens, options)
+
+    async def _complete(self, prompts: list[list[int]], options: SamplingOptions) -> list[Completion]:
+        """However many there are: no more at once than the engine's queue holds."""
+        generation, choices = self._local.generation, options.n or 1
+        size = max(1, self._local.settings.scheduler.max_waiting // choices)
+        done: list[Completion] = []
+        for start in range(0, len(prompts), size):
+            part = await generation.complete(generation.job(prompts[start : start + size], options))
+            for completion in part:
+                completion.index += start * choices
+            done += part
+        return done

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .core.errors import EngineUnavailable
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -59,7 +61,11 @@ class LocalEngine:
         return self.engine.info.name
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the engine's loop and wait for it; an interrupt cancels it."""
+        """Run a coroutine on the engine's loop and wait for it; an interrupt cancels it. Raises `EngineUnavailable` once
+        closed."""
+        if self._loop.is_closed():
+            coroutine.close()
+            raise EngineUnavailable("The engine is closed.", fix="Make a new one.")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()

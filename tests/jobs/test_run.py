@@ -55,19 +55,27 @@ def test_results_come_in_order_and_a_bad_line_has_its_error(tmp_path: Path) -> N
         {"prompt": [3, 4, 5], "temperature": 0, "n": 2},
         {"prompt": "x", "temperature": 9},
         {"prompt": "x", "tools": []},
+        {"messages": [{"role": "user", "content": "hi"}], "temperature": 0},
+        {"prompt": "user: hi", "temperature": 0},
     ]
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}")
     job = write_job(tmp_path, lines)
+    settings = yaml.safe_load(job.read_text())["settings"]
+    settings["model"]["chat_template"] = str(template)
+    job = write_job(tmp_path, lines, settings=settings)
     process = start(job)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     found = results(job)
-    assert [r["index"] for r in found] == list(range(6))
+    assert [r["index"] for r in found] == list(range(8))
     assert found[0]["id"] == "first"
     assert found[0]["usage"]["completion_tokens"] <= 30
     assert "exactly one" in found[2]["error"]
     assert found[3]["choices"][0] == found[3]["choices"][1]
     assert "temperature" in found[4]["error"]
     assert "tools" in found[5]["error"]
+    assert found[6]["choices"] == found[7]["choices"], "a chat is its rendered template"
 
 
 def test_a_killed_run_goes_on_and_loses_nothing(tmp_path: Path) -> None:
