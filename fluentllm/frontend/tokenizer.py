@@ -150,10 +150,10 @@ def bytes_tokenizer() -> Tokenizer:
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    from .gguf_metadata import read_metadata
+    from ..hub.gguf_file import read_header
     from .gguf_tokenizer import adds_bos, build_tokenizer
 
-    metadata = read_metadata(path)
+    metadata = read_header(path).metadata
     backend = build_tokenizer(metadata)
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     ids = {

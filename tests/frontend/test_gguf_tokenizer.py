@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer as Backend, normalizers, pre_tokenizers
 
 from fluentllm.core.errors import CheckpointError
-from fluentllm.frontend.gguf_metadata import read_metadata
 from fluentllm.frontend.tokenizer import load_tokenizer
+from fluentllm.hub.gguf_file import read_header
 
 from .checkpoints import SPECIAL, byte_level, sentencepiece_like
 from .texts import ODD, random_texts, spliced_texts
@@ -170,7 +170,7 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_header_reads_as_the_gguf_package_reads_it(smollm2_file: Path) -> None:
-    ours = read_metadata(smollm2_file)
+    ours = read_header(smollm2_file).metadata
     theirs = {
         name: field.contents() for name, field in gguf.GGUFReader(smollm2_file).fields.items() if not name.startswith("GGUF.")
     }
