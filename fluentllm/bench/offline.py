@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import ConfigError
-from ..core.types import Request, SamplingParams
+from ..core.types import Request, RequestOutput, SamplingParams, SpeculativeInfo
 from ..frontend.client import EngineClient
 from ..local import LocalEngine
 
@@ -20,8 +20,32 @@ from ..local import LocalEngine
 class Drafts:
     """Of the timed requests."""
 
+    verifications: int = 0
+    """Steps of a sequence that verified drafts."""
     drafted: int = 0
     accepted: int = 0
+
+    def add(self, output: RequestOutput) -> None:
+        self.verifications += output.drafted > 0
+        self.drafted += output.drafted
+        self.accepted += output.accepted
+
+    def report(self, info: SpeculativeInfo) -> dict[str, Any]:
+        """For the JSON. The length counts the target's own token; None where nothing was verified."""
+        length = 1 + self.accepted / self.verifications if self.verifications else None
+        figures: dict[str, Any] = {
+            "method": info.method,
+            "k": info.k,
+            "max_k": info.max_k,
+            "verifications": self.verifications,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "mean_accepted_length": length,
+            "synthetic": info.synthetic_acceptance is not None,
+        }
+        if info.synthetic_acceptance is not None:
+            figures["synthetic_acceptance"] = info.synthetic_acceptance
+        return figures
 
 
 def startup(local: LocalEngine) -> None:
@@ -115,14 +139,14 @@ async def _run(
     """Seconds from the first submit to the last token, and how many tokens came. `drafts` are added up."""
 
     async def one(number: int, prompt: list[int], budget: int) -> int:
-        params = SamplingParams(max_tokens=budget, temperature=0.0, ignore_eos=True)
+        # The seed matters to synthetic acceptance only: sequences must not win and lose all together.
+        params = SamplingParams(max_tokens=budget, temperature=0.0, ignore_eos=True, seed=number)
         request = Request(id=f"bench-{started}-{number}", prompt=prompt, params=params)
         tokens = 0
         async for output in client.submit(request):
             tokens += len(output.tokens)
             if drafts is not None:
-                drafts.drafted += output.drafted
-                drafts.accepted += output.accepted
+                drafts.add(output)
         return tokens
 
     started = time.perf_counter()

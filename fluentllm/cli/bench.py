@@ -13,7 +13,6 @@ from . import options
 
 if TYPE_CHECKING:
     from ..bench.offline import Drafts
-    from ..core.settings import Settings
     from ..local import LocalEngine
 
 bench = typer.Typer(help="Measure latency, throughput, or a running server.", no_args_is_help=True)
@@ -133,18 +132,12 @@ def _offline(
         offline.startup(local)
         startup_s = report.seconds_since_process_start()
         typer.echo(f"{local.model_name} on {local.engine.info.device}: first token after {startup_s:.2f} s")
+        info = local.engine.info.speculative
+        if info is not None and info.synthetic_acceptance is not None:
+            typer.echo(f"SYNTHETIC: drafts are accepted at random, {info.synthetic_acceptance} tokens a step.")
         figures = {"model": settings.model.name, "startup_s": startup_s, **measure(local, drafts)}
-        figures["speculative"] = _speculative(settings, drafts)
+        figures["speculative"] = drafts.report(info) if info is not None else None
     report.write(json, {**figures, **report.environment()})
-
-
-def _speculative(settings: Settings, drafts: Drafts) -> dict[str, Any] | None:
-    """None where it is off."""
-    chosen = settings.speculative
-    if chosen.method == "none":
-        return None
-    counts = {"drafted": drafts.drafted, "accepted": drafts.accepted}
-    return {"method": chosen.method, "k": chosen.k, "max_k": chosen.max_k, **counts}
 
 
 def _positive(option: str, text: str) -> int:

@@ -7,7 +7,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fluentllm.core.types import ModelInfo
+    from fluentllm.core.types import ModelInfo, SpeculativeInfo
 
 KEY_VARIABLE = "FLUENT_SERVER__API_KEY"
 
@@ -23,10 +23,20 @@ def banner(url: str, info: ModelInfo, *, chat: bool, needs_key: bool, seconds: f
         "memory": f"{memory} = {size(sum(info.memory.values()))}",
         "KV pool": f"{info.kv_tokens:,} tokens in pages of {info.page_size}, {info.slots} sequences at once",
     }
+    if info.speculative is not None:
+        rows["drafts"] = _drafts(info.speculative)
     lines = [f"\nFluentLLM is ready after {seconds:.1f} s.\n"]
     lines += [f"  {name:<8} {text}" for name, text in rows.items()]
     lines += ["", "Try it:", "", f"  {curl(url, info.name, chat=chat, needs_key=needs_key)}", "", "Stop it with Ctrl-C."]
     return "\n".join(lines)
+
+
+def _drafts(info: SpeculativeInfo) -> str:
+    count = f"0 to {info.max_k}" if info.k == "auto" else str(info.k)
+    text = f"{info.method}, {count} a step"
+    if info.synthetic_acceptance is None:
+        return text
+    return f"{text}; SYNTHETIC: accepted at random, {info.synthetic_acceptance} tokens a step, so answers mean nothing"
 
 
 def curl(url: str, model: str, *, chat: bool, needs_key: bool) -> str:

@@ -1,0 +1,61 @@
+"""Synthetic acceptance says so wherever its figures or answers come out."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from engine.harness import write_tiny_llama
+from engine.test_every_model import LONGCAT
+from typer.testing import CliRunner
+
+from fluentllm.cli import create_app
+from fluentllm.core.types import KVSpec, ModelInfo, ModelSpec, SpeculativeInfo
+from fluentllm.processes.banner import banner
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def info(speculative: SpeculativeInfo | None) -> ModelInfo:
+    kv = KVSpec(kind="gqa", layers=1, heads=1, head_dim=8, v_head_dim=8)
+    spec = ModelSpec(architecture="A", vocab_size=9, hidden_size=8, layers=1, heads=1, max_position=64, kv=kv)
+    return ModelInfo(
+        name="m",
+        spec=spec,
+        max_model_len=64,
+        device="cpu",
+        dtype="float32",
+        memory={"weights": 1},
+        kv_tokens=64,
+        page_size=16,
+        slots=1,
+        speculative=speculative,
+    )
+
+
+def test_banner() -> None:
+    def text(speculative: SpeculativeInfo | None) -> str:
+        return banner("http://h:1", info(speculative), chat=False, needs_key=False, seconds=1.0)
+
+    assert "drafts" not in text(None)
+    assert "mtp, 0 to 4 a step" in text(SpeculativeInfo(method="mtp", k="auto", max_k=4))
+    assert "SYNTHETIC" not in text(SpeculativeInfo(method="mtp", k=3, max_k=3))
+    assert "mtp, 3 a step; SYNTHETIC" in text(SpeculativeInfo(method="mtp", k=3, max_k=3, synthetic_acceptance=2.5))
+
+
+def test_bench(tmp_path: Path) -> None:
+    """MTP on random weights, as speed is measured."""
+    model, file = write_tiny_llama(tmp_path / "longcat", base=LONGCAT), tmp_path / "figures.json"
+    sets = ("speculative.method=mtp", "speculative.k=3", "speculative.synthetic_acceptance=3.0", "engine.threads=1")
+    arguments = ["bench", "throughput", str(model), "--requests", "8", "--input-len", "9", "--output-len", "90"]
+    options = ["--load-format", "dummy", "--device", "cpu", "--json", str(file), *(f"--set={s}" for s in sets)]
+    result = CliRunner().invoke(create_app(), [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    assert "SYNTHETIC" in result.output
+    figures = json.loads(file.read_text())["speculative"]
+    assert (figures["method"], figures["k"]) == ("mtp", 3)
+    assert figures["synthetic"] is True
+    assert figures["synthetic_acceptance"] == 3.0
+    assert 2.6 < figures["mean_accepted_length"] < 3.4
+    assert figures["accepted"] < figures["drafted"] == 3 * figures["verifications"]
