@@ -72,10 +72,7 @@ class HalfWeight:
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if not x.shape[0]:
             return x.new_empty(0, self.out_features)
-        if x.dtype is torch.float32:
-            y = self._product(x, self._packed)
-        else:
-            y = self._product(x.float(), self._packed).to(x.dtype)
+        y = self._product(x.float(), self._packed).to(x.dtype)
         return y if bias is None else y.add_(bias)
 
     def dequantised(self) -> Tensor:
