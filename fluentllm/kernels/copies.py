@@ -22,8 +22,8 @@ class Copies:
         with self._lock:
             self._waiting.append(make)
             if self._thread is None:
-                # Not a daemon: one that computes while the interpreter is torn down crashes it.
-                self._thread = threading.Thread(target=self._run, name="fluent-copies")
+                # Not a daemon, as a child of a daemon would be: one that computes while Python is torn down crashes it.
+                self._thread = threading.Thread(target=self._run, name="fluent-copies", daemon=False)
                 self._thread.start()
 
     def wait(self) -> None:

@@ -42,3 +42,16 @@ def test_copies_are_made_in_order_and_the_thread_ends() -> None:
     copies.wait()
     assert done[-1] == 5
     assert not any(thread.name == "fluent-copies" for thread in threading.enumerate())
+
+
+def test_the_thread_is_no_daemon_though_one_asked() -> None:
+    """Threads inherit it, and a daemon that is in torch when the interpreter ends aborts the process."""
+    copies = Copies()
+    release = threading.Event()
+    asking = threading.Thread(target=copies.add, args=(release.wait,), daemon=True)
+    asking.start()
+    asking.join()
+    [thread] = [thread for thread in threading.enumerate() if thread.name == "fluent-copies"]
+    assert not thread.daemon
+    release.set()
+    copies.wait()
