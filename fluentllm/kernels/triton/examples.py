@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .commit import commit_tokens, decode_rows, leave_drafts
 from .draw import argmax, draw
 from .elementwise import embedding, rotary, silu_mul
 from .filter import filter_thresholds
@@ -18,6 +19,7 @@ from .gqa_prefill import gqa_prefill, prefill_tiles
 from .kv_append import append, rotate_and_append
 from .launch import recording
 from .norm import add_rms_norm, rms_norm
+from .prompt_lookup import prompt_lookup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,12 +123,25 @@ def sampling() -> None:
         draw(logits, _longs(32), _longs(32), floats[:, 0], ints[:, 6], thresholds)
 
 
+def step() -> None:
+    ints, finished, history = _longs(33, 8), _empty(33, dtype=torch.bool), _ints(33, 8193)
+    slots = _longs(32)
+    for rows in (1, 4):
+        decode_rows(slots, rows, ints[:, 0], finished, history, _ints(33, 128), 64)
+        tokens = _longs(32, rows)
+        for counts in (None, _ints(33, 128256)):
+            commit_tokens(tokens, tokens, slots, ints[:, 0], ints[:, 2], ints[:, 7], finished, _ints(33, 8), history, counts)
+    leave_drafts(_longs(32, 3), _longs(32), slots, ints[:, 0], ints[:, 7], history)
+    prompt_lookup(history, slots, ints[:, 0], 4, 2, 4)
+
+
 EXAMPLES: list[Callable[[], None]] = [
     decode_attention,
     prefill_attention,
     keys_and_values,
     small_operations,
     sampling,
+    step,
 ]
 
 
