@@ -49,7 +49,7 @@ class MlaDecode:
     """[2 · parts, q · H, 512] float32, normalised outputs of pieces."""
     lse: Tensor
     """[2 · parts, q · H] float32, their log-sum-exps in log2 units."""
-    pdl: bool = True
+    pdl: bool = False
     """Set the combine up while the decode runs (programmatic dependent launch)."""
     _descriptors: dict[tuple[int, ...], tuple[TensorDescriptor, ...]] = field(default_factory=dict)
 
@@ -89,6 +89,7 @@ class MlaDecode:
             q_latent, _rows_descriptor(q_rope, ROPE), *self._fp8_descriptors(cache), q_scale, out, self.partial, self.lse,
             page_table, self.plan.lengths, self.plan.starts, self.plan.records, scale * math.log2(math.e), page_table.stride(0),
             HEADS=self.heads, ROWS=self.rows, GROUPS=groups, NUM_STAGES=hopper_fp8.STAGES, PDL=self.pdl, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
         return self._combine(out)
 
@@ -101,6 +102,7 @@ class MlaDecode:
             self.partial, self.lse, page_table, self.plan.lengths, self.plan.starts, self.plan.records,
             scale * math.log2(math.e), page_table.stride(0),
             HEADS=self.heads, ROWS=self.rows, GROUPS=groups, NUM_STAGES=hopper_bf16.STAGES, PDL=self.pdl, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
         return self._combine(out)
 

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_common import async_load, exp2, launch_dependents, next_piece, part_of, publish_sums, write_piece
+from .hopper_common import async_load, exp2, launch_dependents, next_piece, part_of, publish_sums, row_max, row_sum, write_piece
 
 STAGES = 2
 
@@ -85,11 +85,11 @@ def _scores(lse, q, qr, k0, k1, kr, p, alphas, inverse, q_full, q_empty, k_full,
                 logit = gl.minimum(gl.maximum(raw * scale_log2, -1.0e29), 1.0e29)
                 if (index + 1) * 64 > least:
                     logit = gl.where((index * 64 + key)[None, :] < visible[:, None], logit, float("-inf"))
-                new_top = gl.maximum(top, gl.max(logit, 1))
+                new_top = gl.maximum(top, row_max(logit))
                 alpha = exp2(top - new_top)
                 prob = exp2(logit - new_top[:, None])
                 top = new_top
-                total = total * alpha + gl.sum(prob, 1)
+                total = total * alpha + row_sum(prob)
                 mbarrier.wait(p_empty, (step & 1) ^ 1)
                 p.store(prob.to(gl.bfloat16))
                 alphas.store(alpha)
@@ -109,27 +109,32 @@ def _values(out, partial, v, p, alphas, inverse, k_full, k_empty, p_full, p_empt
             HALF: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr):  # fmt: skip
     part, begin, end, high, first, last, keys = part_of(records, GROUPS)
     group = gl.program_id(0) % GROUPS
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, O))
-    column = HALF * 256 + gl.arange(0, 256, gl.SliceLayout(0, O))
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
+    column = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(0, OUT))
     step = 0
     piece = 0
     for sequence in range(begin, end):
         next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high)
         if first < last:
-            acc = gl.zeros([64, 256], gl.float32, O)
+            left = gl.zeros([64, 128], gl.float32, OUT)
+            right = gl.zeros([64, 128], gl.float32, OUT)
             for _ in range(first, last):
                 stage = step % NUM_STAGES
                 mbarrier.wait(k_full.index(stage), (step // NUM_STAGES) & 1)
                 mbarrier.wait(p_full, step & 1)
-                alpha = alphas.load(gl.SliceLayout(1, O))
-                acc = acc * alpha[:, None]
-                acc = warpgroup_mma(p, v.index(stage).reshape([64, 256]), acc)
+                alpha = alphas.load(gl.SliceLayout(1, OUT))
+                value = v.index(stage).reshape([64, 256])
+                left = left * alpha[:, None]
+                right = right * alpha[:, None]
+                left = warpgroup_mma(p, value.slice(0, 128, dim=1), left, is_async=True)
+                right = warpgroup_mma(p, value.slice(128, 128, dim=1), right, is_async=True)
+                left, right = warpgroup_mma_wait(0, deps=[left, right])
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 mbarrier.arrive(p_empty, count=1)
                 step += 1
-            write_piece(out, partial, acc, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column, piece,
-                        ROWS)  # fmt: skip
+            write_piece(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column,
+                        piece, ROWS)  # fmt: skip
             piece += 1
         first = next_first
         last = next_last

@@ -31,6 +31,19 @@ def exp2(x):
 
 
 @gluon.jit
+def row_max(x):
+    """[64, 64] in the scores' layout → [64]. In two steps: one chain of sixteen dependent instructions a row would set the
+    pace of a partition that has one warp a scheduler."""
+    return gl.convert_layout(gl.max(gl.max(x.reshape([64, 8, 8]), 1), 1), gl.SliceLayout(1, x.type.layout))
+
+
+@gluon.jit
+def row_sum(x):
+    """Like `row_max`."""
+    return gl.convert_layout(gl.sum(gl.sum(x.reshape([64, 8, 8]), 1), 1), gl.SliceLayout(1, x.type.layout))
+
+
+@gluon.jit
 def publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS: gl.constexpr):
     """End of a piece in the partition that keeps the softmax: reciprocal sums for the partitions that hold the output,
     and log-sum-exps (log2 units) for the combine if the sequence has other pieces."""
@@ -43,20 +56,23 @@ def publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, k
 
 
 @gluon.jit
-def write_piece(out, partial, acc, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column, piece,
+def write_piece(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column, piece,
                 ROWS: gl.constexpr):  # fmt: skip
-    """End of a piece in a partition that holds part of the output: normalise, then write the output, or the piece's slot."""
+    """End of a piece in a partition that holds 2 × 128 columns of the output, from `column` on: normalise, then write them to
+    the output, or to the piece's slot."""
     mbarrier.wait(l_full, piece & 1)
-    factor = inverse.load(row.type.layout)
+    factor = inverse.load(row.type.layout)[:, None]
     mbarrier.arrive(l_empty, count=1)
-    acc = acc * factor[:, None]
+    inside = (row < ROWS)[:, None]
     if last - first == (keys + 63) // 64:
-        offset = (sequence * ROWS + row).to(gl.int64) * 512
-        gl.store(out + offset[:, None] + column[None, :], acc.to(out.dtype.element_ty), mask=(row < ROWS)[:, None])
+        target = out + (sequence * ROWS + row).to(gl.int64)[:, None] * 512 + column[None, :]
+        gl.store(target, (left * factor).to(out.dtype.element_ty), mask=inside)
+        gl.store(target + 128, (right * factor).to(out.dtype.element_ty), mask=inside)
     else:
         slot = 2 * part + (first == 0).to(gl.int32)
-        offset = (slot * ROWS + row).to(gl.int64) * 512
-        gl.store(partial + offset[:, None] + column[None, :], acc, mask=(row < ROWS)[:, None])
+        place = partial + (slot * ROWS + row).to(gl.int64)[:, None] * 512 + column[None, :]
+        gl.store(place, left * factor, mask=inside)
+        gl.store(place + 128, right * factor, mask=inside)
 
 
 @gluon.jit

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_common import async_load, exp2, launch_dependents, next_piece, part_of, publish_sums, write_piece
+from .hopper_common import async_load, exp2, launch_dependents, next_piece, part_of, publish_sums, row_max, row_sum, write_piece
 
 STAGES = 3
 
@@ -82,10 +82,10 @@ def _softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total
     weighted = raw * k_scale[None, :] * factor[:, None] + log2_scale[None, :]
     if hidden_from < 64:
         weighted = gl.where(key[None, :] < visible[:, None], weighted, float("-inf"))
-    new_top = gl.maximum(top, gl.max(weighted, 1))
+    new_top = gl.maximum(top, row_max(weighted))
     alpha = exp2(top - new_top)
     prob = exp2(weighted - new_top[:, None])
-    total = total * alpha + gl.sum(prob * reciprocal[None, :], 1)
+    total = total * alpha + row_sum(prob * reciprocal[None, :])
     buffer = step % 2
     mbarrier.wait(p_empty.index(buffer), ((step // 2) & 1) ^ 1)
     p.index(buffer).store(prob.to(gl.float16))
@@ -146,8 +146,8 @@ def _scores(q8, q_scale, lse, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empt
 
 
 @gluon.jit
-def _convert(k8, v, stage, HALF: gl.constexpr, ROWS_FROM: gl.constexpr):
-    """Half a page's keys (32) of half the latent (256): E4M3 → FP16, exactly."""
+def _convert(k8, v_left, v_right, stage, HALF: gl.constexpr, KEYS_FROM: gl.constexpr):
+    """Half a page's keys (32) of half the latent (2 × 128): E4M3 → FP16, exactly."""
     # Lanes so that neither the 16-byte reads of E4M3 nor the two 16-byte writes of FP16 meet in a bank of the 128-byte
     # swizzle: eight lanes are four chunks of a row and four of the row whose index differs in bits 0 and 2.
     LANES: gl.constexpr = gl.DistributedLinearLayout(
@@ -157,51 +157,55 @@ def _convert(k8, v, stage, HALF: gl.constexpr, ROWS_FROM: gl.constexpr):
         block_bases=[],
         shape=[32, 128],
     )
-    target = v.slice(ROWS_FROM * 32, 32, dim=0)
-    for chunk in gl.static_range(2):
-        source = k8.index(stage * 4 + HALF * 2 + chunk).reshape([64, 128]).slice(ROWS_FROM * 32, 32, dim=0)
-        target.slice(chunk * 128, 128, dim=1).store(source.load(LANES).to(gl.float16))
+    left = k8.index(stage * 4 + HALF * 2).reshape([64, 128]).slice(KEYS_FROM * 32, 32, dim=0).load(LANES)
+    right = k8.index(stage * 4 + HALF * 2 + 1).reshape([64, 128]).slice(KEYS_FROM * 32, 32, dim=0).load(LANES)
+    v_left.store(left.to(gl.float16))
+    v_right.store(right.to(gl.float16))
 
 
 @gluon.jit
-def _values(out, partial, k8, v, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths, starts,
+def _values(out, partial, k8, v00, v01, v10, v11, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths, starts,
             records, HALF: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr):  # fmt: skip
     part, begin, end, high, first, last, keys = part_of(records, GROUPS)
     group = gl.program_id(0) % GROUPS
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, O))
-    column = HALF * 256 + gl.arange(0, 256, gl.SliceLayout(0, O))
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
+    column = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(0, OUT))
     step = 0
     piece = 0
     for sequence in range(begin, end):
         next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high)
         if first < last:
-            acc = gl.zeros([64, 256], gl.float32, O)
+            left = gl.zeros([64, 128], gl.float32, OUT)
+            right = gl.zeros([64, 128], gl.float32, OUT)
             mbarrier.wait(k_full.index(step % NUM_STAGES), (step // NUM_STAGES) & 1)
-            _convert(k8, v, step % NUM_STAGES, HALF, 0)
+            _convert(k8, v00, v01, step % NUM_STAGES, HALF, 0)
             for index in range(first, last):
                 stage = step % NUM_STAGES
                 buffer = step % 2
                 mbarrier.wait(p_full.index(buffer), (step // 2) & 1)
-                alpha = alphas.index(buffer).load(gl.SliceLayout(1, O))
-                acc = acc * alpha[:, None]
+                alpha = alphas.index(buffer).load(gl.SliceLayout(1, OUT))
+                left = left * alpha[:, None]
+                right = right * alpha[:, None]
                 fence_async_shared()
                 prob = p.index(buffer)
-                acc = warpgroup_mma(prob.slice(0, 32, dim=1), v.slice(0, 32, dim=0), acc, is_async=True)
-                _convert(k8, v, stage, HALF, 1)
+                left = warpgroup_mma(prob.slice(0, 32, dim=1), v00, left, is_async=True)
+                right = warpgroup_mma(prob.slice(0, 32, dim=1), v01, right, is_async=True)
+                _convert(k8, v10, v11, stage, HALF, 1)
                 fence_async_shared()
+                left = warpgroup_mma(prob.slice(32, 32, dim=1), v10, left, is_async=True)
+                right = warpgroup_mma(prob.slice(32, 32, dim=1), v11, right, is_async=True)
                 mbarrier.arrive(k_empty.index(stage), count=1)
-                acc = warpgroup_mma(prob.slice(32, 32, dim=1), v.slice(32, 32, dim=0), acc, is_async=True)
                 step += 1
-                # The first half of V is free again; convert the next page's under the second product.
-                acc = warpgroup_mma_wait(1, deps=[acc])
+                # The first keys' V is free again; convert the next page's under the second product.
+                left, right = warpgroup_mma_wait(2, deps=[left, right])
                 if index + 1 < last:
                     mbarrier.wait(k_full.index(step % NUM_STAGES), (step // NUM_STAGES) & 1)
-                    _convert(k8, v, step % NUM_STAGES, HALF, 0)
-                acc = warpgroup_mma_wait(0, deps=[acc])
+                    _convert(k8, v00, v01, step % NUM_STAGES, HALF, 0)
+                left, right = warpgroup_mma_wait(0, deps=[left, right])
                 mbarrier.arrive(p_empty.index(buffer), count=1)
-            write_piece(out, partial, acc, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column, piece,
-                        ROWS)  # fmt: skip
+            write_piece(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column,
+                        piece, ROWS)  # fmt: skip
             piece += 1
         first = next_first
         last = next_last
@@ -218,8 +222,17 @@ def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, ls
     kr = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES, 1, 64, 64], kr_desc.layout)
     ks = gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, 64], ks_desc.layout)
     F16: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    v0 = gl.allocate_shared_memory(gl.float16, [64, 256], F16)
-    v1 = gl.allocate_shared_memory(gl.float16, [64, 256], F16)
+    # V of 32 keys × 128 values each, in buffers of their own: the compiler puts barriers between accesses to one buffer.
+    v = (
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+    )
     p = gl.allocate_shared_memory(gl.float16, [2, 64, 64], F16)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     alphas = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT)
@@ -249,9 +262,9 @@ def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, ls
         [
             (_scores, (q8, q_scale, lse, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full,
                        p_empty, l_full, l_empty, lengths, starts, records, scale_log2, HEADS, ROWS, GROUPS, NUM_STAGES)),
-            (_values, (out, partial, k8, v0, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty,
+            (_values, (out, partial, k8, v[0], v[1], v[2], v[3], p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty,
                        lengths, starts, records, 0, ROWS, GROUPS, NUM_STAGES)),
-            (_values, (out, partial, k8, v1, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty,
+            (_values, (out, partial, k8, v[4], v[5], v[6], v[7], p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty,
                        lengths, starts, records, 1, ROWS, GROUPS, NUM_STAGES)),
             (_loader, (qr_desc, k8_desc, kr_desc, ks_desc, qr, k8, kr, ks, q_full, q_empty, k_full,
                        k_empty, page_table, lengths, starts, records, ROWS, GROUPS, table_width, NUM_STAGES)),

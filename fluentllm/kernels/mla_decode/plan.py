@@ -75,24 +75,27 @@ def plan_reference(plan: DecodePlan) -> None:
     lengths = plan.lengths.tolist()
     pages = [-(-keys // PAGE) for keys in lengths]
     tile = max(1, -(-sum(count + OVERHEAD * (count > 0) for count in pages) // plan.parts))
-    run = next(t for t in range(1, 2**SEARCH_STEPS + 1) if t == 2**SEARCH_STEPS or _runs(pages, t) <= plan.parts)
+    longest = 2**SEARCH_STEPS
+    shortest = min(longest, max(1, -(-sum(pages) // plan.parts)))
+    run = next((t for t in range(shortest, max(1, *pages) + 1) if _runs(pages, t) <= plan.parts), longest)
     position = part = 0
+    starts: list[int] = []
+    spans: list[list[int]] = []
     records: list[list[int]] = []
     for i, count in enumerate(pages):
         position += OVERHEAD * (count > 0)
-        plan.starts[i] = position
+        starts.append(position)
         splits = -(-count // run)
         whole = [[i, i + 1, 0, k * count // splits, (k + 1) * count // splits, lengths[i], 0, 0] for k in range(splits)]
-        plan.spans[i] = torch.tensor([part, part + splits - 1] if count else [0, -1])
+        spans.append([part, part + splits - 1] if count else [0, -1])
         records += whole
         part += splits
         position += count
     if part > plan.parts or run > tile + OVERHEAD:
-        starts = plan.starts.tolist()
-        plan.spans.copy_(
-            torch.tensor([[s // tile, (s + n - 1) // tile] if n else [0, -1] for s, n in zip(starts, pages, strict=True)])
-        )
+        spans = [[s // tile, (s + n - 1) // tile] if n else [0, -1] for s, n in zip(starts, pages, strict=True)]
         records = [_tile_record(starts, pages, lengths, p * tile, (p + 1) * tile) for p in range(plan.parts)]
+    plan.starts.copy_(torch.tensor(starts, dtype=torch.int32))
+    plan.spans.copy_(torch.tensor(spans, dtype=torch.int32))
     plan.records.zero_()
     plan.records[: len(records)] = torch.tensor(records, dtype=torch.int32).view(-1, 8)
 
@@ -113,7 +116,7 @@ def plan_kernel(
     lengths, starts, spans, records, count, PARTS: tl.constexpr, OVERHEAD: tl.constexpr, PAGE: tl.constexpr,
     STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (PARTS,): every program computes the whole plan and writes its part's record, the first also what is a sequence's."""
+    """Grid (PARTS,): every program computes the whole plan and writes its part's record; the first also the rest."""
     part = tl.program_id(0)
     index = tl.arange(0, BLOCK)
     inside = index < count
