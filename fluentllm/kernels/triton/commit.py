@@ -144,15 +144,15 @@ def commit_tokens(
     int64; the rest the slot tables': length, end, drafted int64 columns of one table, finished bool, stop_ids [S, M] int32,
     history [S, L] int32, output_counts [S, V] int32 where penalties count.
 
-    Updates the tables → packed [B, q + 4] int64, for one copy to the host: tokens, then count, state (0 runs, 1 stopped, 2 out of
-    budget), drafts verified, drafts accepted. Reference: `step.commit.commit`.
+    Updates the tables → packed [B, q + 4] int64, for one copy to the host: tokens, then count, state (0 runs, 1 stopped, 2 out
+    of budget), drafts verified, drafts accepted. Reference: `step.commit.commit`.
     """
     batch, rows = drawn.shape
     packed = torch.empty(batch, rows + 4, dtype=torch.int64, device=drawn.device)
     stops = stop_ids.shape[1]
     launch(
-        _commit_kernel, (batch,), packed, drawn, tokens, slots, length, end, drafted, finished, stop_ids, history, output_counts,
-        length.stride(0), stop_ids.stride(0), history.stride(0), 0 if output_counts is None else output_counts.stride(0),
+        _commit_kernel, (batch,), packed, drawn, tokens, slots, length, end, drafted, finished, stop_ids, history,
+        output_counts, length.stride(0), stop_ids.stride(0), history.stride(0), 0 if output_counts is None else output_counts.stride(0),
         ROWS=rows, STOPS=stops, BLOCK_ROWS=power_of_2(rows), BLOCK_STOPS=power_of_2(stops), num_warps=1,
     )  # fmt: skip
     return packed

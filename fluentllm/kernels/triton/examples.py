@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..moe import Routing
 from .commit import commit_tokens, decode_rows, leave_drafts
 from .draw import argmax, draw
 from .elementwise import embedding, rotary, silu_mul
@@ -18,6 +19,8 @@ from .gqa_plan import plan_gqa
 from .gqa_prefill import gqa_prefill, prefill_tiles
 from .kv_append import append, rotate_and_append
 from .launch import recording
+from .moe import experts
+from .moe_route import route
 from .norm import add_rms_norm, rms_norm
 from .prompt_lookup import prompt_lookup
 
@@ -135,6 +138,26 @@ def step() -> None:
     prompt_lookup(history, slots, ints[:, 0], 4, 2, 4)
 
 
+def mixture_of_experts() -> None:
+    routings = (
+        Routing(64, 6, scores="sigmoid", renormalise=True),
+        Routing(128, 12, zero_experts=64, scale=6.0),
+        Routing(256, 8, scores="sigmoid", groups=8, top_groups=4, group_score="top2", renormalise=True, scale=2.5),
+        Routing(160, 6, groups=8, top_groups=3),
+    )
+    for routing in routings:
+        for bias in (None, _floats(routing.total)):
+            route(_floats(8, routing.total), routing, bias)
+    # (tokens, routing, hidden, inner): a GEMV, thin tiles, wide tiles, the largest
+    for tokens in (1, 32, 256, 4096):
+        for (hidden, inner), routing in (((2048, 1408), routings[0]), ((3072, 1024), routings[1])):
+            x, choices = _empty(tokens, hidden), (tokens, routing.top_k)
+            gate_up = _empty(routing.experts, 2 * inner, hidden)
+            down = _empty(routing.experts, hidden, inner)
+            shared = x if routing.zero_experts == 0 else None
+            experts(x, _floats(*choices), _ints(*choices), gate_up, down, shared)
+
+
 EXAMPLES: list[Callable[[], None]] = [
     decode_attention,
     prefill_attention,
@@ -142,6 +165,7 @@ EXAMPLES: list[Callable[[], None]] = [
     small_operations,
     sampling,
     step,
+    mixture_of_experts,
 ]
 
 

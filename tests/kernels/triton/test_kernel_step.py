@@ -63,8 +63,8 @@ def test_a_step_of_the_tables(drafts: int, device: torch.device, rng: torch.Gene
     drawn[:, :-1] = torch.where(torch.rand(drawn[:, :-1].shape, generator=rng) < 0.7, tokens[:, 1:], drawn[:, :-1])
     committed = commit(drawn, tokens[:, 1:], slots, plain, Feature.PENALTIES)
     packed = commit_tokens(
-        drawn.to(device), rows.tokens.view(-1, drafts + 1), slots.to(device), ours.length, ours.end, ours.drafted, ours.finished,
-        ours.stop_ids, ours.history, ours.output_counts,
+        drawn.to(device), rows.tokens.view(-1, drafts + 1), slots.to(device), ours.length, ours.end, ours.drafted,
+        ours.finished, ours.stop_ids, ours.history, ours.output_counts,
     ).cpu()  # fmt: skip
     assert torch.equal(packed[:, : drafts + 1], committed.tokens)
     columns = (committed.counts, committed.states, committed.drafted, committed.accepted)

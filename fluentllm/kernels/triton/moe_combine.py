@@ -1,0 +1,47 @@
+"""Adding up what a token's experts computed: weights, zero experts and shared experts, in the order of choice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from .launch import launch, power_of_2
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit
+def _combine_kernel(out, y, x, shared, weights, ids, x_row, shared_row, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+                    SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < SIZE
+    acc = tl.zeros([BLOCK], tl.float32)
+    kept = 0.0
+    for k in tl.static_range(TOP_K):
+        pair = token * TOP_K + k
+        weight = tl.load(weights + pair)
+        computed = tl.load(ids + pair) < EXPERTS
+        # Rows of zero experts were never written.
+        acc += weight * tl.load(y + pair * SIZE + i, mask=i < tl.where(computed, SIZE, 0), other=0.0).to(tl.float32)
+        kept += tl.where(computed, 0.0, weight)
+    acc += kept * tl.load(x + token * x_row + i, mask=inside, other=0.0).to(tl.float32)
+    if shared is not None:
+        acc += tl.load(shared + token * shared_row + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * SIZE + i, acc.to(out.dtype.element_ty), mask=inside)
+
+
+def combine(y: Tensor, x: Tensor, weights: Tensor, ids: Tensor, experts: int, shared: Tensor | None = None) -> Tensor:
+    """y [T · K, hidden], what each pair's expert made; x [T, hidden], what zero experts (ids of `experts` or more) return;
+    weights, ids [T, K], contiguous; shared [T, hidden] is added → [T, hidden]. Reference: `kernels.moe.combine_reference`."""
+    tokens, size = x.shape
+    out = x.new_empty(tokens, size)
+    block = min(1024, power_of_2(size))
+    launch(
+        _combine_kernel, (tokens, -(-size // block)), out, y, x, shared, weights, ids, x.stride(0),
+        0 if shared is None else shared.stride(0), EXPERTS=experts, TOP_K=ids.shape[1], SIZE=size, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out

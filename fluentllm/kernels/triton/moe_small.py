@@ -1,0 +1,86 @@
+"""Experts of a few tokens: no sorting, no tiles; programs read the rows of the chosen experts' matrices and nothing else.
+
+Weights are multiplied as they arrive, so many loads are in flight; two launches, the second of which adds everything up.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from .language import silu
+from .launch import launch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit
+def _gate_up_kernel(out, x, w, ids, x_row, w_expert, w_row, EXPERTS: tl.constexpr, INNER: tl.constexpr, HIDDEN: tl.constexpr,
+                    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    pair = tl.program_id(0).to(tl.int64)
+    expert = tl.load(ids + pair).to(tl.int64)
+    if expert < EXPERTS:
+        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        row = x + pair // TOP_K * x_row
+        at = w + expert * w_expert + (n.to(tl.int64) * w_row)[:, None] + k[None, :]
+        gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for base in tl.range(0, HIDDEN, BLOCK_K, num_stages=STAGES):
+            mask = (n < INNER)[:, None] & (base + k < HIDDEN)[None, :]
+            a = tl.load(row + base + k, mask=base + k < HIDDEN, other=0.0).to(tl.float32)[None, :]
+            gate += tl.load(at + base, mask=mask, other=0.0).to(tl.float32) * a
+            up += tl.load(at + INNER * w_row + base, mask=mask, other=0.0).to(tl.float32) * a
+        dtype = out.dtype.element_ty
+        h = silu(tl.sum(gate, 1).to(dtype).to(tl.float32)) * tl.sum(up, 1).to(dtype).to(tl.float32)
+        tl.store(out + pair * INNER + n, h.to(dtype), mask=n < INNER)
+
+
+@triton.jit
+def _down_kernel(out, h, w, x, shared, weights, ids, x_row, shared_row, w_expert, w_row, EXPERTS: tl.constexpr,
+                 INNER: tl.constexpr, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr,
+                 BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    steps: tl.constexpr = (INNER + BLOCK_K - 1) // BLOCK_K
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for step in tl.range(0, TOP_K * steps, num_stages=STAGES):
+        pair = token * TOP_K + step // steps
+        base = step % steps * BLOCK_K
+        expert = tl.load(ids + pair).to(tl.int64)
+        mask = base + k < tl.where(expert < EXPERTS, INNER, 0)
+        a = tl.load(h + pair * INNER + base + k, mask=mask, other=0.0).to(tl.float32) * tl.load(weights + pair)
+        at = w + expert * w_expert + (n.to(tl.int64) * w_row)[:, None] + (base + k)[None, :]
+        acc += tl.load(at, mask=(n < HIDDEN)[:, None] & mask[None, :], other=0.0).to(tl.float32) * a[None, :]
+    total = tl.sum(acc, 1)
+    kept = 0.0
+    for i in tl.static_range(TOP_K):
+        zero = tl.load(ids + token * TOP_K + i) >= EXPERTS
+        kept += tl.where(zero, tl.load(weights + token * TOP_K + i), 0.0)
+    total += kept * tl.load(x + token * x_row + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
+    if shared is not None:
+        total += tl.load(shared + token * shared_row + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
+    tl.store(out + token * HIDDEN + n, total.to(out.dtype.element_ty), mask=n < HIDDEN)
+
+
+def small_moe(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor | None = None) -> Tensor:
+    """As `moe.experts`, for a few tokens: a matrix is read once for each pair that chose it. Reference:
+    `kernels.moe.combine_reference`."""
+    (tokens, hidden), (experts, _, inner), top_k = x.shape, down.shape, ids.shape[1]
+    h = x.new_empty(tokens * top_k, inner)
+    out = x.new_empty(tokens, hidden)
+    block_n, block_k = 4, 512
+    launch(
+        _gate_up_kernel, (tokens * top_k, -(-inner // block_n)), h, x, gate_up, ids, x.stride(0), *gate_up.stride()[:2],
+        EXPERTS=experts, INNER=inner, HIDDEN=hidden, TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=3, num_warps=4,
+    )  # fmt: skip
+    launch(
+        _down_kernel, (tokens, -(-hidden // block_n)), out, h, down, x, shared, weights, ids, x.stride(0),
+        0 if shared is None else shared.stride(0), *down.stride()[:2],
+        EXPERTS=experts, INNER=inner, HIDDEN=hidden, TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=3, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,106 @@
+"""Routing, sorting, grouped and small products against the definitions in `kernels.moe`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fluentllm.kernels.moe import Routing, combine_reference, route as plain_route
+from fluentllm.kernels.triton import moe, moe_grouped
+from fluentllm.kernels.triton.moe import experts
+from fluentllm.kernels.triton.moe_grouped import Tile
+from fluentllm.kernels.triton.moe_route import route
+from fluentllm.kernels.triton.moe_sort import sort_by_expert
+
+ROUTINGS = [
+    Routing(experts=8, top_k=2),
+    Routing(experts=12, top_k=4, zero_experts=6, scale=6.0),
+    Routing(experts=32, top_k=4, scores="sigmoid", groups=4, top_groups=2, group_score="top2", renormalise=True, scale=2.5),
+    Routing(experts=24, top_k=3, groups=6, top_groups=3, group_score="max", scale=16.0),
+    Routing(experts=160, top_k=6, scores="sigmoid"),
+]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_route(routing: Routing, with_bias: bool, device: torch.device, rng: torch.Generator) -> None:
+    logits = torch.randn(7, routing.total, generator=rng)
+    bias = torch.randn(routing.total, generator=rng) * 0.1 if with_bias else None
+    expected_weights, expected = plain_route(logits, routing, bias)
+    weights, ids = route(logits.to(device), routing, None if bias is None else bias.to(device))
+    assert torch.equal(ids.cpu().long(), expected)
+    assert_close(weights.cpu(), expected_weights)
+    assert route(logits[:0].to(device), routing)[1].shape == (0, routing.top_k)
+
+
+def test_nan_logits_choose_experts_that_exist(device: torch.device) -> None:
+    _, ids = route(torch.full((2, 12), float("nan"), device=device), Routing(experts=12, top_k=3))
+    assert ((ids >= 0) & (ids < 12)).all()
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "rows"), [(1, 2, 16), (40, 3, 16), (400, 4, 64)])
+def test_sort(tokens: int, top_k: int, rows: int, device: torch.device, rng: torch.Generator) -> None:
+    count, zero = 6, 2
+    ids = torch.randint(0, count + zero, (tokens, top_k), generator=rng, dtype=torch.int32)
+    tiles = sort_by_expert(ids.to(device), count, rows)
+    flat = ids.flatten().long()
+    computed = int((flat < count).sum())
+    assert torch.equal(tiles.order[:computed].cpu().long(), flat.argsort(stable=True)[:computed])
+    counts = flat.bincount(minlength=count + zero)[:count]
+    assert tiles.offsets.tolist() == [0, *counts.cumsum(0).tolist()]
+    wanted = [(e, int(counts[:e].sum()) + i) for e in range(count) for i in range(0, int(counts[e]), rows)]
+    used = len(wanted)
+    assert list(zip(tiles.experts[:used].tolist(), tiles.firsts[:used].tolist(), strict=True)) == wanted
+    assert tiles.experts[used:].tolist() == [-1] * (tiles.experts.shape[0] - used)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "inner", "tile"),
+    [
+        (1, 520, 8, None),
+        (1, 8, 520, None),
+        (2, 24, 12, None),
+        (3, 48, 40, None),
+        (21, 64, 32, Tile(16, 32, 32, 4, 2)),
+        (9, 40, 70, Tile(64, 64, 64, 4, 2)),
+    ],
+)
+def test_experts(
+    tokens: int, hidden: int, inner: int, tile: Tile | None, shared: bool, device: torch.device, rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    count, top_k = 5, 3
+    if tile is not None:
+        monkeypatch.setattr(moe, "tile_for", lambda *_: tile)
+    x = torch.randn(tokens, hidden, generator=rng)
+    gate_up = torch.randn(count, 2 * inner, hidden, generator=rng) * hidden**-0.5
+    down = torch.randn(count, hidden, inner, generator=rng) * inner**-0.5
+    weights = torch.rand(tokens, top_k, generator=rng)
+    ids = torch.stack([torch.randperm(count + 2, generator=rng)[:top_k] for _ in range(tokens)]).int()
+    extra = torch.randn(tokens, hidden, generator=rng) if shared else None
+    expected = combine_reference(x, weights, ids, gate_up, down)
+    if extra is not None:
+        expected = expected + extra
+    out = experts(*(None if t is None else t.to(device) for t in (x, weights, ids, gate_up, down, extra)))
+    assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_tokens(device: torch.device) -> None:
+    x = torch.zeros(0, 16, device=device)
+    ids = torch.zeros(0, 2, dtype=torch.int32, device=device)
+    assert experts(x, ids.float(), ids, torch.zeros(3, 8, 16, device=device), torch.zeros(3, 16, 4, device=device)).shape == (
+        0,
+        16,
+    )
+
+
+def test_halves(device: torch.device, rng: torch.Generator) -> None:
+    x, gate_up, down = (
+        torch.randn(*shape, generator=rng).to(torch.bfloat16) * 0.2 for shape in ((4, 64), (3, 64, 64), (3, 64, 32))
+    )
+    weights, ids = torch.rand(4, 2, generator=rng), torch.tensor([[0, 1], [2, 0], [1, 2], [2, 1]], dtype=torch.int32)
+    out = experts(*(t.to(device) for t in (x, weights, ids, gate_up, down)))
+    assert_close(out.cpu().float(), combine_reference(x, weights, ids, gate_up, down), rtol=0.03, atol=0.01)
+    assert moe_grouped.tile_for(8, 3).rows == 16
