@@ -16,6 +16,10 @@ def choose_ops(device: torch.device, deterministic: bool) -> Ops:
         from .fixed_order import FixedOrderOps
 
         return FixedOrderOps()
+    if device.type == "cuda":
+        from .triton.ops import TritonOps
+
+        return TritonOps()
     from .plain import PlainOps
 
     return PlainOps(copy_budget=_copy_budget() if device.type == "cpu" else 0)

@@ -152,7 +152,8 @@ def commit_tokens(
     stops = stop_ids.shape[1]
     launch(
         _commit_kernel, (batch,), packed, drawn, tokens, slots, length, end, drafted, finished, stop_ids, history,
-        output_counts, length.stride(0), stop_ids.stride(0), history.stride(0), 0 if output_counts is None else output_counts.stride(0),
+        output_counts, length.stride(0), stop_ids.stride(0), history.stride(0),
+        0 if output_counts is None else output_counts.stride(0),
         ROWS=rows, STOPS=stops, BLOCK_ROWS=power_of_2(rows), BLOCK_STOPS=power_of_2(stops), num_warps=1,
     )  # fmt: skip
     return packed

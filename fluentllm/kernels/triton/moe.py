@@ -19,8 +19,9 @@ SMALL_TOKENS = 2
 def experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor | None = None) -> Tensor:
     """Σ_k weights[t, k] · expert(ids[t, k], x[t]) + shared[t] → [T, hidden] in x's dtype.
 
-    x [T, hidden]; weights [T, K] float32 and ids [T, K] int32 of `moe_route.route`, ids of E or more being zero experts; gate_up
-    [E, 2 · inner, hidden] (gate rows first), down [E, hidden, inner]. Every sum is in an order of its own token's choices.
+    x [T, hidden]; weights [T, K] float32 and ids [T, K] int32 of `moe_route.route`, ids of E or more being zero experts;
+    gate_up [E, 2 · inner, hidden] (gate rows first), down [E, hidden, inner]. Every sum is in the order of its own token's
+    choices.
     Reference: `kernels.moe.combine_reference`.
     """
     if x.shape[0] <= SMALL_TOKENS:

@@ -73,7 +73,9 @@ def _sort_kernel(order, offsets, tile_experts, tile_firsts, ids, pairs, tiles, E
 
 
 def sort_by_expert(ids: Tensor, experts: int, rows: int) -> ExpertTiles:
-    """ids [T, K] int32, contiguous; ids of `experts` or more are left out; tiles of `rows` pairs. Reference: `Tensor.argsort(stable=True)`."""
+    """ids [T, K] int32, contiguous; ids of `experts` or more are left out; tiles of `rows` pairs.
+
+    Reference: `Tensor.argsort(stable=True)`."""
     pairs, device = ids.numel(), ids.device
     # Σ ceil(count / rows) ≤ pairs / rows + the experts that are chosen at all.
     tiles = min(pairs, pairs // rows + min(experts, pairs))

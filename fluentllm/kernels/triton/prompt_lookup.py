@@ -61,7 +61,8 @@ def prompt_lookup(
     history: Tensor, slots: Tensor, length: Tensor, count: int, shortest: int, longest: int
 ) -> tuple[Tensor, Tensor]:
     """history [S, L] int32 and length [S] int64 (any stride) of the slot tables, slots [B] int64 → drafts [B, count] int64,
-    valid [B] int64 (0 or count). Reference: `kernels.prompt_lookup.prompt_lookup`, over gathered rows. (longest + 1) · L < 2³¹."""
+    valid [B] int64 (0 or count). Reference: `kernels.prompt_lookup.prompt_lookup`, over gathered rows.
+    (longest + 1) · L < 2³¹."""
     batch, width = slots.shape[0], history.shape[1]
     # Enough slices that a long history of one sequence is read by many programs.
     parts = min(32, power_of_2(-(-width // (4 * BLOCK))))

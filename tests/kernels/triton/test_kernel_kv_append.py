@@ -70,7 +70,8 @@ def test_an_fp8_pool_is_divided_by_its_scales(device: torch.device, rng: torch.G
     rows = torch.tensor([5, 1, 0], device=device)
     rotate_and_append(qkv, cos, sin, rows, pool[0], pool[1], 2, k_scale=0.5, v_scale=4.0)
     v = pool[1].float()[rows, 0] * 4
-    assert (v - qkv[:, 96:]).abs().max() < 0.07 * qkv.abs().max()
+    # Three bits of mantissa; the interpreter does not round to nearest.
+    torch.testing.assert_close(v, qkv[:, 96:], rtol=0.13, atol=0.02)
 
 
 def test_append_writes_both_parts_of_a_cache(device: torch.device, rng: torch.Generator) -> None:

@@ -1,0 +1,162 @@
+"""The backend `triton`: KV rows by one launch, grouped heads by our decode and prefill kernels, MLA by ours on Hopper.
+
+In decode nothing waits for the host, so a step can be captured; prefill knows its lengths on the host.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fluentllm.kernels.triton.gqa_decode import gqa_decode
+from fluentllm.kernels.triton.gqa_plan import GqaPlan, plan_gqa
+from fluentllm.kernels.triton.gqa_prefill import PrefillTiles, gqa_prefill, prefill_tiles
+from fluentllm.kernels.triton.kv_append import append, flat_heads, rotate_and_append
+
+from .expand import ExpandedPages, expand_pages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fluentllm.core.batch import Batch
+    from fluentllm.core.protocols import AttentionContext
+    from fluentllm.kernels.mla_decode.decode import MlaDecode
+
+FLOAT32_TILE = 16
+"""Rows of a prefill tile in float32, which is multiplied without tensor cores."""
+
+
+class TritonAttention:
+    """`core.protocols.AttentionBackend`. MLA: absorbed in decode, expanded in prefill."""
+
+    def __init__(self, context: AttentionContext) -> None:
+        pool = context.pool
+        self._kv = pool.spec
+        layers = range(pool.spec.layers)
+        self._rows = [pool.rows(layer) for layer in layers]
+        if pool.spec.kind == "mla":
+            self._latent_pages = [pool.latent[layer] for layer in layers]
+        else:
+            self._pages = [(pool.k[layer], pool.v[layer]) for layer in layers]
+        self._plan: GqaPlan | None = None
+        self._tiles: PrefillTiles | None = None
+        self._expanded: ExpandedPages | None = None
+        self._mla: dict[tuple[int, int, int], MlaDecode] = {}
+        self._mla_lengths: Tensor | None = None
+
+    def begin(self, batch: Batch) -> None:
+        self._plan = self._tiles = self._expanded = None
+        self._mla = {}
+        self._mla_lengths = batch.kv_lengths
+        if batch.query_length is not None:
+            if self._kv.kind == "gqa":
+                longest = batch.page_table.shape[1] * batch.page_size
+                self._plan = plan_gqa(batch.kv_lengths, kv_heads=self._kv.heads, longest=longest)
+            return
+        assert batch.query_lengths is not None
+        assert batch.kv_lengths_host is not None
+        device = batch.kv_lengths.device
+        # The kernel takes the dtype of the queries; float32 is for tests and has no use for large tiles.
+        rows = FLOAT32_TILE if self._kv_is_float32 else 128
+        self._tiles = prefill_tiles(batch.query_lengths, batch.kv_lengths_host, device, rows=rows)
+        if self._kv.kind == "mla":
+            self._expanded = expand_pages(batch)
+
+    @property
+    def _kv_is_float32(self) -> bool:
+        return self._rows[0][0].dtype is torch.float32
+
+    # ------------------------------------------------------------------------------------------------------------------ gqa
+    def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
+        k_rows, v_rows = self._rows[layer]
+        append(flat_heads(k), flat_heads(v), batch.kv_rows, k_rows.flatten(1), v_rows.flatten(1))
+        return self._attend(layer, q, batch, scale)
+
+    def gqa_from_product(
+        self,
+        layer: int,
+        qkv: Tensor,
+        heads: int,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        scale: float,
+        *,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float = 0.0,
+        interleaved: bool = False,
+    ) -> Tensor:
+        """The same from the QKV product [T, (H + 2 Hkv) · D]: norms, rotary and the KV write are one launch. `rope` is
+        `Rotary.rows(batch.positions)`."""
+        k_rows, v_rows = self._rows[layer]
+        q = rotate_and_append(
+            qkv, *rope, batch.kv_rows, k_rows, v_rows, heads, q_weight=q_weight, k_weight=k_weight, eps=eps,
+            interleaved=interleaved,
+        )  # fmt: skip
+        return self._attend(layer, q, batch, scale)
+
+    def _attend(self, layer: int, q: Tensor, batch: Batch, scale: float) -> Tensor:
+        k_pages, v_pages = self._pages[layer]
+        if self._plan is not None:
+            assert batch.query_length is not None
+            return gqa_decode(q, k_pages, v_pages, batch.page_table, batch.kv_lengths, self._plan, batch.query_length, scale)
+        assert self._tiles is not None
+        return gqa_prefill(q, k_pages, v_pages, batch.page_table, self._tiles, scale)
+
+    # ------------------------------------------------------------------------------------------------------------------ mla
+    def mla(
+        self,
+        layer: int,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        up_k: Tensor,
+        up_v: Tensor,
+        batch: Batch,
+        scale: float,
+    ) -> Tensor:
+        (cache,) = self._rows[layer]
+        width = latent.shape[1]
+        append(latent, k_rope, batch.kv_rows, cache[:, :width], cache[:, width:])
+        if batch.query_length is None:
+            return self._mla_prefill(layer, q_nope, q_rope, up_k, up_v, scale)
+        return self._mla_decode(layer, q_nope, q_rope, up_k, up_v, batch, scale)
+
+    def _mla_prefill(self, layer: int, q_nope: Tensor, q_rope: Tensor, up_k: Tensor, up_v: Tensor, scale: float) -> Tensor:
+        assert self._expanded is not None
+        assert self._tiles is not None
+        keys, values = self._expanded.keys_and_values(self._latent_pages[layer], up_k, up_v)
+        q = torch.cat((q_nope, q_rope), -1)
+        return gqa_prefill(q, keys, values, self._expanded.page_table, self._tiles, scale)
+
+    def _mla_decode(
+        self, layer: int, q_nope: Tensor, q_rope: Tensor, up_k: Tensor, up_v: Tensor, batch: Batch, scale: float
+    ) -> Tensor:
+        rows, heads, _ = q_nope.shape
+        query_length = batch.query_length or 1
+        decode = self._decode_for(heads, query_length)
+        shape = (rows // query_length, query_length, heads)
+        absorbed = torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1).contiguous()
+        out = torch.empty_like(absorbed)
+        decode.bf16(
+            absorbed.view(*shape, -1),
+            q_rope.contiguous().view(*shape, -1),
+            self._latent_pages[layer],
+            batch.page_table,
+            scale,
+            out.view(*shape, -1),
+        )
+        return torch.bmm(out.transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)
+
+    def _decode_for(self, heads: int, query_length: int) -> MlaDecode:
+        """Planned at the first layer of a pass; the target and a draft layer may differ in heads."""
+        from fluentllm.kernels.mla_decode.decode import MlaDecode
+
+        assert self._mla_lengths is not None
+        key = (self._mla_lengths.shape[0], heads, query_length)
+        if key not in self._mla:
+            decode = self._mla[key] = MlaDecode.create(self._mla_lengths, heads, query_length)
+            decode.refresh()
+        return self._mla[key]

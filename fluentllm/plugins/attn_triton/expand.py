@@ -1,0 +1,57 @@
+"""MLA prefill in expanded form: the latents of all of a pass's sequences, gathered page by page and multiplied out to heads.
+
+The result has pages of its own, so the prefill kernel for grouped heads reads it as it reads any pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fluentllm.core.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandedPages:
+    """Which pages of the pool are expanded; planned once a pass."""
+
+    sources: Tensor
+    """[E] int64, the pool's pages, sequence by sequence."""
+    page_table: Tensor
+    """[N, W] int32, where each sequence's pages stand in `sources`."""
+
+    def keys_and_values(self, latent_pages: Tensor, up_k: Tensor, up_v: Tensor) -> tuple[Tensor, Tensor]:
+        """latent_pages [P, page, C + rope], up_k [H, nope, C], up_v [H, Dv, C] → keys [E, page, H, nope + rope], values
+        [E, page, H, Dv]."""
+        heads, nope, width = up_k.shape
+        known = latent_pages.index_select(0, self.sources)
+        latent, rope = known.split((width, known.shape[-1] - width), -1)
+        keys = known.new_empty(*known.shape[:2], heads, nope + rope.shape[-1])
+        keys[..., :nope] = (latent @ up_k.flatten(0, 1).T).unflatten(-1, (heads, nope))
+        keys[..., nope:] = rope.unsqueeze(2)
+        values = (latent @ up_v.flatten(0, 1).T).unflatten(-1, (heads, up_v.shape[1]))
+        return keys, values
+
+
+def expand_pages(batch: Batch) -> ExpandedPages:
+    """The pages of a prefill pass, whose lengths the host knows."""
+    assert batch.kv_lengths_host is not None
+    counts = [-(-keys // batch.page_size) for keys in batch.kv_lengths_host]
+    starts = [0, *accumulate(counts)]
+    width = max(counts, default=0)
+    columns = torch.arange(width)
+    table = torch.tensor(starts[:-1], dtype=torch.int64).unsqueeze(1) + columns
+    present = columns < torch.tensor(counts).unsqueeze(1)
+    # Where a sequence's pages lie in the flattened page table of the batch.
+    flat = (torch.arange(len(counts)).unsqueeze(1) * batch.page_table.shape[1] + columns)[present]
+    device = batch.page_table.device
+    if device.type == "cuda":
+        flat, table = flat.pin_memory(), table.pin_memory()
+    sources = batch.page_table.flatten()[flat.to(device, non_blocking=True)].to(torch.int64)
+    return ExpandedPages(sources, table.to(device, torch.int32, non_blocking=True))
