@@ -88,7 +88,8 @@ class MlaDecode:
         hopper_fp8.decode_fp8[(self.plan.parts * groups,)](
             q_latent, _rows_descriptor(q_rope, ROPE), *self._fp8_descriptors(cache), q_scale, out, self.partial, self.lse,
             page_table, self.plan.lengths, self.plan.starts, self.plan.records, scale * math.log2(math.e), page_table.stride(0),
-            HEADS=self.heads, ROWS=self.rows, GROUPS=groups, NUM_STAGES=hopper_fp8.STAGES, PDL=self.pdl, num_warps=4,
+            HEADS=self.heads, ROWS=self.rows, GROUPS=groups, NUM_STAGES=hopper_fp8.STAGES,
+            TILE=next(tile for tile in (16, 32, 64) if tile >= min(self.rows, ROW_TILE)), PDL=self.pdl, num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip
         return self._combine(out)

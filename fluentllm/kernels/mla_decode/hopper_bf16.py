@@ -97,7 +97,7 @@ def _scores(lse, q, qr, k0, k1, kr, p, alphas, inverse, q_full, q_empty, k_full,
                 mbarrier.arrive(p_full, count=1)
                 step += 1
             mbarrier.arrive(q_empty, count=1)
-            publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS)
+            publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS, 64)
             piece += 1
         first = next_first
         last = next_last

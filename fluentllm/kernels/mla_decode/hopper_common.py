@@ -44,11 +44,12 @@ def row_sum(x):
 
 
 @gluon.jit
-def publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS: gl.constexpr):
+def publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS: gl.constexpr,
+                 TILE: gl.constexpr):  # fmt: skip
     """End of a piece in the partition that keeps the softmax: reciprocal sums for the partitions that hold the output,
     and log-sum-exps (log2 units) for the combine if the sequence has other pieces."""
     mbarrier.wait(l_empty, (piece & 1) ^ 1)
-    inverse.store(gl.where(total > 0, 1.0 / total, 0.0))
+    inverse.slice(0, TILE, dim=0).store(gl.where(total > 0, 1.0 / total, 0.0))
     mbarrier.arrive(l_full, count=1)
     if last - first < (keys + 63) // 64:
         slot = 2 * part + (first == 0).to(gl.int32)

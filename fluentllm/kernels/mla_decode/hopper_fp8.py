@@ -72,7 +72,8 @@ def _raw_scores(q0, q1, q2, q3, qr, k8, kr, stage, zero8, zeror):
 
 
 @gluon.jit
-def _softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total, p, alphas, p_full, p_empty, step):
+def _softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total, p, alphas, p_full, p_empty, step,
+                  TILE: gl.constexpr):  # fmt: skip
     """Online softmax of a page. `scale_bits` are those of a power of two (its exponent gives log2, its negation the
     reciprocal); a page never written has zeros there, which masked keys survive."""
     k_scale = scale_bits.to(gl.float32, bitcast=True)
@@ -82,29 +83,38 @@ def _softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total
     weighted = raw * k_scale[None, :] * factor[:, None] + log2_scale[None, :]
     if hidden_from < 64:
         weighted = gl.where(key[None, :] < visible[:, None], weighted, float("-inf"))
-    new_top = gl.maximum(top, row_max(weighted))
+    if TILE == 64:
+        new_top = gl.maximum(top, row_max(weighted))
+    else:
+        new_top = gl.maximum(top, gl.max(weighted, 1))
     alpha = exp2(top - new_top)
     prob = exp2(weighted - new_top[:, None])
-    total = total * alpha + row_sum(prob * reciprocal[None, :])
+    if TILE == 64:
+        total = total * alpha + row_sum(prob * reciprocal[None, :])
+    else:
+        total = total * alpha + gl.sum(prob * reciprocal[None, :], 1)
     buffer = step % 2
     mbarrier.wait(p_empty.index(buffer), ((step // 2) & 1) ^ 1)
-    p.index(buffer).store(prob.to(gl.float16))
-    alphas.index(buffer).store(alpha)
+    p.index(buffer).slice(0, TILE, dim=0).store(prob.to(gl.float16))
+    alphas.index(buffer).slice(0, TILE, dim=0).store(alpha)
     fence_async_shared()
     mbarrier.arrive(p_full.index(buffer), count=1)
     return new_top, total
 
 
 @gluon.jit
-def _scores(q8, q_scale, lse, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full, p_empty,
+def _scores(q8, q_scale, lse, qr, k8, kr, ks, spread, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full, p_empty,
             l_full, l_empty, lengths, starts, records, scale_log2, HEADS: gl.constexpr, ROWS: gl.constexpr,
-            GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr):  # fmt: skip
+            GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
     part, begin, end, high, first, last, keys = part_of(records, GROUPS)
     group = gl.program_id(0) % GROUPS
     S8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
     SR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, S8))
-    key = gl.arange(0, 64, gl.SliceLayout(0, S8))
+    # With few rows the MMA's layout would leave all of them to one or two warps, and every page would take as long as with 64:
+    # they are spread over the four through shared memory.
+    SOFT: gl.constexpr = S8 if TILE == 64 else gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = group * 64 + gl.arange(0, TILE, gl.SliceLayout(1, SOFT))
+    key = gl.arange(0, 64, gl.SliceLayout(0, SOFT))
     # The content of the queries stays in registers: shared memory is what limits the depth of the ring of pages.
     A: gl.constexpr = gl.DotOperandLayout(0, S8, 4)
     q_row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, A))
@@ -119,8 +129,8 @@ def _scores(q8, q_scale, lse, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empt
             factor = gl.load(q_scale + sequence * ROWS + row, mask=row < ROWS, other=0.0) * scale_log2
             least = keys - ROWS // HEADS + 1
             visible = least + row // HEADS
-            top = gl.full([64], -1.0e30, gl.float32, gl.SliceLayout(1, S8))
-            total = gl.zeros([64], gl.float32, gl.SliceLayout(1, S8))
+            top = gl.full([TILE], -1.0e30, gl.float32, gl.SliceLayout(1, SOFT))
+            total = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, SOFT))
             source = q8 + (sequence * ROWS + q_row).to(gl.int64)[:, None] * 512 + q_column[None, :]
             inside = (q_row < ROWS)[:, None]
             q0 = gl.load(source, mask=inside, other=0.0)
@@ -132,13 +142,16 @@ def _scores(q8, q_scale, lse, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empt
                 stage = step % NUM_STAGES
                 mbarrier.wait(k_full.index(stage), (step // NUM_STAGES) & 1)
                 raw = _raw_scores(q0, q1, q2, q3, qr, k8, kr, stage, zero8, zeror)
-                bits = ks.index(stage).reshape([64]).load(gl.SliceLayout(0, S8)).to(gl.int32, bitcast=True)
+                bits = ks.index(stage).reshape([64]).load(gl.SliceLayout(0, SOFT)).to(gl.int32, bitcast=True)
                 mbarrier.arrive(k_empty.index(stage), count=1)
+                if TILE < 64:
+                    spread.store(raw)
+                    raw = spread.slice(0, TILE, dim=0).load(SOFT)
                 top, total = _softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total, p,
-                                           alphas, p_full, p_empty, step)  # fmt: skip
+                                           alphas, p_full, p_empty, step, TILE)  # fmt: skip
                 step += 1
             mbarrier.arrive(q_empty, count=1)
-            publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS)
+            publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS, TILE)
             piece += 1
         first = next_first
         last = next_last
@@ -164,8 +177,8 @@ def _convert(k8, v_left, v_right, stage, HALF: gl.constexpr, KEYS_FROM: gl.const
 
 
 @gluon.jit
-def _values(out, partial, k8, v00, v01, v10, v11, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths, starts,
-            records, HALF: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr):  # fmt: skip
+def _values(out, partial, k8, v00, v01, v10, v11, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths,
+            starts, records, HALF: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr):  # fmt: skip
     part, begin, end, high, first, last, keys = part_of(records, GROUPS)
     group = gl.program_id(0) % GROUPS
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -215,8 +228,9 @@ def _values(out, partial, k8, v00, v01, v10, v11, p, alphas, inverse, k_full, k_
 @gluon.jit
 def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, lse, page_table, lengths, starts,
                records, scale_log2, table_width, HEADS: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
-               NUM_STAGES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
-    """Grid: parts × groups programs, the groups of a part side by side so that they share its pages in L2."""
+               NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    """Grid: parts × groups programs, the groups of a part side by side so that they share its pages in L2. TILE: 16 or 32 if
+    ROWS is no more, else 64."""
     qr = gl.allocate_shared_memory(gl.bfloat16, [64, 64], qr_desc.layout)
     k8 = gl.allocate_shared_memory(gl.float8e4nv, [NUM_STAGES * 4, 1, 64, 128], k8_desc.layout)
     kr = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES, 1, 64, 64], kr_desc.layout)
@@ -234,6 +248,8 @@ def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, ls
         gl.allocate_shared_memory(gl.float16, [32, 128], F16),
     )
     p = gl.allocate_shared_memory(gl.float16, [2, 64, 64], F16)
+    SPREAD: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    spread = gl.allocate_shared_memory(gl.float32, [64, 64] if TILE < 64 else [1, 4], SPREAD)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     alphas = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT)
     inverse = gl.allocate_shared_memory(gl.float32, [64], FLAT)
@@ -260,14 +276,14 @@ def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, ls
         launch_dependents()
     gl.warp_specialize(
         [
-            (_scores, (q8, q_scale, lse, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full,
-                       p_empty, l_full, l_empty, lengths, starts, records, scale_log2, HEADS, ROWS, GROUPS, NUM_STAGES)),
-            (_values, (out, partial, k8, v[0], v[1], v[2], v[3], p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty,
-                       lengths, starts, records, 0, ROWS, GROUPS, NUM_STAGES)),
-            (_values, (out, partial, k8, v[4], v[5], v[6], v[7], p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty,
-                       lengths, starts, records, 1, ROWS, GROUPS, NUM_STAGES)),
-            (_loader, (qr_desc, k8_desc, kr_desc, ks_desc, qr, k8, kr, ks, q_full, q_empty, k_full,
-                       k_empty, page_table, lengths, starts, records, ROWS, GROUPS, table_width, NUM_STAGES)),
+            (_scores, (q8, q_scale, lse, qr, k8, kr, ks, spread, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full,
+                       p_empty, l_full, l_empty, lengths, starts, records, scale_log2, HEADS, ROWS, GROUPS, NUM_STAGES, TILE)),
+            (_values, (out, partial, k8, v[0], v[1], v[2], v[3], p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full,
+                       l_empty, lengths, starts, records, 0, ROWS, GROUPS, NUM_STAGES)),
+            (_values, (out, partial, k8, v[4], v[5], v[6], v[7], p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full,
+                       l_empty, lengths, starts, records, 1, ROWS, GROUPS, NUM_STAGES)),
+            (_loader, (qr_desc, k8_desc, kr_desc, ks_desc, qr, k8, kr, ks, q_full, q_empty, k_full, k_empty,
+                       page_table, lengths, starts, records, ROWS, GROUPS, table_width, NUM_STAGES)),
         ],
         [4, 4, 1],
         [160, 160, 24],

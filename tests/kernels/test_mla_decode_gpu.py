@@ -1,0 +1,117 @@
+"""The MLA decode kernels on a Hopper GPU: against float64, on ragged, empty and long batches, inside a graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mla_decode_cases import SCALE, Case, cosine_deficit, fresh_generator, random_case, relative_error
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
+
+SHAPES = [
+    ([1], 16, 1),
+    ([64, 65, 127, 128, 129], 8, 1),
+    ([0, 700, 0, 5], 64, 1),
+    ([4, 4096, 63], 16, 4),
+    ([17, 0, 3000, 640], 32, 2),
+    ([5000, 333], 128, 1),
+    ([900, 100], 40, 3),
+    ([1000, 77, 8], 128, 8),
+    ([100_000, 1, 1000], 16, 1),
+    ([0, 1, 64, 100, 700, 2000] * 30, 16, 1),
+]
+
+
+def run(case: Case, kv: str, decode: object = None) -> torch.Tensor:
+    """One decode; what the kernels have to write holds NaN before."""
+    from fluentllm.kernels.mla_decode import quantise
+    from fluentllm.kernels.mla_decode.decode import MlaDecode
+
+    count, queries, heads, _ = case.q_latent.shape
+    if decode is None:
+        decode = MlaDecode.create(case.lengths, heads, queries)
+    assert isinstance(decode, MlaDecode)
+    for buffer in (decode.partial, decode.lse):
+        buffer.fill_(torch.nan)
+    out = torch.full((count, queries, heads, 512), torch.nan, device="cuda")
+    if kv == "bf16":
+        return decode.bf16(case.q_latent, case.q_rope, case.bf16, case.table, SCALE, out)
+    content, aligned, scale = quantise.quantise_query(case.q_latent.flatten(0, 1), case.q_rope.flatten(0, 1))
+    return decode.fp8(content, aligned, scale, case.planes, case.table, SCALE, out)
+
+
+@pytest.mark.parametrize(("lengths", "heads", "query_length"), SHAPES)
+def test_decode_agrees_with_float64(lengths: list[int], heads: int, query_length: int) -> None:
+    case = random_case(lengths, heads, query_length, generator=fresh_generator("cuda"))
+    exact, emulated = case.exact(), case.emulated()
+    out = run(case, "fp8")
+    assert relative_error(out, emulated) < 2e-3
+    assert cosine_deficit(out, exact) <= 1.2 * cosine_deficit(emulated, exact) + 1e-9
+    assert torch.equal(out, run(case, "fp8")), "a moving result is a race"
+    wide = run(case, "bf16")
+    assert relative_error(wide, exact) < 3e-3
+    assert torch.equal(wide, run(case, "bf16")), "a moving result is a race"
+
+
+@pytest.mark.parametrize("deviation", [0.3, 3.0, 8.0])
+def test_sharp_logits_and_large_rotary_values(deviation: float) -> None:
+    case = random_case([4096, 2000, 300], 16, generator=fresh_generator("cuda"), deviation=deviation, rope=1000.0)
+    exact, emulated = case.exact(), case.emulated()
+    out = run(case, "fp8")
+    assert relative_error(out, emulated) < 3e-3
+    assert cosine_deficit(out, exact) <= 1.2 * cosine_deficit(emulated, exact)
+
+
+@pytest.mark.parametrize("kv", ["fp8", "bf16"])
+def test_huge_inputs_give_no_nan(kv: str) -> None:
+    case = random_case([500, 64], 16, generator=fresh_generator("cuda"), latent=1e6, rope=1e30, deviation=1e8)
+    assert not run(case, kv).isnan().any()
+
+
+def test_kernels_quantise_as_the_reference_does() -> None:
+    from fluentllm.kernels.mla_decode import fp8_planes, new_fp8_pool, quantise
+    from fluentllm.kernels.mla_decode.reference import append_reference, fetch_reference, quantise_reference
+
+    generator = fresh_generator("cuda")
+    latent = (torch.randn(300, 512, generator=generator, device="cuda") * 3).bfloat16()
+    rope = (torch.randn(300, 64, generator=generator, device="cuda") * 300).bfloat16()
+    rows = torch.randperm(640, generator=generator, device="cuda")[:300]
+    pools = [new_fp8_pool(10, "cuda") for _ in range(2)]
+    quantise.append(fp8_planes(pools[0]), latent, rope, rows)
+    append_reference(fp8_planes(pools[1]), latent, rope, rows)
+    assert torch.equal(*pools)
+    fetched = quantise.fetch(fp8_planes(pools[0]), rows, torch.float32)
+    assert torch.equal(fetched, torch.cat(fetch_reference(fp8_planes(pools[1]), rows), 1))
+    kernel = quantise.quantise_query(latent.view(75, 4, 512), rope.view(75, 4, 64))
+    plain = quantise_reference(latent.view(75, 4, 512), rope.view(75, 4, 64))
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(kernel, plain, strict=True))
+
+
+def test_a_captured_step_follows_the_lengths_on_the_device() -> None:
+    from fluentllm.kernels.mla_decode.decode import MlaDecode
+
+    case = random_case([3000, 500, 900, 64], 16, 2, generator=fresh_generator("cuda"))
+    lengths = case.lengths.clone()
+    decode = MlaDecode.create(case.lengths, 16, 2)
+    out = torch.empty(4, 2, 16, 512, device="cuda")
+    decode.bf16(case.q_latent, case.q_rope, case.bf16, case.table, SCALE, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode.refresh()
+        decode.bf16(case.q_latent, case.q_rope, case.bf16, case.table, SCALE, out)
+    for change in ([0, 0, 0, 0], [-2999, -500, 0, -32], [-100, -300, -800, -64]):
+        case.lengths.copy_(lengths + torch.tensor(change, dtype=torch.int32, device="cuda"))
+        out.fill_(torch.nan)
+        graph.replay()
+        assert relative_error(out, case.exact()) < 3e-3
+
+
+def test_the_device_plans_as_the_reference_does() -> None:
+    from fluentllm.kernels.mla_decode.plan import new_plan
+
+    for lengths in ([4096] * 32, [0, 0], [1], [100_000, 5, 0, 900], [64] * 500):
+        host = new_plan(torch.tensor(lengths, dtype=torch.int32), 132)
+        device = new_plan(torch.tensor(lengths, dtype=torch.int32, device="cuda"), 132)
+        for name in ("starts", "spans", "records"):
+            assert torch.equal(getattr(host, name), getattr(device, name).cpu())

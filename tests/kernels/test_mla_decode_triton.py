@@ -1,0 +1,117 @@
+"""MLA decode's kernels without a GPU: the plain ones in Triton's interpreter, all of them compiled for sm_90a."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+
+HERE = Path(__file__).parent
+
+
+def test_plain_kernels_in_the_interpreter() -> None:
+    path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    environ = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    script = HERE / "mla_decode_interpreted.py"
+    done = subprocess.run([sys.executable, str(script)], env=environ, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def descriptor(dtype: str, block: list[int], bits: int, swizzle: int = 128) -> str:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=len(block))
+    return f"tensordesc<{dtype}[{','.join(map(str, block))}],{layout!r}>"
+
+
+PLAN = {
+    "page_table": "*i32",
+    "lengths": "*i32",
+    "starts": "*i32",
+    "records": "*i32",
+    "scale_log2": "fp32",
+    "table_width": "i32",
+}
+OUTPUT = {"out": "*bf16", "partial": "*fp32", "lse": "*fp32"}
+ROPE_QUERY = {"qr_desc": descriptor("bf16", [64, 64], 16)}
+FP8 = (
+    {"q8": "*fp8e4nv"}
+    | ROPE_QUERY
+    | {"k8_desc": descriptor("fp8e4nv", [1, 64, 128], 8), "kr_desc": descriptor("bf16", [1, 64, 64], 16)}
+    | {"ks_desc": descriptor("fp32", [1, 64], 32, swizzle=0), "q_scale": "*fp32"}
+    | OUTPUT
+    | PLAN
+)
+BF16 = (
+    {"q_desc": descriptor("bf16", [64, 512], 16)}
+    | ROPE_QUERY
+    | {"kv_desc": descriptor("bf16", [1, 64, 256], 16), "kr_desc": descriptor("bf16", [1, 64, 64], 16)}
+    | OUTPUT
+    | PLAN
+)
+
+
+@pytest.mark.parametrize(("kv", "rows"), [("fp8", 16), ("fp8", 128), ("bf16", 128)])
+def test_decode_compiles_for_hopper(kv: str, rows: int) -> None:
+    from fluentllm.kernels.mla_decode import hopper_bf16, hopper_fp8
+
+    kernel, signature, stages = (
+        (hopper_fp8.decode_fp8, FP8, hopper_fp8.STAGES) if kv == "fp8" else (hopper_bf16.decode_bf16, BF16, hopper_bf16.STAGES)
+    )
+    constants = {"HEADS": 16, "ROWS": rows, "GROUPS": -(-rows // 64), "NUM_STAGES": stages, "PDL": True}
+    if kv == "fp8":
+        constants["TILE"] = min(rows, 64)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, type_ in enumerate(signature.values()) if type_.startswith("*")}
+    source = GluonASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": True})
+    ptx = compiled.asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async.bulk.tensor" in ptx
+    assert ("f32.e4m3.e4m3" in ptx) == (kv == "fp8")
+    assert compiled.metadata.shared <= 232_448
+    assert len(compiled.asm["cubin"]) > 0
+
+
+def test_plain_kernels_compile_for_hopper() -> None:
+    from fluentllm.kernels.mla_decode import combine, plan, quantise
+
+    pointers = dict.fromkeys(["out_latent", "out_scale", "out_rope"])
+    cases = {
+        combine.combine_splits: (
+            {"out": "*bf16", "partial": "*fp32", "lse": "*fp32", "spans": "*i32"},
+            {"ROWS": 16, "COLUMNS": 512, "SPLITS": 8, "PDL": True},
+        ),
+        plan.plan_kernel: (
+            {"lengths": "*i32", "starts": "*i32", "spans": "*i32", "records": "*i32", "count": "i32"},
+            {"PARTS": 132, "OVERHEAD": 2, "PAGE": 64, "STEPS": 20, "BLOCK": 128},
+        ),
+        quantise._append: (
+            {"latent": "*bf16", "rope": "*bf16", "rows": "*i64"}
+            | dict(zip(pointers, ["*fp8e4nv", "*fp32", "*bf16"], strict=True))
+            | dict.fromkeys(["latent_stride", "rope_stride", "page_latent", "page_scale", "page_rope"], "i32"),
+            {"LATENT": 512, "ROPE": 64, "PAGE": 64},
+        ),
+        quantise._quantise_query: (
+            {"q_latent": "*bf16", "q_rope": "*bf16", "cos_sin": "*fp32", "positions": "*i64"}
+            | {"out_latent": "*fp8e4nv", "out_rope": "*bf16", "out_scale": "*fp32"}
+            | dict.fromkeys(["latent_token", "latent_head", "rope_token", "rope_head", "heads"], "i32"),
+            {"ROTATE": 1, "LATENT": 512, "ROPE": 64},
+        ),
+        quantise._fetch: (
+            {"out": "*bf16", "rows": "*i64", "latent": "*fp8e4nv", "scale": "*fp32", "rope": "*bf16"}
+            | dict.fromkeys(["page_latent", "page_scale", "page_rope"], "i32"),
+            {"LATENT": 512, "ROPE": 64, "PAGE": 64},
+        ),
+    }
+    for kernel, (signature, constants) in cases.items():
+        source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": True})
+        assert len(compiled.asm["cubin"]) > 0
