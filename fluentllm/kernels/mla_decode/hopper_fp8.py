@@ -177,8 +177,9 @@ def _convert(k8, v_left, v_right, stage, HALF: gl.constexpr, KEYS_FROM: gl.const
 
 
 @gluon.jit
-def _values(out, partial, k8, v00, v01, v10, v11, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths,
-            starts, records, HALF: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr):  # fmt: skip
+def _values(out, partial, k8, v00, v01, v10, v11, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full,
+            l_empty, lengths, starts, records, HALF: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+            NUM_STAGES: gl.constexpr):  # fmt: skip
     part, begin, end, high, first, last, keys = part_of(records, GROUPS)
     group = gl.program_id(0) % GROUPS
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
