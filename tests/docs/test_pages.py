@@ -22,7 +22,7 @@ from fluentllm.frontend.sampling import SamplingOptions
 from fluentllm.jobs.job import load_job, parse_line
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "examples/README.md")), *sorted((ROOT / "docs").glob("*.md"))]
 UsageError: Any = typer.BadParameter.__base__
 """Of the click that Typer uses, which may be one of its own."""
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
