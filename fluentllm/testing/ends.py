@@ -166,8 +166,8 @@ class Host:
         return RemoteEnd(self, self._ends)
 
     def ask(self, call: str, end: int, *arguments: Any) -> Any:
-        _write(self._socket, [call, end, *arguments])
-        ok, value = _read(self._socket)
+        write_frame(self._socket, [call, end, *arguments])
+        ok, value = read_frame(self._socket)
         if not ok:
             code, message = value
             raise ERRORS.get(code, AssertionError)(message)
@@ -202,12 +202,12 @@ class RemoteEnd:
         return lambda *arguments: self.host.ask(call, self._number, *arguments)
 
 
-def _write(connection: socket.socket, message: Any) -> None:
+def write_frame(connection: socket.socket, message: Any) -> None:
     data = msgspec.msgpack.encode(message)
     connection.sendall(struct.pack("!Q", len(data)) + data)
 
 
-def _read(connection: socket.socket) -> Any:
+def read_frame(connection: socket.socket) -> Any:
     [size] = struct.unpack("!Q", _exactly(connection, 8))
     return msgspec.msgpack.decode(_exactly(connection, size))
 
@@ -241,7 +241,7 @@ def serve(factory: str, descriptor: str) -> None:
     with socket.socket(fileno=int(descriptor)) as connection:
         while True:
             try:
-                call, number, *arguments = _read(connection)
+                call, number, *arguments = read_frame(connection)
             except EOFError:
                 break
             try:
@@ -254,6 +254,6 @@ def serve(factory: str, descriptor: str) -> None:
                 answer = [False, [error.code, str(error)]]
             except Exception as error:
                 answer = [False, ["", f"{call}: {type(error).__name__}: {error}"]]
-            _write(connection, answer)
+            write_frame(connection, answer)
     for end in ends.values():
         end.close()
