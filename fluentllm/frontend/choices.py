@@ -53,13 +53,18 @@ class Delta(Struct, gc=False):
     cached_tokens: int = 0
     """With the first delta."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    drafted: int = 0
+    """Drafts that were verified since the last delta."""
+    accepted: int = 0
 
 
 class Choice:
     """Detokenizes one sequence and watches for its stop strings."""
 
     __slots__ = (
+        "_accepted",
         "_detokenizer",
+        "_drafted",
         "_generated",
         "_given",
         "_infos",
@@ -87,6 +92,8 @@ class Choice:
         self._generated = 0
         self._started = False
         self._plain = False  # after the first output, if there is nothing but text to look at
+        self._drafted = 0  # with `_accepted`: drafts that no delta has told of yet
+        self._accepted = 0
         self._untold = 0  # generated tokens that `text` told of and no delta yet
         self._seen = 0  # characters that tokens have completed
         self._given = 0  # characters handed out
@@ -98,6 +105,9 @@ class Choice:
             return None
         tokens = output.tokens
         self._untold += len(tokens)
+        if output.drafted:
+            self._drafted += output.drafted
+            self._accepted += output.accepted
         return self._push(tokens)
 
     def take(self, output: RequestOutput) -> Delta:
@@ -107,6 +117,8 @@ class Choice:
         """
         if output.finish_reason == "abort" or output.finish_reason == "error":  # noqa: PLR1714 - mypy narrows this one
             raise EngineDied("The engine gave the request up.", fix="Send it again.")
+        drafted, accepted = self._drafted + output.drafted, self._accepted + output.accepted
+        self._drafted = self._accepted = 0
         tokens = output.tokens
         reason: Ending | None = output.finish_reason
         cached = 0 if self._started else output.cached_tokens
@@ -122,7 +134,9 @@ class Choice:
                 text += self._detokenizer.flush()
             new_tokens = len(output.tokens) + self._untold
             self._untold = 0
-            return Delta(self.index, text, tokens, None, reason, stop, new_tokens, cached, output.prompt_logprobs)
+            return Delta(
+                self.index, text, tokens, None, reason, stop, new_tokens, cached, output.prompt_logprobs, drafted, accepted
+            )
         pieces = []
         new_tokens = len(output.tokens)
         for position, token in enumerate(tokens):
@@ -146,7 +160,9 @@ class Choice:
         text = "".join(pieces)
         self._given += len(text)
         infos = self._ready_infos(reason is not None, cut=isinstance(stop, str)) if self._logprobs else None
-        return Delta(self.index, text, tokens, infos, reason, stop, new_tokens, cached, output.prompt_logprobs)
+        return Delta(
+            self.index, text, tokens, infos, reason, stop, new_tokens, cached, output.prompt_logprobs, drafted, accepted
+        )
 
     def _release(self, text: str) -> str:
         self._seen += len(text)

@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from ..core.errors import ContextTooLong, EngineDied, EngineUnavailable, InvalidRequest
-from ..core.types import Request, SamplingParams
+from ..core.types import Request, SamplingParams, SpeculativeInfo
 from .choices import Choice, Delta, Ending, TokenInfo
 from .detokenizer import Detokenizer
 from .merge import merge
@@ -69,6 +69,9 @@ class Completion(Struct, kw_only=True):
     prompt_logprobs: list[TokenLogprob | None] | None = None
     new_tokens: int = 0
     cached_tokens: int = 0
+    drafted: int = 0
+    """Drafts that were verified."""
+    accepted: int = 0
 
 
 class Usage(Struct):
@@ -77,9 +80,15 @@ class Usage(Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    speculative: SpeculativeInfo | None = None
+    """Who drafts, if anything does."""
 
     def add(self, delta: Delta | Completion, n: int) -> None:
         self.completion_tokens += delta.new_tokens
+        self.drafted += delta.drafted
+        self.accepted += delta.accepted
         if delta.cached_tokens and delta.index % n == 0:
             self.cached_tokens += delta.cached_tokens
 
@@ -245,6 +254,8 @@ class Generation:
                 result.tokens += delta.tokens
                 result.new_tokens += delta.new_tokens
                 result.cached_tokens += delta.cached_tokens
+                result.drafted += delta.drafted
+                result.accepted += delta.accepted
                 if delta.logprobs is not None:
                     result.logprobs = (result.logprobs or []) + delta.logprobs
                 if delta.prompt_logprobs is not None:

@@ -14,11 +14,23 @@ class PromptTokensDetails(Struct, kw_only=True):
     """Whose KV came from the prefix cache."""
 
 
-class UsageBody(Struct, kw_only=True):
+class CompletionTokensDetails(Struct, kw_only=True, omit_defaults=True):
+    """Of speculative decoding; absent where it is off."""
+
+    accepted_prediction_tokens: int
+    """Drafts that became tokens."""
+    rejected_prediction_tokens: int
+    """Drafts that were verified and did not."""
+    synthetic_acceptance: float | None = None
+    """Drafts were accepted at random, for a benchmark: the answer means nothing."""
+
+
+class UsageBody(Struct, kw_only=True, omit_defaults=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class TopLogprob(Struct, kw_only=True):

@@ -72,7 +72,7 @@ def _max_tokens(body: ChatRequest) -> int | None:
 async def _answer(body: ChatRequest, services: Services) -> Response:
     generation = services.generation
     job = await _job(body, generation)
-    usage = Usage(prompt_tokens=len(job.prompts[0]))
+    usage = Usage(prompt_tokens=len(job.prompts[0]), speculative=generation.info.speculative)
     choices = []
     for done in await generation.complete(job):
         usage.add(done, job.n)
@@ -92,7 +92,7 @@ async def _answer(body: ChatRequest, services: Services) -> Response:
 async def _events(body: ChatRequest, services: Services) -> Events[Any]:
     generation = services.generation
     job = await _job(body, generation)
-    usage = Usage(prompt_tokens=len(job.prompts[0]))
+    usage = Usage(prompt_tokens=len(job.prompts[0]), speculative=generation.info.speculative)
     with_usage = wants_usage(body)
     splicer = chat_splicer(id=job.id, created=int(time.time()), model=services.model, choices=job.n, with_usage=with_usage)
     items, text_of, delta_of = generation.stream_parts(job)

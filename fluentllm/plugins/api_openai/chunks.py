@@ -12,7 +12,7 @@ import msgspec
 
 from fluentllm.frontend.responses import DONE
 
-from .answers import PromptTokensDetails, UsageBody
+from .answers import CompletionTokensDetails, PromptTokensDetails, UsageBody
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,4 +78,15 @@ def usage_body(usage: Usage) -> UsageBody:
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
+        completion_tokens_details=_drafts(usage),
+    )
+
+
+def _drafts(usage: Usage) -> CompletionTokensDetails | None:
+    if usage.speculative is None:
+        return None
+    return CompletionTokensDetails(
+        accepted_prediction_tokens=usage.accepted,
+        rejected_prediction_tokens=usage.drafted - usage.accepted,
+        synthetic_acceptance=usage.speculative.synthetic_acceptance,
     )

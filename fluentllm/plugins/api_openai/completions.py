@@ -114,7 +114,7 @@ async def _answer(body: CompletionRequest, prompts: list[str | list[int]], servi
     generation = services.generation
     job = await _job(body, prompts, generation)
     writer = _Writer(body, job, generation)
-    usage = Usage(prompt_tokens=sum(map(len, job.prompts)))
+    usage = Usage(prompt_tokens=sum(map(len, job.prompts)), speculative=generation.info.speculative)
     choices = []
     for done in await generation.complete(job):
         text, logprobs = writer.write(done, first=True)
@@ -129,7 +129,7 @@ async def _events(body: CompletionRequest, prompts: list[str | list[int]], servi
     generation = services.generation
     job = await _job(body, prompts, generation)
     writer = _Writer(body, job, generation)
-    usage = Usage(prompt_tokens=sum(map(len, job.prompts)))
+    usage = Usage(prompt_tokens=sum(map(len, job.prompts)), speculative=generation.info.speculative)
     with_usage = wants_usage(body)
     choices = len(job.prompts) * job.n
     splicer = text_splicer(id=job.id, created=int(time.time()), model=services.model, choices=choices, with_usage=with_usage)
