@@ -117,6 +117,13 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert (page.parent / target.split("#")[0]).exists(), target
 
 
+def test_the_index_lists_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    assert [
+        page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md" and f"({page.name})" not in index
+    ] == []
+
+
 @each_page
 def test_every_name_is_in_the_file_that_it_links_to(page: Path) -> None:
     for label, target in re.findall(r"\[`([^`]+)`\]\(([^)\s]+\.py)\)", prose(page)):
