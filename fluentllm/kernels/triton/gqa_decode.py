@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .gqa_plan import BLOCK, GqaPlan
 from .language import dot
-from .launch import launch, power_of_2
+from .launch import launch, power_of_2, split_width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ def _decode_kernel(
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
     ROWS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILES: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SINGLE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
@@ -51,6 +51,11 @@ def _decode_kernel(
         dv = tl.arange(0, BLOCK_V)
         q_at = q + ((sequence * ROWS + query).to(tl.int64) * q_row + head * q_head)[:, None] + d[None, :]
         queries = tl.load(q_at, mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
+        if BLOCK_E > 0:
+            e = tl.arange(0, BLOCK_E)
+            e_mask = (BLOCK_D + e < DIM)[None, :]
+            q_at = q + BLOCK_D + ((sequence * ROWS + query).to(tl.int64) * q_row + head * q_head)[:, None] + e[None, :]
+            more_queries = tl.load(q_at, mask=valid[:, None] & e_mask, other=0.0)
 
         highest = tl.full([BLOCK_M], -1.0e30, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -68,7 +73,12 @@ def _decode_kernel(
             slot = key % PAGE
             k_at = k_pages + (page * k_page + slot * k_slot + kv_head * k_head)[:, None] + d[None, :]
             keys = tl.load(k_at, mask=inside[:, None] & (d < DIM)[None, :], other=0.0).to(queries.dtype)
-            scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * score_scale
+            scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+            if BLOCK_E > 0:
+                k_at = k_pages + BLOCK_D + (page * k_page + slot * k_slot + kv_head * k_head)[:, None] + e[None, :]
+                keys = tl.load(k_at, mask=inside[:, None] & e_mask, other=0.0).to(queries.dtype)
+                scores = dot(more_queries, tl.trans(keys), scores)
+            scores = scores * score_scale
             scores = tl.where(inside[None, :] & (key[None, :] <= position[:, None]), scores, float("-inf"))
             # Finite from the start, so a row that sees none of these keys stays at weight 0 instead of NaN.
             higher = tl.maximum(highest, tl.max(scores, 1))
@@ -164,9 +174,9 @@ def gqa_decode(
     lse = torch.empty(parts, per_sequence, dtype=torch.float32, device=q.device)
     block_m = min(64, max(16, power_of_2(rows * group)))
     tiles = -(-rows * group // block_m)
-    block_d, block_v = max(16, power_of_2(dim)), max(16, power_of_2(value_dim))
+    (block_d, block_e), block_v = split_width(dim), max(16, power_of_2(value_dim))
     block_n = BLOCK
-    stage = (block_d + block_v) * k_pages.element_size()
+    stage = (block_d + block_e + block_v) * k_pages.element_size()
     while block_n > 16 and block_n * stage > SHARED_BYTES:
         block_n //= 2
     launch(
@@ -174,9 +184,11 @@ def gqa_decode(
         plan.items, plan.starts, plan.spans, scale * k_scale * math.log2(math.e), v_scale,
         q.stride(0), q.stride(1), *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         ROWS=rows, GROUP=group, HEADS=heads, DIM=dim, VALUE_DIM=value_dim, TILES=tiles, PAGE=page, BLOCK_M=block_m,
-        BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_V=block_v, SINGLE=plan.single,
+        BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_V=block_v, SINGLE=plan.single,
         num_warps=4, num_stages=1 + max(1, min(3, SHARED_BYTES // (block_n * stage))),
     )  # fmt: skip
+    if plan.single:
+        return out
     sequences = lengths.shape[0]
     # Few rows: one a program, many runs in flight. Many rows: most have nothing to merge, so fewer programs.
     block_r, runs = (1, 16) if sequences * per_sequence <= 2048 else (8, 2)

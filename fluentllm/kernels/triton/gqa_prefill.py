@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .language import dot
-from .launch import launch, power_of_2
+from .launch import launch, power_of_2, split_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,9 +53,10 @@ def prefill_tiles(
 
 
 @triton.jit
-def _attend(acc, total, highest, queries, position, page, k_pages, v_pages, base, last, kv_head, score_scale,
+def _attend(acc, total, highest, queries, more_queries, position, page, k_pages, v_pages, base, last, kv_head, score_scale,
             k_page, k_slot, k_head, v_page, v_slot, v_head, d, dv, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-            PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+            PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+            MASKED: tl.constexpr):  # fmt: skip
     """One block of keys, whose page numbers [BLOCK_N] are `page`. Not MASKED: every row sees all of them."""
     key = base + tl.arange(0, BLOCK_N)
     inside = key < last
@@ -68,7 +69,15 @@ def _attend(acc, total, highest, queries, position, page, k_pages, v_pages, base
         k_mask = k_mask & inside[:, None]
         v_mask = v_mask & inside[:, None]
     keys = tl.load(k_at, mask=k_mask, other=0.0).to(queries.dtype)
-    scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * score_scale
+    scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    if BLOCK_E > 0:
+        e = tl.arange(0, BLOCK_E)
+        k_at = k_pages + BLOCK_D + (page * k_page + slot * k_slot + kv_head * k_head)[:, None] + e[None, :]
+        e_mask = (BLOCK_D + e < DIM)[None, :]
+        if MASKED:
+            e_mask = e_mask & inside[:, None]
+        scores = dot(more_queries, tl.trans(tl.load(k_at, mask=e_mask, other=0.0).to(queries.dtype)), scores)
+    scores = scores * score_scale
     if MASKED:
         scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
     higher = tl.maximum(highest, tl.max(scores, 1))
@@ -85,7 +94,8 @@ def _prefill_kernel(
     out, q, k_pages, v_pages, page_table, tiles, tile_count, score_scale, value_scale,
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     tile = tl.program_id(1)
@@ -100,9 +110,12 @@ def _prefill_kernel(
     row = (start + m).to(tl.int64)
     valid = m < count
     position = first_position + m
-    queries = tl.load(
-        q + (row * q_row + head * q_head)[:, None] + d[None, :], mask=valid[:, None] & (d < DIM)[None, :], other=0.0
-    )
+    q_at = q + (row * q_row + head * q_head)[:, None]
+    queries = tl.load(q_at + d[None, :], mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
+    more_queries = queries
+    if BLOCK_E > 0:
+        e = tl.arange(0, BLOCK_E)
+        more_queries = tl.load(q_at + BLOCK_D + e[None, :], mask=valid[:, None] & (BLOCK_D + e < DIM)[None, :], other=0.0)
     highest = tl.full([BLOCK_M], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -118,16 +131,18 @@ def _prefill_kernel(
         ahead = base + BLOCK_N + n
         next_page = tl.load(table + ahead // PAGE, mask=ahead < last, other=0)
         acc, total, highest = _attend(
-            acc, total, highest, queries, position, page, k_pages, v_pages, base, last, kv_head, score_scale,
-            k_page, k_slot, k_head, v_page, v_slot, v_head, d, dv, DIM, VALUE_DIM, PAGE, BLOCK_M, BLOCK_N, False,
+            acc, total, highest, queries, more_queries, position, page, k_pages, v_pages, base, last, kv_head, score_scale,
+            k_page, k_slot, k_head, v_page, v_slot, v_head, d, dv, DIM, VALUE_DIM, PAGE, BLOCK_M, BLOCK_N,
+            BLOCK_D, BLOCK_E, False,
         )  # fmt: skip
     for base in range(seen_by_all, last, BLOCK_N):
         page = next_page.to(tl.int64)
         ahead = base + BLOCK_N + n
         next_page = tl.load(table + ahead // PAGE, mask=ahead < last, other=0)
         acc, total, highest = _attend(
-            acc, total, highest, queries, position, page, k_pages, v_pages, base, last, kv_head, score_scale,
-            k_page, k_slot, k_head, v_page, v_slot, v_head, d, dv, DIM, VALUE_DIM, PAGE, BLOCK_M, BLOCK_N, True,
+            acc, total, highest, queries, more_queries, position, page, k_pages, v_pages, base, last, kv_head, score_scale,
+            k_page, k_slot, k_head, v_page, v_slot, v_head, d, dv, DIM, VALUE_DIM, PAGE, BLOCK_M, BLOCK_N,
+            BLOCK_D, BLOCK_E, True,
         )  # fmt: skip
     result = acc * (value_scale / tl.where(total > 0, total, 1.0))[:, None]
     at = out + ((row * HEADS + head) * VALUE_DIM)[:, None] + dv[None, :]
@@ -152,10 +167,10 @@ def gqa_prefill(
     """
     (tokens, heads, dim), (_, page, kv_heads, value_dim) = q.shape, v_pages.shape
     out = q.new_empty(tokens, heads, value_dim)
-    block_d, block_v = max(16, power_of_2(dim)), max(16, power_of_2(value_dim))
+    (block_d, block_e), block_v = split_width(dim), max(16, power_of_2(value_dim))
     block_m, block_n = tiles.rows, 64
-    stage = (block_d + block_v) * k_pages.element_size()
-    queries = block_m * block_d * q.element_size()
+    stage = (block_d + block_e + block_v) * k_pages.element_size()
+    queries = block_m * (block_d + block_e) * q.element_size()
     while block_n > 16 and queries + block_n * stage > SHARED_BYTES:
         block_n //= 2
     launch(
@@ -163,7 +178,7 @@ def gqa_prefill(
         tiles.table.shape[1], scale * k_scale * math.log2(math.e), v_scale,
         q.stride(0), q.stride(1), *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         GROUP=heads // kv_heads, HEADS=heads, DIM=dim, VALUE_DIM=value_dim, PAGE=page, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_D=block_d, BLOCK_V=block_v,
+        BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_V=block_v,
         num_warps=8 if block_m >= 128 else 4, num_stages=1 + max(1, min(2, (SHARED_BYTES - queries) // (block_n * stage))),
     )  # fmt: skip
     return out

@@ -60,6 +60,15 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def split_width(width: int) -> tuple[int, int]:
+    """Two powers of two, the second 0 or at least 16, that cover a head's width with less padding than one would: tiles' sizes
+    are powers of two, and 96 = 64 + 32, 192 = 128 + 64."""
+    whole = max(16, power_of_2(width))
+    main = whole // 2
+    rest = max(16, power_of_2(width - main))
+    return (main, rest) if main >= 16 and main + rest < whole else (whole, 0)
+
+
 def power_of_2(n: int) -> int:
     """The least power of two ≥ n, at least 1."""
     return 1 << max(0, n - 1).bit_length()

@@ -8,6 +8,7 @@ from paged import random_paged
 
 from fluentllm.kernels.attention_reference import gqa_reference
 from fluentllm.kernels.triton.gqa_prefill import gqa_prefill, prefill_tiles
+from fluentllm.kernels.triton.launch import split_width
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,7 @@ from fluentllm.kernels.triton.gqa_prefill import gqa_prefill, prefill_tiles
         ([(0, 130), (70, 3), (128, 64), (0, 0)], 4, 2, 64, 16, 64, torch.float32),
         ([(5, 65), (0, 20)], 3, 1, 96, 32, 32, torch.float16),
         ([(200, 40)], 2, 2, 128, 64, 128, torch.bfloat16),
+        ([(20, 9)], 2, 2, 192, 16, 16, torch.float32),
     ],
 )
 def test_ragged_chunks(
@@ -38,6 +40,12 @@ def test_ragged_chunks(
         tolerance = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 4e-2}[dtype]
         torch.testing.assert_close(out[part].double(), expected, rtol=0, atol=tolerance)
         start += rows
+
+
+def test_a_width_that_is_no_power_of_two_is_two() -> None:
+    assert [split_width(n) for n in (8, 64, 96, 128, 160, 192, 224, 256)] == [
+        (16, 0), (64, 0), (64, 32), (128, 0), (128, 32), (128, 64), (256, 0), (256, 0),
+    ]  # fmt: skip
 
 
 def test_no_rows(device: torch.device, rng: torch.Generator) -> None:
