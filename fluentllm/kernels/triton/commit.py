@@ -75,15 +75,15 @@ def decode_rows(
     """
     batch, device = slots.shape[0], slots.device
     pages = page_table.shape[1] if pages is None else pages
-    longs = [torch.empty(batch * rows, dtype=torch.int64, device=device) for _ in range(4)]
+    tokens, positions, row_slots, kv_rows = (torch.empty(batch * rows, dtype=torch.int64, device=device) for _ in range(4))
     kv_lengths = torch.empty(batch, dtype=torch.int32, device=device)
     gathered = torch.empty(batch, pages, dtype=torch.int32, device=device)
     launch(
-        _rows_kernel, (batch,), *longs, kv_lengths, gathered, slots, length, finished, history, page_table, pages,
-        length.stride(0), history.stride(0), page_table.stride(0),
+        _rows_kernel, (batch,), tokens, positions, row_slots, kv_rows, kv_lengths, gathered, slots, length,
+        finished, history, page_table, pages, length.stride(0), history.stride(0), page_table.stride(0),
         ROWS=rows, BLOCK_ROWS=power_of_2(rows), PAGE=page_size, BLOCK_PAGES=1024, num_warps=4,
     )  # fmt: skip
-    return DecodeRows(*longs, kv_lengths, gathered)
+    return DecodeRows(tokens, positions, row_slots, kv_rows, kv_lengths, gathered)
 
 
 @triton.jit

@@ -7,17 +7,25 @@ their own, started by `test_triton_interpreted.py` with TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HERE = Path(__file__).parent
 HERE_ONLY = ["test_triton_interpreted.py", "test_triton_compile.py"]
 
 if INTERPRETED:
     collect_ignore = HERE_ONLY
 elif not torch.cuda.is_available():
     collect_ignore_glob = ["test_kernel_*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not INTERPRETED and item.path.parent == HERE and item.path.name.startswith("test_kernel_"):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture
