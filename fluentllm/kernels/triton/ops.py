@@ -17,7 +17,7 @@ class TritonOps(PlainOps):
     """`kernels.ops.Ops`. What has no kernel here, or an operand whose last dimension is not contiguous, is `PlainOps`'."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if x.stride(-1) != 1 or x.ndim > 3:
+        if x.stride(-1) != 1 or x.ndim not in (2, 3):
             return super().rms_norm(x, weight, eps)
         return norm.rms_norm(x, weight, eps)
 
