@@ -44,6 +44,8 @@ log = logging.getLogger("fluentllm.transfer")
 
 BUSY_NAP, EAGER_NAP, IDLE_NAP = 50e-6, 200e-6, 1e-3
 """Seconds between looks at the library: something moves, something is expected, nothing is."""
+BUSY_CALL = 20e-6
+"""Seconds in the library that mean that it was moving bytes: look again at once."""
 BUSY_FOR = 0.01
 """Seconds after the last sign of traffic for which it counts as moving."""
 
@@ -68,6 +70,7 @@ class PolledTransport:
         self._transfers = 0
         self._events: deque[TransportEvent] = deque()
         self._told = False
+        self._busy = False
         self._work: deque[Callable[[], None]] = deque()
         self._ring = threading.Event()
         self._thread: threading.Thread | None = None
@@ -206,7 +209,7 @@ class PolledTransport:
             if active:
                 moved = now
             nap = BUSY_NAP if now - moved < BUSY_FOR else EAGER_NAP if self._expected else IDLE_NAP
-            if not self._work:
+            if not self._work and not self._busy:
                 self._ring.wait(nap)
             self._ring.clear()
 
@@ -217,7 +220,12 @@ class PolledTransport:
             self._work.popleft()()
         if not self._epoch or self._closed:
             return active
-        for note in self._wire.received():
+        started = time.perf_counter()
+        notes = self._wire.received()
+        # Libraries do not say that a peer's bytes came, but the call that takes them in lasts longer than an idle one.
+        self._busy = time.perf_counter() - started > BUSY_CALL
+        active |= self._busy
+        for note in notes:
             active |= self._deliver(note)
         for channel in list(self._channels.values()):
             active |= channel.step()
