@@ -89,6 +89,7 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) ->
     config = load_config(files)
     family = plugins.registry("models").get(_architecture(config)).factory
     spec: ModelSpec = family.spec(config)
+    check_speculation(settings, spec, plugins)
     precision = choose_precision(settings.model.weight_precision, device, dtype, settings.engine.deterministic)
     context = BuildContext(
         device=device,
@@ -203,6 +204,14 @@ def draft_length(settings: Settings) -> DraftLength | None:
             param="speculative.k",
         )
     return DraftLength(wanted.k, wanted.max_k) if wanted.k != 0 else None
+
+
+def check_speculation(settings: Settings, spec: ModelSpec, plugins: PluginManager) -> None:
+    """Before anything is loaded. Raises `ConfigError` for what cannot work with this model."""
+    drafts = draft_length(settings)
+    synthetic_share(settings, drafts.max_k if drafts is not None else 0)
+    if drafts is not None:
+        plugins.registry("proposers").require(settings.speculative.method, spec)
 
 
 def synthetic_share(settings: Settings, max_drafts: int) -> float | None:

@@ -123,6 +123,15 @@ class MLALayer(Module):
         x = self.attention(x, rows, batch, attention)
         return self.feed_forward(self.post_norm.add(x, residual))
 
+    def some_rows(
+        self, residual: Tensor, rows: tuple[Tensor, Tensor], batch: Batch, attention: AttentionBackend, wanted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same where nothing follows that needs all rows: KV for all of them, and for those of `wanted` [W] int64 what is
+        left to be added and their residual, [W, hidden] each."""
+        x = self.attention(self.input_norm(residual), rows, batch, attention)[wanted]
+        residual = residual[wanted]
+        return self.feed_forward(self.post_norm.add(x, residual)) if wanted.shape[0] else x, residual
+
 
 def softmax_scale(rotary: Rotary, head: int) -> float:
     """head^-0.5, times the square of yarn's mscale where the config scales the rotary positions with `mscale_all_dim`."""

@@ -63,16 +63,20 @@ class MTP(Module):
         """Its layer in the KV pool."""
         return self.layer.attention.layer
 
-    def forward(self, hidden: Tensor, batch: Batch, attention: AttentionBackend) -> Tensor:
+    def forward(self, hidden: Tensor, batch: Batch, attention: AttentionBackend, wanted: Tensor | None = None) -> Tensor:
         """hidden [T, hidden]: for each row of the batch the state, after the final norm, at the position before: the target's,
         or what this returned for that position → [T, hidden], after this layer's norm: what the token at the row's position
-        + 1 is drafted from. A row at position 0 has no state before it: zeros are taken there."""
+        + 1 is drafted from. A row at position 0 has no state before it: zeros are taken there. With `wanted` [W] int64 only
+        these rows are returned, and the others cost no more than their KV."""
         attention.begin(batch)
         hidden = torch.where((batch.positions == 0).unsqueeze(1), 0.0, hidden)
         tokens = self.token_norm(self.embedding(batch.tokens))
         residual = self.project(torch.cat((tokens, self.hidden_norm(hidden)), -1))
         rows = self.layer.attention.rotary.rows(batch.positions)
-        return self.norm.add(self.layer(None, residual, rows, batch, attention), residual)
+        if wanted is None:
+            return self.norm.add(self.layer(None, residual, rows, batch, attention), residual)
+        delta, residual = self.layer.some_rows(residual, rows, batch, attention, wanted)
+        return self.norm.add(delta, residual) if wanted.shape[0] else residual
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] → [R, vocab] float32."""

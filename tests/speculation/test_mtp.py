@@ -117,8 +117,11 @@ async def test_drafts_past_the_end_of_the_context(tmp_path: Path, kind: str) -> 
 
 
 def test_a_model_without_mtp_is_refused(tmp_path: Path) -> None:
-    model = Harness(write_tiny_llama(tmp_path))
+    """Before its weights are loaded; and a checkpoint that leaves the layer out, after."""
     with pytest.raises(ConfigError, match="'mtp' cannot be used here: this checkpoint of LlamaForCausalLM has no MTP layer"):
+        Harness(write_tiny_llama(tmp_path / "llama"), **{"speculative.method": "mtp"})
+    model = Harness(write_tiny_llama(tmp_path / "longcat", base=CONFIGS["longcat"]))
+    with pytest.raises(ConfigError, match="this checkpoint of LongcatFlashForCausalLM has no MTP layer"):
         assemble(model.settings(**{"speculative.method": "mtp"}), "tiny", model.loaded, model.plugins)
 
 

@@ -69,11 +69,11 @@ async def test_synthetic_acceptance(tiny: Harness, length: float) -> None:
     answers = []
     for _ in range(2):
         async with tiny.engine(plugins=plugins_with(draft), **settings) as running:
-            ids = [running.submit([9, i + 1], max_tokens=200, ignore_eos=True, seed=i) for i in range(4)]
+            ids = [running.submit([9, i + 1], max_tokens=120, ignore_eos=True, seed=i) for i in range(4)]
             answers.append([await running.rest(i) for i in ids])
             stats = running.engine.stats().speculative
             assert stats is not None
-            assert stats.mean_accepted_length == pytest.approx(length, abs=0.06 if length in (1, 4) else 0.3)
+            assert stats.mean_accepted_length == pytest.approx(length, abs=0.08 if length in (1, 4) else 0.4)
             assert stats.info.synthetic_acceptance == length
     assert answers[0] == answers[1], "the coins are those of seed and position"
 

@@ -48,12 +48,11 @@ class MTPProposer:
             rows, states = shifted_chunks(batch, self._page_hidden, hidden)
         else:
             rows, states = shifted(batch, self._tables), hidden
-        states = self._mtp.forward(states, rows, self._attention)
-        if not count or not slots.shape[0]:
+        wanted = self._newest_rows(batch, rows, slots) if count else slots[:0]
+        state = self._mtp.forward(states, rows, self._attention, wanted)
+        if not wanted.shape[0]:
             return slots.new_empty(slots.shape[0], count), slots.new_zeros(slots.shape[0])
-        last = self._newest_rows(batch, rows, slots)
-        page_table = self._tables.page_table[slots]
-        drafts = self._chain(states[last], slots, page_table, rows, count)
+        drafts = self._chain(state, slots, self._tables.page_table[slots], rows, count)
         return drafts, torch.full_like(slots, count)
 
     def _keep_page_ends(self, batch: Batch, hidden: Tensor) -> None:
