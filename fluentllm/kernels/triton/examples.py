@@ -77,7 +77,7 @@ def prefill_attention() -> None:
         (9, 3, 64, 16, torch.float16, torch.float16, 128),
         (32, 4, 96, 32, BF16, BF16, 64),
         (8, 1, 256, 64, BF16, BF16, 128),
-        (4, 4, 128, 16, torch.float32, torch.float32, 16),
+        (4, 4, 64, 16, torch.float32, torch.float32, 16),
     ):
         tiles = prefill_tiles((300, 5), (300, 1000), torch.device("meta"), rows=rows)
         cache = _empty(1000, page, kv_heads, dim, dtype=kv_dtype)
