@@ -69,7 +69,13 @@ class PlainOps:
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
         width = cos.shape[-1]
         rotated = x if width == x.shape[-1] else x[..., :width]
-        out = (rotated * cos).addcmul_(partner(rotated, interleaved), sin)
+        out = rotated * cos
+        if interleaved:
+            out.addcmul_(partner(rotated, interleaved), sin)
+        else:
+            half = width // 2
+            out[..., :half].addcmul_(rotated[..., half:], sin[..., :half])
+            out[..., half:].addcmul_(rotated[..., :half], sin[..., half:])
         return out if rotated is x else torch.cat((out, x[..., width:]), -1)
 
     def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from .copies import COPIES
 from .quantise import GROUP, dequantise_blocks, quantise_int4, quantise_int8
+from .split_int8 import SplitInt8Weight, has_vnni
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -124,17 +125,17 @@ class Int4Weight:
 
 
 class TwoWeights:
-    """One matrix twice: `few` for up to `border` rows, where reading it is what costs, and a 16-bit copy for more, where
-    computing is. The copy is made in the background; until it is there `few` does all the work."""
+    """One matrix twice: `few` for up to `border` rows, where reading it is what costs, and a copy for more, where computing is.
+    The copy is made in the background; until it is there `few` does all the work."""
 
-    def __init__(self, few: Weight, values: Callable[[], Tensor], border: int) -> None:
-        """`values`: the matrix in float32, called once."""
+    def __init__(self, few: Weight, make: Callable[[], Weight], copy_nbytes: int, border: int) -> None:
+        """`make` is called once, for the copy of `copy_nbytes`."""
         self.few, self.border = few, border
         self.many: Weight | None = None
         self.out_features, self.in_features = few.out_features, few.in_features
-        self.copy_nbytes = 2 * few.out_features * few.in_features
-        self.nbytes = few.nbytes + self.copy_nbytes
-        self._values: Callable[[], Tensor] | None = values
+        self.copy_nbytes = copy_nbytes
+        self.nbytes = few.nbytes + copy_nbytes
+        self._make_copy: Callable[[], Weight] | None = make
         COPIES.add(self._make)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -145,14 +146,14 @@ class TwoWeights:
         return self.few.dequantised()
 
     def _make(self) -> None:
-        assert self._values is not None
+        assert self._make_copy is not None
         with torch.inference_mode():
-            self.many = _half(self._values())
-        self._values = None
+            self.many = self._make_copy()
+        self._make_copy = None
 
 
 def pack(weight: Tensor, precision: str, *, twice: bool = False) -> Weight:
-    """weight [out, in], float → the same matrix at `precision`; `twice`: with a 16-bit copy for many rows, if that is faster.
+    """weight [out, in], float → the same matrix at `precision`; `twice`: with a copy for many rows, if that is faster.
 
     int4 needs rows of whole groups of 32 and a multiple of 16 rows; where it does not fit, int8 is taken, which needs whole
     groups too, and else 16 bits. Off the CPU there is neither, and bfloat16 is taken.
@@ -166,12 +167,10 @@ def pack(weight: Tensor, precision: str, *, twice: bool = False) -> Weight:
     # With other widths torch's int8 product reads past the end of rows.
     if precision == "packed" or weight.shape[1] % GROUP:
         return _half(weight)
-    few: Weight
     if precision == "int4" and _fits_int4(*weight.shape):
         few = Int4Weight(*quantise_int4(weight))
-    else:
-        few = Int8Weight(*quantise_int8(weight))
-    return _with_copy(few, few.dequantised, twice)
+        return _with_copy(few, few.dequantised) if twice else few
+    return _int8(weight, twice)
 
 
 def pack_blocks(kind: str, parts: Mapping[str, Tensor], precision: str, *, twice: bool = False) -> Weight | None:
@@ -183,12 +182,11 @@ def pack_blocks(kind: str, parts: Mapping[str, Tensor], precision: str, *, twice
     if precision not in ("packed", "int4") or q.device.type != "cpu":
         return None
     if kind == "q4_1" and _fits_int4(*q.shape):
-        few: Weight = Int4Weight(q, parts["d"], parts["m"] + 8 * parts["d"])
-    elif kind == "q8_0" and precision == "packed":
-        few = Int8Weight(*quantise_int8(dequantise_blocks(kind, parts)))
-    else:
-        return None
-    return _with_copy(few, partial(dequantise_blocks, kind, parts), twice)
+        few = Int4Weight(q, parts["d"], parts["m"] + 8 * parts["d"])
+        return _with_copy(few, partial(dequantise_blocks, kind, parts)) if twice else few
+    if kind == "q8_0" and precision == "packed":
+        return _int8(dequantise_blocks(kind, parts), twice)
+    return None
 
 
 def copy_bytes(weight: Weight) -> int:
@@ -196,9 +194,26 @@ def copy_bytes(weight: Weight) -> int:
     return weight.copy_nbytes if isinstance(weight, TwoWeights) else 0
 
 
-def _with_copy(few: Weight, values: Callable[[], Tensor], twice: bool) -> Weight:
-    border = _border(type(few))
-    return few if border is None or not twice else TwoWeights(few, values, border)
+def _int8(values: Tensor, twice: bool) -> Weight:
+    q, scale = quantise_int8(values)
+    if has_vnni():
+        return SplitInt8Weight(q, scale)
+    few = Int8Weight(q, scale)
+    return _with_copy(few, lambda: values) if twice else few
+
+
+def _with_copy(few: Weight, values: Callable[[], Tensor]) -> Weight:
+    """`few`, and what is fastest for more rows beside it, made from `values()`, the matrix in float32.
+
+    The borders were measured with benchmarks/cpu/ops.py.
+    """
+    size = few.out_features * few.in_features
+    if has_vnni():
+        return TwoWeights(few, lambda: SplitInt8Weight(*quantise_int8(values())), size, 8)
+    if not _has_fbgemm():
+        return few
+    wide = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    return TwoWeights(few, lambda: HalfWeight(values()), 2 * size, 12 if wide else 5)
 
 
 def _half(weight: Tensor) -> Weight:
@@ -208,17 +223,6 @@ def _half(weight: Tensor) -> Weight:
 @cache
 def _has_fbgemm() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
-
-
-@cache
-def _border(kind: type) -> int | None:
-    """Rows up to which the product of few bits is faster than FBGEMM's in float16; measured with benchmarks/cpu/ops.py."""
-    if not _has_fbgemm():
-        return None
-    wide = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
-    if kind is Int4Weight:
-        return 12 if wide else 5
-    return 8 if wide else 4
 
 
 def _fits_int4(rows: int, columns: int) -> bool:

@@ -24,6 +24,7 @@ class TorchAttention:
         pool = context.pool
         self._dtype: torch.dtype = getattr(torch, context.spec.dtype)
         self._kv_dtype = pool.dtype
+        self._converts = pool.dtype is not self._dtype
         layers = range(pool.spec.layers)
         self._rows = [pool.rows(layer) for layer in layers]
         tensors = (pool.latent,) if pool.spec.kind == "mla" else (pool.k, pool.v)
@@ -58,8 +59,10 @@ class TorchAttention:
     # ------------------------------------------------------------------------------------------------------------------ gqa
     def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
         k_rows, v_rows = self._rows[layer]
-        k_rows.index_copy_(0, batch.kv_rows, k.to(self._kv_dtype))
-        v_rows.index_copy_(0, batch.kv_rows, v.to(self._kv_dtype))
+        if self._converts:
+            k, v = k.to(self._kv_dtype), v.to(self._kv_dtype)
+        k_rows.index_copy_(0, batch.kv_rows, k)
+        v_rows.index_copy_(0, batch.kv_rows, v)
         if self._decode is not None:
             if not self._started:
                 self._start(layer, batch, self._decode)
@@ -68,7 +71,7 @@ class TorchAttention:
         for plan in self._prefill:
             part = slice(plan.start, plan.stop)
             if plan.pages is None:
-                keys, values = k[part], v[part]
+                keys, values = k[part].to(self._dtype), v[part].to(self._dtype)
             else:
                 keys, values = (self._sequence(pages, plan) for pages in self._pages[layer])
             out[part] = F.scaled_dot_product_attention(
