@@ -1,9 +1,8 @@
-"""Products of int8 weights with activations of 16 bits, as two products of 8 bits: the fastest there is for several rows on CPUs
-with VNNI.
+"""Products of int8 weights with activations of 16 bits, as two products of 8 bits: fastest for several rows where VNNI is.
 
 Eight bits are too few for activations, whose largest values are far from the rest: SmolLM2 then keeps 94 % of its most likely
-tokens. Sixteen are as good as floats, and both halves go through one product of twice the rows, while reading the weights is what
-costs.
+tokens. Sixteen are as good as floats, and both halves go through one product of twice the rows, while reading the weights is
+what costs.
 """
 
 from __future__ import annotations

@@ -176,7 +176,9 @@ def pack(weight: Tensor, precision: str, *, twice: bool = False) -> Weight:
 def pack_blocks(kind: str, parts: Mapping[str, Tensor], precision: str, *, twice: bool = False) -> Weight | None:
     """A checkpoint's blocks, or None where this precision has no place for them.
 
-    `q4_1` (value = d · q + m) are 4-bit groups with scale = d, zero = m + 8 d; `q8_0` (value = d · q) are rounded to int8 rows.
+    `q4_1` (value = d · q + m) are 4-bit groups with scale = d, zero = m + 8 d; `q8_0` (value = d · q) are rounded to int8 rows
+    where the product can keep float32 sums. Elsewhere they take 16 bits: they are heads more often than not, and logits in
+    bfloat16 tie.
     """
     q = parts["q"]
     if precision not in ("packed", "int4") or q.device.type != "cpu":
@@ -185,7 +187,8 @@ def pack_blocks(kind: str, parts: Mapping[str, Tensor], precision: str, *, twice
         few = Int4Weight(q, parts["d"], parts["m"] + 8 * parts["d"])
         return _with_copy(few, partial(dequantise_blocks, kind, parts)) if twice else few
     if kind == "q8_0" and precision == "packed":
-        return _int8(dequantise_blocks(kind, parts), twice)
+        values = dequantise_blocks(kind, parts)
+        return _int8(values, twice) if has_vnni() else _half(values)
     return None
 
 

@@ -27,6 +27,24 @@ def test_products_before_and_after_the_copy(precision: str, rows: int) -> None:
         torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03 * 8)
 
 
+@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_blocks_of_eight_bits_keep_float32_sums(monkeypatch: pytest.MonkeyPatch, vnni: bool, rows: int) -> None:
+    """A head's logits must not tie for want of bits: bfloat16 ones around 16 are an eighth apart."""
+    if vnni and not weights.has_vnni():
+        pytest.skip("this CPU has no VNNI")
+    monkeypatch.setattr(weights, "has_vnni", lambda: vnni)
+    q = torch.randint(-127, 128, (64, 96), dtype=torch.int8)
+    parts = {"q": q, "d": torch.rand(64, 3) * 0.01}
+    packed = weights.pack_blocks("q8_0", parts, "packed", twice=True)
+    assert packed is not None
+    x = torch.randn(rows, 96) * 3
+    COPIES.wait()
+    found = packed.product(x, None)
+    torch.testing.assert_close(found, x @ packed.dequantised().T, rtol=2e-3, atol=2e-3 * float(found.abs().max()))
+    assert not torch.equal(found, found.bfloat16().float())
+
+
 def test_copies_are_made_in_order_and_the_thread_ends() -> None:
     copies = Copies()
     done: list[int] = []
