@@ -53,9 +53,7 @@ class SplitInt8Weight:
         halves = torch.empty(2 * rows, self.in_features, dtype=torch.uint8)
         halves[:rows].copy_(values)
         halves[rows:].copy_(values.bitwise_right_shift_(8))
-        y = self._product(
-            halves, 1.0, 128, self._packed, self._scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
+        y = self._product(halves, 1.0, 128, self._packed, self._scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], "")
         out = torch.add(y[:rows], y[rows:], alpha=256).mul_(step)
         if x.dtype is not torch.float32:
             out = out.to(x.dtype)
