@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,11 +61,17 @@ class LoadedModel:
 
 
 def build_engine(settings: Settings, files: ModelFiles, plugins: PluginManager, progress: Progress | None = None) -> Engine:
-    """Load the model and build an engine around it; `progress` gets a line for each stage.
+    """Load the model and build an engine around it; `progress` gets a line for each stage, from another thread.
 
     Raises `CheckpointError`, `ConfigError`, `OutOfMemory`.
     """
-    tell = progress or (lambda line: None)
+    # OpenMP keeps a pool of workers for each thread that ever computed in parallel, and with more workers than cores all of
+    # them sleep where they would spin: a step then takes twice as long. What loads must end before what serves begins.
+    with ThreadPoolExecutor(1, "fluent-load") as loader:
+        return loader.submit(_build_engine, settings, files, plugins, progress or (lambda line: None)).result()
+
+
+def _build_engine(settings: Settings, files: ModelFiles, plugins: PluginManager, tell: Progress) -> Engine:
     started = time.perf_counter()
     loaded = load_model(settings, files, plugins)
     tell(f"loaded {loaded.weight_bytes / 1e6:.0f} MB of weights in {time.perf_counter() - started:.1f} s")
