@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ..core.slots import SlotTables
 from ..core.types import Feature
+from ..kernels.argmax import argmax_rows
 from ..kernels.sampling import filter_logits, gumbel_noise
 
 
 def draw(logits: Tensor, slots: Tensor, positions: Tensor, tables: SlotTables, features: int) -> Tensor:
     """logits [R, V] float32, processed; slots, positions [R] int64 → tokens [R] int64."""
-    greedy = logits.argmax(1)
+    greedy = argmax_rows(logits)
     if not features & Feature.SAMPLING:
         return greedy
     temperature = tables.temperature[slots]
@@ -24,4 +25,4 @@ def draw(logits: Tensor, slots: Tensor, positions: Tensor, tables: SlotTables, f
     if features & Feature.FILTER:
         scaled = filter_logits(scaled, tables.top_k[slots], tables.top_p[slots], tables.min_p[slots])
     scaled += gumbel_noise(tables.seed[slots], positions, logits.shape[1])
-    return scaled.argmax(1).where(sampled, greedy)
+    return argmax_rows(scaled).where(sampled, greedy)

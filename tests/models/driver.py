@@ -36,6 +36,7 @@ class Driver:
         page_size: int = 4,
         deterministic: bool = False,
         dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
         self.model = model
@@ -50,13 +51,14 @@ class Driver:
         random.Random(seed).shuffle(numbers)
         self.page_table = torch.tensor(numbers, dtype=torch.int32).view(len(tokens), per_sequence)
         kv = model.spec.kv
-        self.pool = KVPool(kv, pages, page_size, dtype, torch.device("cpu"))
+        kv_dtype = kv_dtype or dtype
+        self.pool = KVPool(kv, pages, page_size, kv_dtype, torch.device("cpu"))
         # What was never written must not matter, as long as it is finite.
         for tensor in (self.pool.k, self.pool.v, self.pool.latent):
             tensor.normal_()
-        name = str(dtype).removeprefix("torch.")
+        name, kv_name = (str(kind).removeprefix("torch.") for kind in (dtype, kv_dtype))
         spec = AttentionSpec(
-            model=model.spec, device="cpu", dtype=name, kv_dtype=name, page_size=page_size, deterministic=deterministic
+            model=model.spec, device="cpu", dtype=name, kv_dtype=kv_name, page_size=page_size, deterministic=deterministic
         )
         assert _supports(spec) is None
         self.attention = _create(AttentionContext(spec, self.pool, Settings()))
