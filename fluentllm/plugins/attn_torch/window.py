@@ -36,7 +36,6 @@ class Window:
         self._slots = torch.empty(0, dtype=torch.int64)
         self._tokens = torch.empty(0, 0, dtype=torch.int32)
         """[N, room] tokens whose KV the copy holds: what a position holds depends on the tokens up to it alone."""
-        self._pages = torch.empty(0, 0, dtype=torch.int32)
         self._written: list[int] = []
         self._room = 0
         self.rows = torch.empty(0, dtype=torch.int64)
@@ -69,11 +68,9 @@ class Window:
         if any(now > before for now, before in zip(first, self._written, strict=True)):
             return False
         longest = max(first)
-        pages = -(-longest // batch.page_size)
-        known = torch.arange(longest) < torch.tensor(first).unsqueeze(1)
-        same_tokens = (batch.history[batch.slots, :longest] == self._tokens[:, :longest]) | ~known
-        same_pages = (batch.page_table[:, :pages] == self._pages[:, :pages]) | ~known[:, :: batch.page_size]
-        return bool(same_tokens.all()) and bool(same_pages.all())
+        unknown = torch.arange(longest) >= torch.tensor(first).unsqueeze(1)
+        same = (batch.history[batch.slots, :longest] == self._tokens[:, :longest]) | unknown
+        return bool(same.all())
 
     def _restart(self, batch: Batch, room: int) -> None:
         room = min(room, batch.page_table.shape[1] * batch.page_size)
@@ -81,7 +78,6 @@ class Window:
         self._tokens = torch.zeros(len(self._slots), room, dtype=torch.int32)
         width = min(room, batch.history.shape[1])
         self._tokens[:, :width] = batch.history[batch.slots, :width]
-        self._pages = batch.page_table.clone()
         if room != self._room or len(self._slots) != len(self._written):
             self._layers = {}
         self._room = room
