@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
+_DEFAULT_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
 
 Progress = Callable[[str], None]
 
@@ -156,11 +157,13 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
         proposer,
         proposer_name=f"proposer {entry.name!r} of plugin {entry.plugin!r}" if entry is not None else "",
         synthetic=synthetic_share(settings, max_drafts),
+        graphs=device.type == "cuda" and settings.engine.cuda_graphs,
     )
 
     kv = KVCache(pages, page_size, settings.kv.prefix_cache, listen=plugins.observers.watches_kv)
     make_scheduler = plugins.registry("schedulers").get(settings.scheduler.policy).factory
-    scheduler = make_scheduler(SchedulerContext(settings, kv, slots, longest, spec.eos_token_ids, max_drafts))
+    prefill_tokens = settings.scheduler.prefill_tokens or _DEFAULT_PREFILL_TOKENS.get(device.type, 512)
+    scheduler = make_scheduler(SchedulerContext(settings, kv, slots, longest, spec.eos_token_ids, max_drafts, prefill_tokens))
     info = ModelInfo(
         name=settings.model.served_name or name,
         spec=spec,

@@ -16,7 +16,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-DEVICE_HALF = {f"fluentllm.core.{name}" for name in ("engine", "executor", "slots", "kv.pool")}
+DEVICE_HALF = {f"fluentllm.core.{name}" for name in ("engine", "executor", "graphs", "slots", "staging", "kv.pool")}
 TORCH = {"torch", "triton", "flashinfer", "transformers"}
 HTTP = {"starlette", "uvicorn", "httpx", "httptools", "requests"}
 

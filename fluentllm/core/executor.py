@@ -29,10 +29,10 @@ class SlotRows:
 
 
 class Pending(Protocol):
-    """What a launched program left on the device."""
+    """What a launched program leaves, on its way to the host."""
 
     def read(self, rows: SlotRows) -> list[SlotResult]:
-        """Copy it to the host; called once the program has finished."""
+        """What was copied to the host; called once the step has finished."""
         ...
 
 
@@ -82,16 +82,15 @@ class Executor:
 
     @torch.inference_mode()
     def _launch(self, plan: StepPlan, future: Future[StepResult]) -> None:
-        started = time.perf_counter()
+        clock = _DeviceClock() if self.device.type == "cuda" else _HostClock()
         self._apply(plan)
         pending = self.programs.run(plan)
         rows, error = self._rows, self.programs.drafting_error
+        clock.stop()
         if self.device.type == "cpu":
-            self._read(plan, pending, rows, started, None, error, future)
-            return
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-        self._reader.submit(self._guard(future, self._read), plan, pending, rows, started, done, error, future)
+            self._read(plan, pending, rows, clock, error, future)
+        else:
+            self._reader.submit(self._guard(future, self._read), plan, pending, rows, clock, error, future)
 
     def _apply(self, plan: StepPlan) -> None:
         """Admissions and page grants, before the programs of the same step, on their stream."""
@@ -110,21 +109,51 @@ class Executor:
         plan: StepPlan,
         pending: list[Pending],
         rows: SlotRows,
-        started: float,
-        done: torch.cuda.Event | None,
+        clock: _HostClock | _DeviceClock,
         drafting_error: str | None,
         future: Future[StepResult],
     ) -> None:
-        if done is not None:
-            done.synchronize()
+        seconds = clock.seconds()
         slots = [result for program in pending for result in program.read(rows)]
-        seconds = time.perf_counter() - started
         future.set_result(StepResult(step=plan.step, slots=slots, seconds=seconds, drafting_error=drafting_error))
+
+
+class _HostClock:
+    """Seconds of a step that ran on the calling thread."""
+
+    def __init__(self) -> None:
+        self._started = self._stopped = time.perf_counter()
+
+    def stop(self) -> None:
+        self._stopped = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self._stopped - self._started
+
+
+class _DeviceClock:
+    """Seconds that the device took, between two points of the current stream; waiting in the queue does not count."""
+
+    def __init__(self) -> None:
+        self._started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._stopped = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._started.record()
+
+    def stop(self) -> None:
+        self._stopped.record()
+
+    def seconds(self) -> float:
+        """Waits until the device has come past the end."""
+        self._stopped.synchronize()
+        return float(self._started.elapsed_time(self._stopped)) / 1e3
 
 
 def _initialise_thread(device: torch.device, threads: int | None) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # A stream of its own: the default one cannot be captured. What was loaded must be there first.
+        torch.cuda.synchronize(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
     elif threads is not None:
         # OpenMP's pool belongs to the thread that opens the parallel region.
         torch.set_num_threads(threads)

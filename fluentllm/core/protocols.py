@@ -6,6 +6,7 @@ plain bound methods of what it returned.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -72,6 +73,8 @@ class SchedulerContext:
     eos_token_ids: tuple[int, ...] = ()
     max_drafts: int = 0
     """A step may write KV for twice as many tokens past the end of a sequence."""
+    prefill_tokens: int = 512
+    """Most prompt tokens of a step."""
 
 
 class Scheduler(Protocol):
@@ -279,6 +282,29 @@ class AttentionBackend(Protocol):
         """q_nope [T, H, nope], q_rope [T, H, rope], latent [T, C] (normed, scaled), k_rope [T, rope] (rotary applied),
         up_k [H, nope, C], up_v [H, Dv, C] (the two halves of kv_b) → [T, H, Dv]. The backend chooses the absorbed or the
         expanded form."""
+        ...
+
+
+class FusedAttention(AttentionBackend):
+    """A backend that takes products as they come; derive from it to be given them. Layers ask with `isinstance`."""
+
+    @abstractmethod
+    def gqa_from_product(
+        self,
+        layer: int,
+        qkv: Tensor,
+        heads: int,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        scale: float,
+        *,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        interleaved: bool,
+    ) -> Tensor:
+        """`gqa` from qkv [T, (H + 2 Hkv) · D]: norms of queries and keys (weights [D], or neither), rotary (`rope` are cos and
+        sin of the rows, as `layers.rotary.Rotary.rows` gives them) and the KV write are the backend's → [T, H, D]."""
         ...
 
 

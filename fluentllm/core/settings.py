@@ -55,6 +55,7 @@ class EngineSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     device: Annotated[str, _help("auto, cpu, cuda, cuda:N. auto takes a GPU where there is one.")] = "auto"
     overlap_depth: Annotated[int, _help("Steps launched ahead of what has been read.", "steps", ge=0, le=2)] = 1
     deterministic: Annotated[bool, _help("Fixed-order arithmetic: a token does not depend on what else runs. Slower.")] = False
+    cuda_graphs: Annotated[bool, _help("Capture decode programs on a GPU; off: launch each kernel by itself.")] = True
     threads: Annotated[Annotated[int, Meta(ge=1)] | None, _help("CPU threads of the executor; all cores if null.")] = None
     max_restarts: Annotated[int, _help("Restarts of a process in ten minutes; one crash more ends the server.", ge=0)] = 5
     hang_timeout: Annotated[float, _help("A step that takes longer is a hang: the engine is restarted.", "seconds", gt=0)] = (
@@ -68,7 +69,13 @@ class SchedulerSettings(Struct, kw_only=True, forbid_unknown_fields=True):
         Annotated[int, Meta(ge=1)] | None, _help("Sequences on the device at once. auto: 64 on a CPU, 256 on a GPU.")
     ] = None
     max_waiting: Annotated[int, _help("Bound of the queue; beyond it requests get 429.", ge=1)] = 4096
-    prefill_tokens: Annotated[int, _help("Most prompt tokens computed in one step.", "tokens", ge=16)] = 512
+    prefill_tokens: Annotated[
+        Annotated[int, Meta(ge=16)] | None,
+        _help("Most prompt tokens computed in one step. auto: 512 on a CPU, 8192 on a GPU.", "tokens"),
+    ] = None
+    max_step_ratio: Annotated[
+        float, _help("While requests decode, a step with prompt tokens takes at most this many times a step without.", gt=1)
+    ] = 4.0
 
 
 class KVSettings(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .staging import upload
 from .types import MAX_LOGIT_BIAS, MAX_STOP_IDS, Feature, PageGrant, SamplingParams, SlotInit
 
 _INTS = ("length", "prompt_length", "end", "min_end", "top_k", "logprobs", "seed", "drafted")
@@ -99,11 +100,7 @@ class SlotTables:
         self.output_counts[row].scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32))
 
     def _upload(self, values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
-        host = torch.tensor(values, dtype=dtype)
-        if self.device.type == "cpu":
-            return host
-        # Pinned memory is kept by PyTorch's caching host allocator until the copy on this stream is done.
-        return host.pin_memory().to(self.device, non_blocking=True)
+        return upload(values, dtype, self.device)
 
 
 def _ints(init: SlotInit) -> list[int]:

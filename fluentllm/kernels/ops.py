@@ -14,7 +14,21 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from .moe import Routing
     from .weights import Weight
+
+
+class ExpertWeights(Protocol):
+    """The routed experts' SwiGLU matrices of one layer."""
+
+    gate_up: Tensor | None
+    """[E, 2 · inner, hidden], gate rows first; None where matrices are packed one by one."""
+    down: Tensor | None
+    """[E, hidden, inner]."""
+
+    def __call__(self, number: int, rows: Tensor) -> Tensor:
+        """rows [n, hidden] → what expert `number` makes of them, [n, hidden]."""
+        ...
 
 
 class Ops(Protocol):
@@ -63,4 +77,15 @@ class Ops(Protocol):
 
     def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
         """tokens [T] int64, table [V, D] → [T, D]."""
+        ...
+
+    def route(self, logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """logits [T, total] float32, bias [total] float32 → weights [T, top_k] float32, ids [T, top_k] integers."""
+        ...
+
+    def experts(
+        self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, routing: Routing, shared: Tensor | None
+    ) -> Tensor:
+        """x [T, hidden], weights and ids of `route`, shared [T, hidden] → Σ_k weight · expert(x) + shared, [T, hidden];
+        zero experts return x."""
         ...

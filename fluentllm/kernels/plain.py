@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from .moe import combine, route
 from .weights import Weight, copy_bytes, pack, pack_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
+
+    from .moe import Routing
+    from .ops import ExpertWeights
 
 
 class PlainOps:
@@ -80,6 +84,15 @@ class PlainOps:
 
     def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
         return F.embedding(tokens, table)
+
+    def route(self, logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        return route(logits, routing, bias)
+
+    def experts(
+        self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, routing: Routing, shared: Tensor | None
+    ) -> Tensor:
+        out = combine(x, weights, ids, experts, routing)
+        return out if shared is None else self.add(out, shared)
 
 
 def partner(x: Tensor, interleaved: bool) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..core.protocols import FusedAttention
 from .linear import Linear
 from .module import Module, join
 from .norm import RMSNorm
@@ -52,7 +53,16 @@ class Attention(Module):
     def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, backend: AttentionBackend) -> Tensor:
         """`rope` is `Rotary.rows(batch.positions)`."""
         heads = self.shape.heads
-        qkv = self.qkv(x).view(-1, *self._heads)
+        product = self.qkv(x)
+        if isinstance(backend, FusedAttention):
+            out = backend.gqa_from_product(
+                self.layer, product, heads, rope, batch, self._scale,
+                q_weight=self.q_norm.weight if self.q_norm is not None else None,
+                k_weight=self.k_norm.weight if self.k_norm is not None else None,
+                eps=self.shape.norm_eps or 0.0, interleaved=self._rotary.interleaved,
+            )  # fmt: skip
+            return self.o(out.flatten(1))
+        qkv = product.view(-1, *self._heads)
         v = qkv[:, self._first_v :]
         if self.q_norm is None or self.k_norm is None:
             qk = self._rotary(qkv[:, : self._first_v], rope)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.protocols import WeightSlot
+from ..kernels.weights import DenseWeight
 from .module import Module, join
 
 if TYPE_CHECKING:
@@ -49,7 +50,11 @@ class Head(Module):
         self._dtype = ctx.dtype
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._linear(hidden, self.weight).float()
+        weight = self.weight
+        if hidden.is_cuda and isinstance(weight, DenseWeight) and not self._ops.deterministic:
+            # Sums leave the product in float32: rounded to 16 bits, logits would tie.
+            return torch.mm(hidden, weight.weight.T, out_dtype=torch.float32)
+        return self._linear(hidden, weight).float()
 
     def own_slots(self) -> Iterator[WeightSlot]:
         yield WeightSlot(join(self.name, "weight"), self.shape, self._take, self._take_packed)

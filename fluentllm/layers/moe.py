@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.protocols import WeightSlot
-from ..kernels.moe import Routing, combine, route
+from ..kernels.moe import Routing
 from ..kernels.weights import DENSE
 from .mlp import MLP
 from .module import Module, join
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Router(Module):
-    """x [T, hidden] → weights [T, top_k] float32, ids [T, top_k] int64. Float32 throughout, whatever the model's dtype.
+    """x [T, hidden] → weights [T, top_k] float32, ids [T, top_k]. Float32 throughout, whatever the model's dtype.
 
     `weight_name` and `bias_name` are the checkpoint's; the bias takes part in the choice only.
     """
@@ -40,7 +40,7 @@ class Router(Module):
         self._packed: Weight | None = None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return route(self._ops.linear(x.float(), self._packed), self.routing, self.bias)
+        return self._ops.route(self._ops.linear(x.float(), self._packed), self.routing, self.bias)
 
     def own_slots(self) -> Iterator[WeightSlot]:
         yield WeightSlot(self.weight_name, tuple(self.weight.shape), self.weight.copy_)
@@ -129,12 +129,12 @@ class SparseMoE(Module):
         self.router = Router(ctx, join(prefix, router, "weight"), join(prefix, bias) if bias else None, hidden, routing)
         self.experts = Experts(ctx, join(prefix, "experts"), routing, hidden, inner)
         self.shared = MLP(ctx, join(prefix, "shared_experts"), hidden, shared_inner) if shared_inner else None
-        self._add = ctx.ops.add
+        self._experts = ctx.ops.experts
 
     def __call__(self, x: Tensor) -> Tensor:
         weights, ids = self.router(x)
-        out = combine(x, weights, ids, self.experts, self.routing)
-        return out if self.shared is None else self._add(out, self.shared(x))
+        shared = self.shared(x) if self.shared is not None else None
+        return self._experts(x, weights, ids, self.experts, self.routing, shared)
 
 
 def _refuse(tensor: Tensor) -> None:

@@ -13,23 +13,57 @@ from ..core.types import Feature
 RUNNING, STOPPED, OUT_OF_BUDGET = 0, 1, 2
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Committed:
-    """What B slots got in one step; on the device until the executor copies it out."""
+    """What B slots got in one step, in one tensor, so that one copy brings it to the host."""
 
-    tokens: Tensor
-    """[B, q] int64; the first `counts` of each row are new."""
-    counts: Tensor
-    """[B] int64, 0 for a slot that had finished before."""
-    states: Tensor
-    """[B] int64, RUNNING, STOPPED or OUT_OF_BUDGET."""
-    drafted: Tensor
-    """[B] int64, drafts that were verified."""
-    accepted: Tensor
-    """[B] int64, drafts that became tokens."""
+    packed: Tensor
+    """[B, q + 4] int64: tokens, then count, state, drafted, accepted."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, q]; the first `counts` of each row are new."""
+        return self.packed[:, :-4]
+
+    @property
+    def counts(self) -> Tensor:
+        """[B], 0 for a slot that had finished before."""
+        return self.packed[:, -4]
+
+    @property
+    def states(self) -> Tensor:
+        """[B], RUNNING, STOPPED or OUT_OF_BUDGET."""
+        return self.packed[:, -3]
+
+    @property
+    def drafted(self) -> Tensor:
+        """[B], drafts that were verified."""
+        return self.packed[:, -2]
+
+    @property
+    def accepted(self) -> Tensor:
+        """[B], drafts that became tokens."""
+        return self.packed[:, -1]
 
 
 def commit(
+    drawn: Tensor, drafts: Tensor, slots: Tensor, tables: SlotTables, features: int, equal: Tensor | None = None
+) -> Committed:
+    """As `commit_reference`, of which this is one launch on a GPU."""
+    if drawn.is_cuda and equal is None:
+        from ..kernels.triton.commit import commit_tokens
+
+        counts = tables.output_counts if features & Feature.PENALTIES else None
+        return Committed(
+            commit_tokens(
+                drawn, drafts, slots, tables.length, tables.end, tables.drafted, tables.finished, tables.stop_ids,
+                tables.history, counts,
+            )
+        )  # fmt: skip
+    return commit_reference(drawn, drafts, slots, tables, features, equal)
+
+
+def commit_reference(
     drawn: Tensor, drafts: Tensor, slots: Tensor, tables: SlotTables, features: int, equal: Tensor | None = None
 ) -> Committed:
     """drawn [B, q] int64, the target's own token at each of q = K + 1 positions; drafts [B, K] int64; slots [B] int64.
@@ -61,7 +95,8 @@ def commit(
     tables.length[slots] = length + counts
     tables.finished[slots] |= stopped | full
     tables.drafted[slots] = 0
-    return Committed(drawn, counts, states, drafted * live, torch.minimum(right, (counts - 1).clamp(min=0)))
+    accepted = torch.minimum(right, (counts - 1).clamp(min=0))
+    return Committed(torch.cat((drawn, torch.stack((counts, states, drafted * live, accepted), 1)), 1))
 
 
 def _append(drawn: Tensor, new: Tensor, length: Tensor, slots: Tensor, tables: SlotTables, features: int) -> None:
@@ -81,6 +116,11 @@ def leave_drafts(drafts: Tensor, valid: Tensor, slots: Tensor, tables: SlotTable
     Ids outside the vocabulary would be read outside the embedding: they become ids inside it, which are wrong drafts.
     """
     drafts = drafts.clamp(0, tables.vocab_size - 1)
+    if drafts.is_cuda:
+        from ..kernels.triton.commit import leave_drafts as launch
+
+        launch(drafts, valid.clamp(0, drafts.shape[1]), slots, tables.length, tables.drafted, tables.history)
+        return
     index = tables.length[slots].unsqueeze(1) + torch.arange(drafts.shape[1], device=drafts.device)
     tables.history[slots.unsqueeze(1), index] = drafts.to(torch.int32)
     tables.drafted[slots] = valid.clamp(0, drafts.shape[1])

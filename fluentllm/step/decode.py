@@ -28,8 +28,34 @@ log = logging.getLogger(__name__)
 def decode_batch(slots: Tensor, drafts: int, tables: SlotTables) -> Batch:
     """slots [B] int64 → the rows of one decode pass: each slot's last token and its `drafts` drafts.
 
-    Rows of finished slots are inert: they write to the scratch page, and what they compute is not committed.
+    Rows of finished slots are inert: they write to the scratch page, and what they compute is not committed. One launch on a
+    GPU; `decode_batch_reference` is the plain form.
     """
+    if not slots.is_cuda:
+        return decode_batch_reference(slots, drafts, tables)
+    from ..kernels.triton.commit import decode_rows
+
+    rows, batch, device = drafts + 1, slots.shape[0], slots.device
+    found = decode_rows(slots, rows, tables.length, tables.finished, tables.history, tables.page_table, tables.page_size)
+    sequences = torch.arange(batch, device=device)
+    return Batch(
+        tokens=found.tokens,
+        positions=found.positions,
+        sequences=sequences.repeat_interleave(rows, output_size=batch * rows) if drafts else sequences,
+        slots=slots,
+        query_start=torch.arange(0, batch * rows + 1, rows, dtype=torch.int32, device=device),
+        kv_lengths=found.kv_lengths,
+        page_table=found.page_table,
+        kv_rows=found.kv_rows,
+        history=tables.history,
+        page_size=tables.page_size,
+        query_length=rows,
+        query_lengths=None,
+    )
+
+
+def decode_batch_reference(slots: Tensor, drafts: int, tables: SlotTables) -> Batch:
+    """slots [B] int64 → the batch, as `decode_batch`."""
     rows = drafts + 1
     batch = slots.shape[0]
     device = slots.device
@@ -127,4 +153,5 @@ def draw_and_commit(
         drawn, right = accept_at_random(drawn.view(-1, rows), drafts, positions.view(-1, rows), slots, tables, synthetic)
         drawn = drawn.view(-1)
     logprobs = logprobs_of(raw, drawn) if features & Feature.LOGPROBS else None
-    return commit(drawn.view(-1, rows), drafts, slots, tables, features, right), logprobs
+    committed = commit(drawn.view(-1, rows), drafts, slots, tables, features, right)
+    return committed, logprobs

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.batch import Batch
 from ..core.protocols import Model
 from ..core.slots import SlotTables
+from ..core.staging import upload, upload_all
 from ..core.types import PrefillChunk
 from .commit import Committed
 from .decode import Target, draft, draw_and_commit
@@ -25,14 +26,14 @@ LOGPROB_ROWS = 128
 
 def prefill_batch(chunks: list[PrefillChunk], tables: SlotTables) -> Batch:
     """The rows of all chunks, one sequence a chunk."""
-    device = tables.device
     lengths = tuple(chunk.count for chunk in chunks)
-    slots = torch.tensor([chunk.slot for chunk in chunks], dtype=torch.int64)
-    positions = torch.cat([torch.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks])
-    sequences = torch.repeat_interleave(torch.arange(len(chunks)), torch.tensor(lengths))
-    start = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     kv_lengths = tuple(chunk.start + chunk.count for chunk in chunks)
-    slots, positions, sequences, start = (t.to(device, non_blocking=True) for t in (slots, positions, sequences, start))
+    slots, starts, counts, ends, query_start = upload_all(
+        [[c.slot for c in chunks], [c.start for c in chunks], lengths, kv_lengths, [0, *accumulate(lengths)]], tables.device
+    )
+    rows = torch.arange(sum(lengths), device=tables.device)
+    sequences = torch.repeat_interleave(counts, output_size=rows.shape[0])
+    positions = rows - query_start[sequences] + starts[sequences]
     page_table = tables.page_table[slots]
     pages = page_table[sequences, positions // tables.page_size]
     return Batch(
@@ -40,8 +41,8 @@ def prefill_batch(chunks: list[PrefillChunk], tables: SlotTables) -> Batch:
         positions=positions,
         sequences=sequences,
         slots=slots,
-        query_start=start,
-        kv_lengths=torch.tensor(kv_lengths, dtype=torch.int32).to(device, non_blocking=True),
+        query_start=query_start.to(torch.int32),
+        kv_lengths=ends.to(torch.int32),
         page_table=page_table,
         kv_rows=pages * tables.page_size + positions % tables.page_size,
         history=tables.history,
@@ -65,7 +66,7 @@ def prefill(
         _prompt_logprobs(hidden[end - chunk.count : end], chunk, tables, model) if chunk.prompt_logprobs is not None else None
         for chunk, end in zip(chunks, accumulate(chunk.count for chunk in chunks), strict=True)
     ]
-    last = torch.tensor([i for i, chunk in enumerate(chunks) if chunk.last], dtype=torch.int64).to(tables.device)
+    last = upload([i for i, chunk in enumerate(chunks) if chunk.last], torch.int64, tables.device)
     if last.numel() == 0:
         draft(batch, hidden, batch.slots[:0], 0, target)
         return None, None, prompt_logprobs

@@ -1,14 +1,23 @@
-"""The step programs bound to one model: what the executor launches without knowing what is inside."""
+"""The step programs bound to one model: what the executor launches without knowing what is inside.
+
+A decode program is keyed by (bucket of slots, drafts verified, drafts left, features). Its only input from the host is the
+list of slots, in a tensor that stays where it is, so on a GPU it is captured; prefill knows its lengths and runs eagerly.
+"""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from ..core.executor import Pending, SlotRows
+from ..core.graphs import Graphs
 from ..core.protocols import AttentionBackend, Model, Proposer
 from ..core.slots import SlotTables
+from ..core.staging import to_host, upload
 from ..core.types import FinishReason, PrefillChunk, SlotResult, StepPlan, TokenLogprob
 from .commit import OUT_OF_BUDGET, RUNNING, STOPPED, Committed
 from .decode import decode
@@ -16,6 +25,8 @@ from .logprobs import Logprobs, keep_top
 from .prefill import prefill
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result", Committed, Logprobs)
 
 _FINISH: dict[int, FinishReason | None] = {RUNNING: None, STOPPED: "stop", OUT_OF_BUDGET: "length"}
 
@@ -32,8 +43,10 @@ class StepPrograms:
         *,
         proposer_name: str = "",
         synthetic: float | None = None,
+        graphs: bool = False,
     ) -> None:
-        """`proposer_name`: how the log calls it; `synthetic`: share of drafts that are accepted whatever they are."""
+        """`proposer_name`: how the log calls it; `synthetic`: share of drafts that are accepted whatever they are; `graphs`:
+        capture decode programs (CUDA)."""
         self.model = model
         self.attention = attention
         self.tables = tables
@@ -41,9 +54,16 @@ class StepPrograms:
         self.synthetic = synthetic
         self.drafting_error: str | None = None
         self._proposer_name = proposer_name
+        self._graphs: Graphs[tuple[Committed, Logprobs | None]] | None = Graphs() if graphs else None
+        self._slots: dict[int, Tensor] = {}
+        """Bucket → its static input."""
+        self._uploaded: dict[int, list[int]] = {}
+        """Bucket → what stands there."""
 
     def drop_proposer(self, reason: str) -> None:
         self.proposer = None
+        if self._graphs is not None:
+            self._graphs.clear()
         self.drafting_error = f"{self._proposer_name}: {reason}"
         log.error("%s is switched off: %s. Requests go on without drafts.", self._proposer_name, reason)
 
@@ -58,12 +78,50 @@ class StepPrograms:
 
     def _prefill(self, chunks: list[PrefillChunk], plan: StepPlan) -> Pending:
         committed, logprobs, prompt = prefill(chunks, plan.drafting.draft, plan.features, self)
-        return _PrefillPending(chunks, committed, logprobs, prompt)
+        return _PrefillPending(
+            chunks,
+            _fetch(committed) if committed is not None else None,
+            _fetch(logprobs) if logprobs is not None else None,
+            [_fetch(piece) if piece is not None else None for piece in prompt],
+        )
 
     def _decode(self, plan: StepPlan) -> Pending:
-        slots = torch.tensor(plan.decode, dtype=torch.int64).to(self.tables.device, non_blocking=True)
-        committed, logprobs = decode(slots, plan.drafting, plan.features, self)
-        return _DecodePending(plan.decode, committed, logprobs)
+        drafting, features = plan.drafting, plan.features
+        if self._graphs is None:
+            slots = upload(plan.decode, torch.int64, self.tables.device)
+            committed, logprobs = decode(slots, drafting, features, self)
+        else:
+            slots = self._static_slots(plan.decode)
+            key = slots.shape[0], drafting.verify, drafting.draft, features
+            committed, logprobs = self._graphs.run(key, lambda: decode(slots, drafting, features, self))
+        return _DecodePending(plan.decode, _fetch(committed), _fetch(logprobs) if logprobs is not None else None)
+
+    def _static_slots(self, wanted: list[int]) -> Tensor:
+        """The bucket's input, holding `wanted` and the inert padding slot. Steps mostly run the same slots as the one before:
+        then there is nothing to copy."""
+        bucket = bucket_of(len(wanted))
+        padded = wanted + [self.tables.padding_slot] * (bucket - len(wanted))
+        slots = self._slots.get(bucket)
+        if slots is None:
+            slots = self._slots[bucket] = torch.empty(bucket, dtype=torch.int64, device=self.tables.device)
+        if self._uploaded.get(bucket) != padded:
+            slots.copy_(upload(padded, torch.int64, self.tables.device))
+            self._uploaded[bucket] = padded
+        return slots
+
+
+def bucket_of(batch: int) -> int:
+    """Slots of the program that runs `batch` of them: 1, 2, 4, 8, then steps of an eighth of the next power of two, so that
+    at most an eighth of the rows is padding."""
+    if batch <= 8:
+        return 1 << max(0, batch - 1).bit_length()
+    step = (1 << (batch - 1).bit_length()) // 8
+    return -(-batch // step) * step
+
+
+def _fetch(result: Result) -> Result:
+    """Its tensors on the way to the host."""
+    return type(result)(*(to_host(getattr(result, field.name)) for field in fields(result)))
 
 
 class _DecodePending:
@@ -97,13 +155,13 @@ class _PrefillPending:
 
 
 def _slot_results(slots: list[int], committed: Committed, logprobs: Logprobs | None, rows: SlotRows) -> list[SlotResult]:
-    """Read the device: one result a slot, in order."""
-    width = committed.tokens.shape[1]
+    """One result a slot, in order."""
+    width = committed.packed.shape[1] - 4
     lists = logprobs.to_lists() if logprobs is not None else None
-    columns = (committed.tokens, committed.counts, committed.states, committed.drafted, committed.accepted)
     results = []
-    for i, (tokens, count, state, drafted, accepted) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-        slot = slots[i]
+    # A batch was padded to its bucket behind `slots`.
+    for i, (slot, row) in enumerate(zip(slots, committed.packed.tolist(), strict=False)):
+        *tokens, count, state, drafted, accepted = row
         wanted = rows.logprobs[slot]
         chosen: list[TokenLogprob] | None = None
         if lists is not None and wanted is not None:

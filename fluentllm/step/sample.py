@@ -15,6 +15,23 @@ from ..kernels.sampling import filter_logits, gumbel_noise
 
 
 def draw(logits: Tensor, slots: Tensor, positions: Tensor, tables: SlotTables, features: int) -> Tensor:
+    """As `draw_reference`, of which this is two launches on a GPU, and one more with filters."""
+    return (_draw_in_kernels if logits.is_cuda else draw_reference)(logits, slots, positions, tables, features)
+
+
+def _draw_in_kernels(logits: Tensor, slots: Tensor, positions: Tensor, tables: SlotTables, features: int) -> Tensor:
+    from ..kernels.triton import draw as kernels
+    from ..kernels.triton.filter import filter_thresholds
+
+    if not features & Feature.SAMPLING:
+        return kernels.argmax(logits)
+    thresholds = None
+    if features & Feature.FILTER:
+        thresholds = filter_thresholds(logits, slots, tables.temperature, tables.top_k, tables.top_p, tables.min_p)
+    return kernels.draw(logits, slots, positions, tables.temperature, tables.seed, thresholds)
+
+
+def draw_reference(logits: Tensor, slots: Tensor, positions: Tensor, tables: SlotTables, features: int) -> Tensor:
     """logits [R, V] float32, processed; slots, positions [R] int64 → tokens [R] int64."""
     greedy = argmax_rows(logits)
     if not features & Feature.SAMPLING:

@@ -71,7 +71,7 @@ def decode_rows(
     """slots [B] int64; columns of the slot tables: length int64 (any stride), finished bool, history [S, L] int32, page_table
     [S, W] int32, of which the first `pages` columns are gathered. Rows of finished slots write to the scratch row 0.
 
-    Reference: `step.decode.decode_batch`.
+    Reference: `step.decode.decode_batch_reference`.
     """
     batch, device = slots.shape[0], slots.device
     pages = page_table.shape[1] if pages is None else pages
@@ -87,7 +87,7 @@ def decode_rows(
 
 
 @triton.jit
-def _commit_kernel(packed, drawn, tokens, slots, length, end, drafted, finished, stop_ids, history, counts,
+def _commit_kernel(packed, drawn, drafts, slots, length, end, drafted, finished, stop_ids, history, counts, draft_row,
                    int_stride, stop_row, history_row, counts_row,
                    ROWS: tl.constexpr, STOPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_STOPS: tl.constexpr):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
@@ -100,7 +100,7 @@ def _commit_kernel(packed, drawn, tokens, slots, length, end, drafted, finished,
     j = tl.arange(0, BLOCK_ROWS)
     inside = j < ROWS
     token = tl.load(drawn + sequence * ROWS + j, mask=inside, other=-2)
-    draft = tl.load(tokens + sequence * ROWS + j + 1, mask=j + 1 < ROWS, other=-1)
+    draft = tl.load(drafts + sequence * draft_row + j, mask=j + 1 < ROWS, other=-1)
     # The first row whose draft is not the token drawn there is the last that counts.
     right = tl.min(tl.where((token == draft) & (j < offered), BLOCK_ROWS, j), 0)
     s = tl.arange(0, BLOCK_STOPS)
@@ -130,7 +130,7 @@ def _commit_kernel(packed, drawn, tokens, slots, length, end, drafted, finished,
 
 def commit_tokens(
     drawn: Tensor,
-    tokens: Tensor,
+    drafts: Tensor,
     slots: Tensor,
     length: Tensor,
     end: Tensor,
@@ -140,19 +140,19 @@ def commit_tokens(
     history: Tensor,
     output_counts: Tensor | None = None,
 ) -> Tensor:
-    """drawn [B, q] int64; tokens [B, q] int64, the pass's input (a slot's drafts are columns 1 …), both contiguous; slots [B]
-    int64; the rest the slot tables': length, end, drafted int64 columns of one table, finished bool, stop_ids [S, M] int32,
-    history [S, L] int32, output_counts [S, V] int32 where penalties count.
+    """drawn [B, q] int64, contiguous; drafts [B, q - 1] int64, its rows contiguous; slots [B] int64; the rest the slot
+    tables': length, end, drafted int64 columns of one table, finished bool, stop_ids [S, M] int32, history [S, L] int32,
+    output_counts [S, V] int32 where penalties count.
 
     Updates the tables → packed [B, q + 4] int64, for one copy to the host: tokens, then count, state (0 runs, 1 stopped, 2 out
-    of budget), drafts verified, drafts accepted. Reference: `step.commit.commit`.
+    of budget), drafts verified, drafts accepted. Reference: `step.commit.commit_reference`.
     """
     batch, rows = drawn.shape
     packed = torch.empty(batch, rows + 4, dtype=torch.int64, device=drawn.device)
     stops = stop_ids.shape[1]
     launch(
-        _commit_kernel, (batch,), packed, drawn, tokens, slots, length, end, drafted, finished, stop_ids, history,
-        output_counts, length.stride(0), stop_ids.stride(0), history.stride(0),
+        _commit_kernel, (batch,), packed, drawn, drafts, slots, length, end, drafted, finished, stop_ids, history,
+        output_counts, drafts.stride(0), length.stride(0), stop_ids.stride(0), history.stride(0),
         0 if output_counts is None else output_counts.stride(0),
         ROWS=rows, STOPS=stops, BLOCK_ROWS=power_of_2(rows), BLOCK_STOPS=power_of_2(stops), num_warps=1,
     )  # fmt: skip

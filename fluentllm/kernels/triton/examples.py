@@ -136,7 +136,9 @@ def step() -> None:
         decode_rows(slots, rows, ints[:, 0], finished, history, _ints(33, 128), 64)
         tokens = _longs(32, rows)
         for counts in (None, _ints(33, 128256)):
-            commit_tokens(tokens, tokens, slots, ints[:, 0], ints[:, 2], ints[:, 7], finished, _ints(33, 8), history, counts)
+            commit_tokens(
+                tokens, tokens[:, 1:], slots, ints[:, 0], ints[:, 2], ints[:, 7], finished, _ints(33, 8), history, counts
+            )
     leave_drafts(_longs(32, 3), _longs(32), slots, ints[:, 0], ints[:, 7], history)
     prompt_lookup(history, slots, ints[:, 0], 4, 2, 4)
 

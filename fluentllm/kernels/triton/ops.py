@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..moe import Routing
+    from ..ops import ExpertWeights
 
 
 class TritonOps(PlainOps):
@@ -41,12 +42,12 @@ class TritonOps(PlainOps):
             return super().embedding(tokens, table)
         return elementwise.embedding(tokens, table)
 
-    def route(self, logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """logits [T, total] float32 → weights [T, top_k] float32, ids [T, top_k] int32."""
+    def route(self, logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         return moe_route.route(logits, routing, bias)
 
     def experts(
-        self, x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor | None = None
+        self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, routing: Routing, shared: Tensor | None
     ) -> Tensor:
-        """The routed, zero and shared experts of x [T, hidden], added up; see `moe.experts`."""
-        return moe.experts(x, weights, ids, gate_up, down, shared)
+        if experts.gate_up is None or experts.down is None:
+            return super().experts(x, weights, ids.long(), experts, routing, shared)
+        return moe.experts(x, weights, ids, experts.gate_up, experts.down, shared)

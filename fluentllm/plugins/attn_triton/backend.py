@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fluentllm.core.protocols import FusedAttention
 from fluentllm.kernels.triton.gqa_decode import gqa_decode
 from fluentllm.kernels.triton.gqa_plan import GqaPlan, plan_gqa
 from fluentllm.kernels.triton.gqa_prefill import PrefillTiles, gqa_prefill, prefill_tiles
@@ -27,7 +28,7 @@ FLOAT32_TILE = 16
 """Rows of a prefill tile in float32, which is multiplied without tensor cores."""
 
 
-class TritonAttention:
+class TritonAttention(FusedAttention):
     """`core.protocols.AttentionBackend`. MLA: absorbed in decode, expanded in prefill."""
 
     def __init__(self, context: AttentionContext) -> None:

@@ -31,7 +31,7 @@ class FcfsScheduler:
         settings = context.settings.scheduler
         self._kv = context.kv
         self._max_waiting = settings.max_waiting
-        self._prefill_tokens = settings.prefill_tokens
+        self._prefill_tokens = context.prefill_tokens
         self._max_drafts = context.max_drafts
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []

@@ -12,8 +12,8 @@ from fluentllm.core.types import Feature
 from fluentllm.kernels.prompt_lookup import prompt_lookup as plain_lookup
 from fluentllm.kernels.triton.commit import commit_tokens, decode_rows, leave_drafts
 from fluentllm.kernels.triton.prompt_lookup import prompt_lookup
-from fluentllm.step.commit import commit, leave_drafts as plain_leave
-from fluentllm.step.decode import decode_batch
+from fluentllm.step.commit import commit_reference as commit, leave_drafts as plain_leave
+from fluentllm.step.decode import decode_batch_reference as decode_batch
 
 VOCAB = 12
 
@@ -63,7 +63,7 @@ def test_a_step_of_the_tables(drafts: int, device: torch.device, rng: torch.Gene
     drawn[:, :-1] = torch.where(torch.rand(drawn[:, :-1].shape, generator=rng) < 0.7, tokens[:, 1:], drawn[:, :-1])
     committed = commit(drawn, tokens[:, 1:], slots, plain, Feature.PENALTIES)
     packed = commit_tokens(
-        drawn.to(device), rows.tokens.view(-1, drafts + 1), slots.to(device), ours.length, ours.end, ours.drafted,
+        drawn.to(device), rows.tokens.view(-1, drafts + 1)[:, 1:], slots.to(device), ours.length, ours.end, ours.drafted,
         ours.finished, ours.stop_ids, ours.history, ours.output_counts,
     ).cpu()  # fmt: skip
     assert torch.equal(packed[:, : drafts + 1], committed.tokens)

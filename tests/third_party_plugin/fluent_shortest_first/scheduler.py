@@ -39,7 +39,7 @@ class ShortestFirstScheduler:
         self._max_drafts = context.max_drafts
         self._patience = patience
         self._max_waiting = context.settings.scheduler.max_waiting
-        self._prefill_tokens = context.settings.scheduler.prefill_tokens
+        self._prefill_tokens = context.prefill_tokens
         self._overtaken: dict[Sequence, int] = {}
         """Waiting sequence → how many later ones have entered before it."""
         self._slots: dict[int, Sequence] = {}
