@@ -157,7 +157,7 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
         proposer,
         proposer_name=f"proposer {entry.name!r} of plugin {entry.plugin!r}" if entry is not None else "",
         synthetic=synthetic_share(settings, max_drafts),
-        graphs=device.type == "cuda" and settings.engine.cuda_graphs,
+        graphs=device.type == "cuda" and settings.engine.cuda_graphs and getattr(attention, "capturable", False),
     )
 
     kv = KVCache(pages, page_size, settings.kv.prefix_cache, listen=plugins.observers.watches_kv)
@@ -190,7 +190,7 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
 # ------------------------------------------------------------------------------------------------------------------ choices
 def choose_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -199,7 +199,8 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(
             f"engine.device is {name!r}, but PyTorch sees no GPU.", fix="Use --device cpu, or run `fluent doctor`."
         )
-    return device
+    # Streams and threads want the number.
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def draft_length(settings: Settings) -> DraftLength | None:
@@ -324,7 +325,8 @@ def _attention(settings: Settings, spec: AttentionSpec, plugins: PluginManager) 
     supported = registry.supported(spec)
     if not supported:
         raise ConfigError(f"No attention backend supports this model: {registry.why_not(spec)}.", fix="Run `fluent doctor`.")
-    return supported[0].factory
+    # The plain backend serves everything; one of its own device comes first.
+    return min(supported, key=lambda entry: entry.name == "torch").factory
 
 
 __all__ = ["LoadedModel", "assemble", "build_engine", "choose_device", "choose_dtype", "load_model"]

@@ -8,9 +8,11 @@ what a step writes is seen by the next.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +53,9 @@ class Executor:
         self.tables = tables
         self.device = tables.device
         self._rows = SlotRows((0,) * (tables.slots + 1), (None,) * (tables.slots + 1))
+        # Pinned memory that is let go has an event recorded on the stream that wrote it. If the reader were the last to let
+        # go, that could fall into a capture on that stream: so the launch thread is, some steps later.
+        self._kept: deque[list[Pending]] = deque(maxlen=8)
         self._launcher = ThreadPoolExecutor(1, "fluent-launch", initializer=_initialise_thread, initargs=(self.device, threads))
         # Reading back waits for the device, so on a GPU it must not keep the next step from being launched.
         self._reader = ThreadPoolExecutor(1, "fluent-read", initializer=_initialise_thread, initargs=(self.device, threads))
@@ -58,7 +63,8 @@ class Executor:
     def launch(self, plan: StepPlan) -> Future[StepResult]:
         """Enqueue a step. The future fails with what the step raised."""
         future: Future[StepResult] = Future()
-        self._launcher.submit(self._guard(future, self._launch), plan, future)
+        submitted = self._launcher.submit(self._guard(future, self._launch), plan, future)
+        submitted.add_done_callback(partial(_pass_on, future))
         return future
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
@@ -85,12 +91,14 @@ class Executor:
         clock = _DeviceClock() if self.device.type == "cuda" else _HostClock()
         self._apply(plan)
         pending = self.programs.run(plan)
+        self._kept.append(pending)
         rows, error = self._rows, self.programs.drafting_error
         clock.stop()
         if self.device.type == "cpu":
             self._read(plan, pending, rows, clock, error, future)
         else:
-            self._reader.submit(self._guard(future, self._read), plan, pending, rows, clock, error, future)
+            submitted = self._reader.submit(self._guard(future, self._read), plan, pending, rows, clock, error, future)
+            submitted.add_done_callback(partial(_pass_on, future))
 
     def _apply(self, plan: StepPlan) -> None:
         """Admissions and page grants, before the programs of the same step, on their stream."""
@@ -116,6 +124,13 @@ class Executor:
         seconds = clock.seconds()
         slots = [result for program in pending for result in program.read(rows)]
         future.set_result(StepResult(step=plan.step, slots=slots, seconds=seconds, drafting_error=drafting_error))
+
+
+def _pass_on(future: Future[StepResult], submitted: Future[None]) -> None:
+    """A thread that could not start fails what was submitted to it, and so what waits for its result."""
+    error = submitted.exception()
+    if error is not None and not future.done():
+        future.set_exception(error)
 
 
 class _HostClock:

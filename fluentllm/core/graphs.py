@@ -63,6 +63,8 @@ class Graphs(Generic[Outputs]):
             outputs = program()
         except Exception:
             _abandon(graph)
+            # The allocator may still count the old pool as being captured into.
+            self._pool = torch.cuda.graph_pool_handle()
             self._uncapturable.add(key)
             log.warning("program %s cannot be captured in a CUDA graph and runs eagerly", key, exc_info=True)
             return None

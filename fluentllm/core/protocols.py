@@ -257,7 +257,13 @@ class AttentionContext:
 
 
 class AttentionBackend(Protocol):
-    """Writes KV to the pool's pages and attends over them. `layer` counts KV layers, 0 … kv.layers - 1."""
+    """Writes KV to the pool's pages and attends over them. `layer` counts KV layers, 0 … kv.layers - 1.
+
+    A backend whose decode neither waits for the device nor depends on lengths that only the host knows says so by
+    `capturable = True`: decode programs are then captured in CUDA graphs.
+    """
+
+    capturable: bool = False
 
     def begin(self, batch: Batch) -> None:
         """Once a forward pass, before its first layer: plan what all layers share."""

@@ -31,6 +31,8 @@ FLOAT32_TILE = 16
 class TritonAttention(FusedAttention):
     """`core.protocols.AttentionBackend`. MLA: absorbed in decode, expanded in prefill."""
 
+    capturable = True
+
     def __init__(self, context: AttentionContext) -> None:
         pool = context.pool
         self._kv = pool.spec
