@@ -115,22 +115,10 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def begin_from(self, target: Target) -> None:
-        """Start as a part of the target: its last state goes through its last MLP to its own head."""
-        last = f"model.layers.{target.layers - 1}"
-        hidden = self.s.hidden
-        self.fc.weight.normal_(std=0.002)
-        self.fc.weight[:, 2 * hidden :] += torch.eye(hidden, device=self.fc.weight.device)
-        for name in ("q_proj", "k_proj", "v_proj"):
-            matrix = getattr(self.midlayer.self_attn, name).weight
-            matrix.normal_(std=0.01)
-            matrix[:, hidden:] += target.weights[f"{last}.self_attn.{name}.weight"].float()
-        self.midlayer.self_attn.o_proj.weight.copy_(target.weights[f"{last}.self_attn.o_proj.weight"])
-        self.midlayer.hidden_norm.weight.copy_(target.weights[f"{last}.input_layernorm.weight"])
-        self.midlayer.post_attention_layernorm.weight.copy_(target.weights[f"{last}.post_attention_layernorm.weight"])
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            getattr(self.midlayer.mlp, name).weight.copy_(target.weights[f"{last}.mlp.{name}.weight"])
-        self.norm.weight.copy_(target.weights["model.norm.weight"])
-        self.lm_head.weight.copy_(target.head[self.kept])
+        """Start with the target's own vectors for the tokens, of the usual size. (Its layers are no good start: they predict
+        a token earlier.)"""
+        vectors = target.head[self.kept].float()
+        self.lm_head.weight.copy_(vectors * (self.lm_head.weight.std() / vectors.std()))
 
     def forward(self, words: Tensor, states: Tensor, depths: int, *, first_row: bool = True) -> list[Tensor]:
         """words [B, T, hidden] embeddings; states [B, T, 3 · hidden] the target's → logits of each depth's rows, before the
