@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import platform
+import sys
+import sysconfig
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +54,8 @@ def main() -> None:
     started = time.monotonic()
     device = torch.device(args.device)
     train_texts, held_texts = sources(40 if args.tiny else None)
+    if not train_texts or not held_texts:
+        sys.exit(f"no sources of the standard library in {sysconfig.get_path('stdlib')}: use a Python that has them")
     size = sum(map(len, train_texts))
     shapes = {"longcat-nano": NANO, "longcat-nano-ngram": NGRAM}
     if args.tiny:
@@ -61,9 +66,9 @@ def main() -> None:
     train, held = encode(tokenizer, train_texts), encode(tokenizer, held_texts)
     bytes_a_token = sum(len(text.encode()) for text in held_texts) / sum(map(len, held))
     print(
-        f"text: {len(train)} files, {size / 1e6:.1f} M characters, {sum(map(len, train)) / 1e6:.2f} M tokens; held out: "
-        f"{len(held)} files, {sum(map(len, held)) / 1e6:.2f} M tokens, {bytes_a_token:.2f} bytes a token; "
-        f"{time.monotonic() - started:.0f} s",
+        f"Python {platform.python_version()}'s library: {len(train)} files, {size / 1e6:.1f} M characters, "
+        f"{sum(map(len, train)) / 1e6:.2f} M tokens; held out: {len(held)} files, {sum(map(len, held)) / 1e6:.2f} M tokens, "
+        f"{bytes_a_token:.2f} bytes a token; {time.monotonic() - started:.0f} s",
         flush=True,
     )
     if args.only:
