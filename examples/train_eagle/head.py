@@ -177,16 +177,15 @@ def save(head: Head, target: Target, folder: Path, shard_bytes: int) -> int:
         shards[-1][name] = kept
         size += kept.nbytes
         total += kept.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], str(folder / "model.safetensors"), {"format": "pt"})
-        return total
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(shard, str(folder / file), {"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors lets only the owner read
         places |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return total
 
 

@@ -146,9 +146,7 @@ def losses(model: Longcat, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def report(
-    name: str, model: Longcat, held: list[list[int]], length: int, bytes_a_token: float, stored: int, prompts: int
-) -> None:
+def report(name: str, model: Longcat, held: list[list[int]], length: int, bytes_a_token: float) -> None:
     """Print what the stored model, read back in float32, is worth on the files held out."""
     device = next(model.parameters()).device
     tokens = [token for document in held for token in [*document, model.s.eos]]

@@ -85,8 +85,10 @@ def save(model: Longcat, tokenizer: Tokenizer, folder: Path) -> int:
     for name, content in texts.items():
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    save_file(_tensors(model), str(folder / "model.safetensors"), {"format": "pt"})
-    return (folder / "model.safetensors").stat().st_size
+    weights = folder / "model.safetensors"
+    save_file(_tensors(model), str(weights), {"format": "pt"})
+    weights.chmod(0o644)  # safetensors lets only the owner read
+    return weights.stat().st_size
 
 
 def _tensors(model: Longcat) -> dict[str, Tensor]:
