@@ -31,6 +31,7 @@ def config(s: Shape) -> dict[str, Any]:
         "eos_token_id": s.eos,
         "expert_ffn_hidden_size": s.expert,
         "ffn_hidden_size": s.dense,
+        "head_dim": s.rope,  # Transformers takes the rotary size from here
         "hidden_act": "silu",
         "hidden_size": s.hidden,
         "kv_lora_rank": s.kv_lora,
