@@ -1,0 +1,86 @@
+"""`examples/train_eagle`, whole at toy size: what it writes has the public layout of EAGLE-3."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .tiny_gguf import HIDDEN, INNER, write_tiny_gguf
+
+ROOT = Path(__file__).parents[2]
+DRAFT_VOCAB = 512
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The head's folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("eagle")
+    model = write_tiny_gguf(folder / "tiny.gguf")
+    command = [sys.executable, "-m", "examples.train_eagle", "--model", str(model), "--out", str(folder), "--tiny"]
+    command += ["--device", "cpu", "--shard-mb", "0.04"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return folder / "smollm2-eagle3", result.stdout
+
+
+def test_the_layout_is_the_public_one(trained: tuple[Path, str]) -> None:
+    index = json.loads((trained[0] / "model.safetensors.index.json").read_text())
+    stored = {}
+    for name in set(index["weight_map"].values()):
+        stored |= load_file(str(trained[0] / name))
+    assert stored.keys() == index["weight_map"].keys()
+    heads, kv = HIDDEN, HIDDEN // 2
+    shapes = {
+        "fc.weight": (HIDDEN, 3 * HIDDEN),
+        "midlayer.input_layernorm.weight": (HIDDEN,),
+        "midlayer.hidden_norm.weight": (HIDDEN,),
+        "midlayer.post_attention_layernorm.weight": (HIDDEN,),
+        "midlayer.self_attn.q_proj.weight": (heads, 2 * HIDDEN),
+        "midlayer.self_attn.k_proj.weight": (kv, 2 * HIDDEN),
+        "midlayer.self_attn.v_proj.weight": (kv, 2 * HIDDEN),
+        "midlayer.self_attn.o_proj.weight": (HIDDEN, heads),
+        "midlayer.mlp.gate_proj.weight": (INNER, HIDDEN),
+        "midlayer.mlp.up_proj.weight": (INNER, HIDDEN),
+        "midlayer.mlp.down_proj.weight": (HIDDEN, INNER),
+        "norm.weight": (HIDDEN,),
+        "lm_head.weight": (DRAFT_VOCAB, HIDDEN),
+        "d2t": (DRAFT_VOCAB,),
+        "t2d": (600,),
+    }
+    assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == shapes
+    assert {str(t.dtype) for name, t in stored.items() if name.endswith("weight")} == {"torch.bfloat16"}
+    ids = torch.arange(DRAFT_VOCAB) + stored["d2t"]
+    assert ids.tolist() == stored["t2d"].nonzero().flatten().tolist()
+    config = json.loads((trained[0] / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert (config["draft_vocab_size"], config["vocab_size"], config["num_hidden_layers"]) == (DRAFT_VOCAB, 600, 1)
+
+
+def test_it_answers_as_the_engine_does_and_reports_what_the_head_is_worth(trained: tuple[Path, str]) -> None:
+    assert re.search(r"prompts held out.*: mean accepted length at K = 3, greedy: [1-4]\.", trained[1]), trained[1]
+    again = [float(share) for share in re.findall(r"of which ([0-9.]+)% are the target's choice again", trained[1])]
+    assert len(again) == 2
+    assert min(again) > 99
+
+
+def test_prompts_held_out_are_about_other_things(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from examples.train_eagle.prompts import held_out, prompts
+    from examples.train_eagle.topics import THINGS, TOPICS
+
+    ours, theirs = prompts(3000, 0, held=False), prompts(300, 0, held=True)
+    assert len(set(ours)) == 3000
+    assert len(set(theirs)) == 300
+    assert not set(ours) & set(theirs)
+    assert all(held_out(text) for text in theirs)
+    kept = [topic for topic in TOPICS if held_out(topic)]
+    assert len(kept) > len(TOPICS) / 32
+    assert not [text for text in ours for topic in kept if re.search(rf"What is {topic}\?", text)]
+    assert [text for text in theirs for thing in THINGS if thing in text]
