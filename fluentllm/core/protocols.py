@@ -291,8 +291,8 @@ class AttentionBackend(Protocol):
         ...
 
 
-class FusedAttention(AttentionBackend):
-    """A backend that takes products as they come; derive from it to be given them. Layers ask with `isinstance`."""
+class FusedGQA(AttentionBackend):
+    """A backend that takes the QKV product as it comes; derive from it to be given it. Layers ask with `isinstance`."""
 
     @abstractmethod
     def gqa_from_product(
@@ -311,6 +311,44 @@ class FusedAttention(AttentionBackend):
     ) -> Tensor:
         """`gqa` from qkv [T, (H + 2 Hkv) · D]: norms of queries and keys (weights [D], or neither), rotary (`rope` are cos and
         sin of the rows, as `layers.rotary.Rotary.rows` gives them) and the KV write are the backend's → [T, H, D]."""
+        ...
+
+
+class FusedMLA(AttentionBackend):
+    """The same for MLA, in two calls around the query's up projection."""
+
+    @abstractmethod
+    def mla_append(
+        self,
+        layer: int,
+        down: Tensor,
+        q_weight: Tensor | None,
+        kv_weight: Tensor,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        *,
+        eps: float,
+        latent_scale: float,
+        interleaved: bool,
+    ) -> Tensor | None:
+        """down [T, Q + C + R], of the down projections: query latent (Q = 0 without `q_weight` [Q]), KV latent, rotary key.
+        Norms (kv_weight [C]), scale of the KV latent, rotary and the KV write → the normed query latent [T, Q], or None."""
+        ...
+
+    @abstractmethod
+    def mla_from_query(
+        self,
+        layer: int,
+        q: Tensor,
+        rope: tuple[Tensor, Tensor],
+        up_k: Tensor,
+        up_v: Tensor,
+        batch: Batch,
+        scale: float,
+        *,
+        interleaved: bool,
+    ) -> Tensor:
+        """q [T, H, nope + rope], not rotated yet, which may be overwritten; after `mla_append` of the layer → [T, H, Dv]."""
         ...
 
 

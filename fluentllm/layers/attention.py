@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..core.protocols import FusedAttention
+from ..core.protocols import FusedGQA
 from .linear import Linear
 from .module import Module, join
 from .norm import RMSNorm
@@ -54,7 +54,7 @@ class Attention(Module):
         """`rope` is `Rotary.rows(batch.positions)`."""
         heads = self.shape.heads
         product = self.qkv(x)
-        if isinstance(backend, FusedAttention):
+        if isinstance(backend, FusedGQA):
             out = backend.gqa_from_product(
                 self.layer, product, heads, rope, batch, self._scale,
                 q_weight=self.q_norm.weight if self.q_norm is not None else None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..core.protocols import WeightSlot
+from ..core.protocols import FusedMLA, WeightSlot
 from .linear import Linear
 from .module import Module, join
 from .norm import RMSNorm
@@ -75,6 +75,8 @@ class MLA(Module):
         """`rows` are the rotary's of the batch's positions."""
         shape = self.shape
         down = self.down(x)
+        if isinstance(attention, FusedMLA):
+            return self._fused(x, down, rows, batch, attention)
         if shape.q_lora is None:
             q = self.query(x)
         else:
@@ -88,6 +90,19 @@ class MLA(Module):
         q_rope = self.rotary(q_rope, rows)
         k_rope = self.rotary(k_rope.unsqueeze(1), rows).squeeze(1)
         out = attention.mla(self.layer, q_nope, q_rope, latent, k_rope, self.up_k, self.up_v, batch, self.scale)
+        return self.out(out.flatten(1))
+
+    def _fused(self, x: Tensor, down: Tensor, rows: tuple[Tensor, Tensor], batch: Batch, attention: FusedMLA) -> Tensor:
+        """The same by a backend that takes products as they come."""
+        shape, interleaved = self.shape, self.rotary.interleaved
+        latent = attention.mla_append(
+            self.layer, down, self.query_norm.weight if shape.q_lora is not None else None, self.latent_norm.weight, rows,
+            batch, eps=LATENT_EPS, latent_scale=shape.latent_scale, interleaved=interleaved,
+        )  # fmt: skip
+        q = self.query(x if latent is None else latent).unflatten(1, (shape.heads, -1))
+        out = attention.mla_from_query(
+            self.layer, q, rows, self.up_k, self.up_v, batch, self.scale, interleaved=interleaved
+        )
         return self.out(out.flatten(1))
 
     def own_slots(self) -> Iterator[WeightSlot]:

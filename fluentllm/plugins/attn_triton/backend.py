@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fluentllm.core.protocols import FusedAttention
+from fluentllm.core.protocols import FusedGQA, FusedMLA
 from fluentllm.kernels.triton.gqa_decode import gqa_decode
 from fluentllm.kernels.triton.gqa_plan import GqaPlan, plan_gqa
 from fluentllm.kernels.triton.gqa_prefill import PrefillTiles, gqa_prefill, prefill_tiles
 from fluentllm.kernels.triton.kv_append import append, flat_heads, rotate_and_append
+from fluentllm.kernels.triton.mla_rows import append_latents, rotate_queries
 
 from .expand import ExpandedPages, expand_pages
 
@@ -28,7 +29,7 @@ FLOAT32_TILE = 16
 """Rows of a prefill tile in float32, which is multiplied without tensor cores."""
 
 
-class TritonAttention(FusedAttention):
+class TritonAttention(FusedGQA, FusedMLA):
     """`core.protocols.AttentionBackend`. MLA: absorbed in decode, expanded in prefill."""
 
     capturable = True
@@ -124,34 +125,72 @@ class TritonAttention(FusedAttention):
         width = latent.shape[1]
         append(latent, k_rope, batch.kv_rows, cache[:, :width], cache[:, width:])
         if batch.query_length is None:
-            return self._mla_prefill(layer, q_nope, q_rope, up_k, up_v, scale)
-        return self._mla_decode(layer, q_nope, q_rope, up_k, up_v, batch, scale)
+            return self._mla_prefill(layer, torch.cat((q_nope, q_rope), -1), up_k, up_v, scale)
+        return self._mla_decode(layer, q_nope, q_rope.contiguous(), up_k, up_v, batch, scale)
 
-    def _mla_prefill(self, layer: int, q_nope: Tensor, q_rope: Tensor, up_k: Tensor, up_v: Tensor, scale: float) -> Tensor:
+    def mla_append(
+        self,
+        layer: int,
+        down: Tensor,
+        q_weight: Tensor | None,
+        kv_weight: Tensor,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        *,
+        eps: float,
+        latent_scale: float,
+        interleaved: bool,
+    ) -> Tensor | None:
+        (cache,) = self._rows[layer]
+        return append_latents(
+            down, q_weight, kv_weight, *rope, batch.kv_rows, cache, eps=eps, latent_scale=latent_scale, interleaved=interleaved
+        )
+
+    def mla_from_query(
+        self,
+        layer: int,
+        q: Tensor,
+        rope: tuple[Tensor, Tensor],
+        up_k: Tensor,
+        up_v: Tensor,
+        batch: Batch,
+        scale: float,
+        *,
+        interleaved: bool,
+    ) -> Tensor:
+        nope = up_k.shape[1]
+        q_nope, q_rope = q[..., :nope], q[..., nope:]
+        if batch.query_length is None:
+            rotate_queries(q_rope, *rope, q_rope, interleaved=interleaved)
+            return self._mla_prefill(layer, q, up_k, up_v, scale)
+        rotated = q_rope.new_empty(q_rope.shape)
+        rotate_queries(q_rope, *rope, rotated, interleaved=interleaved)
+        return self._mla_decode(layer, q_nope, rotated, up_k, up_v, batch, scale)
+
+    def _mla_prefill(self, layer: int, q: Tensor, up_k: Tensor, up_v: Tensor, scale: float) -> Tensor:
         assert self._expanded is not None
         assert self._tiles is not None
         keys, values = self._expanded.keys_and_values(self._latent_pages[layer], up_k, up_v)
-        q = torch.cat((q_nope, q_rope), -1)
         return gqa_prefill(q, keys, values, self._expanded.page_table, self._tiles, scale)
 
     def _mla_decode(
         self, layer: int, q_nope: Tensor, q_rope: Tensor, up_k: Tensor, up_v: Tensor, batch: Batch, scale: float
     ) -> Tensor:
+        """q_rope [T, H, rope] contiguous."""
         rows, heads, _ = q_nope.shape
         query_length = batch.query_length or 1
         decode = self._decode_for(heads, query_length)
-        shape = (rows // query_length, query_length, heads)
-        absorbed = torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1).contiguous()
-        out = torch.empty_like(absorbed)
+        shape = (rows // query_length, query_length, heads, -1)
+        # Products with the heads' matrices, written where their readers want them.
+        absorbed = q_nope.new_empty(rows, heads, up_k.shape[2])
+        torch.bmm(q_nope.transpose(0, 1), up_k, out=absorbed.transpose(0, 1))
+        latent = torch.empty_like(absorbed)
         decode.bf16(
-            absorbed.view(*shape, -1),
-            q_rope.contiguous().view(*shape, -1),
-            self._latent_pages[layer],
-            batch.page_table,
-            scale,
-            out.view(*shape, -1),
+            absorbed.view(shape), q_rope.view(shape), self._latent_pages[layer], batch.page_table, scale, latent.view(shape)
         )
-        return torch.bmm(out.transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)
+        out = q_nope.new_empty(rows, heads, up_v.shape[1])
+        torch.bmm(latent.transpose(0, 1), up_v.transpose(1, 2), out=out.transpose(0, 1))
+        return out
 
     def _decode_for(self, heads: int, query_length: int) -> MlaDecode:
         """Planned at the first layer of a pass; the target and a draft layer may differ in heads."""
@@ -160,6 +199,6 @@ class TritonAttention(FusedAttention):
         assert self._mla_lengths is not None
         key = (self._mla_lengths.shape[0], heads, query_length)
         if key not in self._mla:
-            decode = self._mla[key] = MlaDecode.create(self._mla_lengths, heads, query_length)
-            decode.refresh()
+            # Made with the plan of these lengths.
+            self._mla[key] = MlaDecode.create(self._mla_lengths, heads, query_length)
         return self._mla[key]
