@@ -1,4 +1,5 @@
-"""Block FP8, plainly: E4M3 values, one scale for 1 × 128 activations and for 128 × 128 weights; what the kernels are compared with.
+"""Block FP8, plainly: E4M3 values, one scale for 1 × 128 activations and for 128 × 128 weights; what the kernels are compared
+with.
 
 The format of DeepSeek's and LongCat's FP8 checkpoints.
 """

@@ -14,6 +14,7 @@ from .commit import commit_tokens, decode_rows, leave_drafts
 from .draw import argmax, draw
 from .elementwise import embedding, rotary, silu_mul
 from .filter import filter_thresholds
+from .fp8_gemm import fp8_gemm
 from .fp8_quantise import quantise_rows, silu_mul_quantise
 from .gqa_decode import gqa_decode
 from .gqa_plan import plan_gqa
@@ -21,11 +22,13 @@ from .gqa_prefill import gqa_prefill, prefill_tiles
 from .kv_append import append, rotate_and_append
 from .launch import recording
 from .linear import linear, new_counters
+from .linear_tiles import LinearTile
 from .moe import experts, fp8_experts
 from .moe_route import route
 from .moe_sort import sort_by_expert
 from .moe_stream import stream_down, stream_gate_up
 from .moe_tiles import Tile
+from .ngram import ngram_embedding, ngram_gather
 from .norm import add_rms_norm, rms_norm
 from .prompt_lookup import prompt_lookup
 
@@ -185,6 +188,18 @@ def products_of_few_rows() -> None:
             matrix = _empty(rows, depth, dtype=FP8)
             linear(q, matrix, x_scale=scale, w_scale=scales, gated=gated, counters=new_counters(rows, x.device))
 
+    for tma in (False, True):
+        tile = LinearTile(16, 32, 128, 2, 4, tma=tma, prefetch=4)
+        linear(_empty(16, 4096), _empty(1024, 4096), tile=tile, counters=new_counters(1024, torch.device("meta")))
+    fp8_gemm(_empty(4096, 6144, dtype=FP8), _floats(48, 4096), _empty(2112, 6144, dtype=FP8), _floats(17, 48))
+
+
+def ngrams() -> None:
+    tables, hidden = 12, 3072
+    numbers = [_longs(8), _longs(8), _longs(8), _ints(33, 8193), _longs(2), _longs(4, tables), _longs(tables), _longs(tables)]
+    rows, words = ngram_gather(*numbers, _empty(1 << 20, hidden // tables), _empty(131072, hidden))
+    ngram_embedding(rows, words, _empty(hidden, hidden), tables)
+
 
 def experts_in_fp8() -> None:
     for tokens, (hidden, inner), (count, top_k) in ((1, (2048, 1408), (64, 6)), (64, (3072, 1024), (128, 12))):
@@ -204,6 +219,7 @@ EXAMPLES: list[Callable[[], None]] = [
     mixture_of_experts,
     products_of_few_rows,
     experts_in_fp8,
+    ngrams,
 ]
 
 

@@ -1,7 +1,8 @@
 """y = x Wᵀ for few rows of x: the weights pass through the chip once, as fast as memory gives them (`streaming.stream`).
 
-Where W has too few rows to fill the chip, several programs share a tile's columns, and the last to finish adds up what all found,
-in their order. With programmatic dependent launch a program asks for its first weights while the kernels before it still run.
+Where W has too few rows to fill the chip, several programs share a tile's columns, and the last to finish adds up what all
+found, in their order. With programmatic dependent launch a program asks for its first weights while the kernels before it
+still run.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def linear(
     columns, m_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
     if splits > 1 and counters is not None and columns * m_tiles > counters.shape[0]:
         splits = 1
-    steps = -(-(-(-depth // tile.depth)) // splits)
+    steps = triton.cdiv(triton.cdiv(depth, tile.depth), splits)
     partial = None
     if splits > 1:
         partial = torch.empty(columns * m_tiles * splits * tile.rows * tile.tokens, dtype=torch.float32, device=x.device)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .moe_combine import combine
 from .fp8_quantise import quantise_rows
+from .moe_combine import combine
 from .moe_grouped import grouped_down, grouped_gate_up
 from .moe_small import small_moe
 from .moe_sort import sort_by_expert
@@ -48,8 +48,8 @@ def fp8_experts(
     shared: Tensor | None = None,
 ) -> Tensor:
     """As `experts`, with matrices in block FP8: (E4M3, scale), gate_up [E, 2 · inner, hidden] and float32 [E, 2 · inner / 128,
-    ⌈hidden / 128⌉], down [E, hidden, inner] and [E, hidden / 128, inner / 128]; hidden and inner multiples of 128. Activations are
-    quantised in front of each product.
+    ⌈hidden / 128⌉], down [E, hidden, inner] and [E, hidden / 128, inner / 128]; hidden and inner multiples of 128.
+    Activations are quantised in front of each product.
     Reference: `kernels.moe.combine_reference` of the dequantised operands.
     """
     count, hidden, inner = down[0].shape

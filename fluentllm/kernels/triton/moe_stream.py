@@ -1,4 +1,5 @@
-"""Experts' products of few rows each: swapped operands, every chosen matrix streamed once (`streaming.stream`), BF16 or block FP8.
+"""Experts' products of few rows each: swapped operands, every chosen matrix streamed once (`streaming.stream`), BF16 or block
+FP8.
 
 As `moe_grouped`, for packed pairs with offsets on the device, and with the same tiles of pairs; which of the two is taken is
 `moe_tiles.tile_for`'s choice.
@@ -70,8 +71,9 @@ def stream_gate_up(
     x_scale: Tensor | None = None,
     w_scale: Tensor | None = None,
 ) -> Tensor:
-    """x [T, hidden], gate_up [E, 2 I, hidden], contiguous (gate rows first) → silu(gate) · up of each pair, [T · K, I] in sorted
-    order. With scales: both E4M3, x_scale [⌈hidden / 128⌉, T], w_scale [E, 2 I / 128, ⌈hidden / 128⌉]; I a multiple of 128."""
+    """x [T, hidden], gate_up [E, 2 I, hidden], contiguous (gate rows first) → silu(gate) · up of each pair, [T · K, I] in
+    sorted order. With scales: both E4M3, x_scale [⌈hidden / 128⌉, T], w_scale [E, 2 I / 128, ⌈hidden / 128⌉]; I a multiple of
+    128."""
     pairs, inner = tiles.order.shape[0], gate_up.shape[1] // 2
     out = torch.empty(pairs, inner, dtype=x.dtype if x_scale is None else torch.bfloat16, device=x.device)
     _launch(out, x, x_scale, gate_up, w_scale, tiles, inner, top_k, True, tile, max(16, tile.columns // 2))
@@ -87,8 +89,8 @@ def stream_down(
     x_scale: Tensor | None = None,
     w_scale: Tensor | None = None,
 ) -> Tensor:
-    """h [T · K, I] in sorted order, down [E, hidden, I], contiguous → [T · K, hidden] in the pairs' own order; rows of zero experts
-    are not written. With scales as `stream_gate_up`; hidden a multiple of 128."""
+    """h [T · K, I] in sorted order, down [E, hidden, I], contiguous → [T · K, hidden] in the pairs' own order; rows of zero
+    experts are not written. With scales as `stream_gate_up`; hidden a multiple of 128."""
     out = torch.empty(h.shape[0], down.shape[1], dtype=h.dtype if x_scale is None else torch.bfloat16, device=h.device)
     _launch(out, h, x_scale, down, w_scale, tiles, down.shape[1], 1, False, tile, tile.columns)
     return out

@@ -1,7 +1,7 @@
 """The inner loop that products of few rows share: a tile of weights, streamed from memory, times a tile of tokens.
 
-Operands are swapped: the tile of W's rows is the M of the matrix instruction, and the tokens, of which there are few, its N, which
-may be as small as 8.
+Operands are swapped: the tile of W's rows is the M of the matrix instruction, and the tokens, of which there are few, its N,
+which may be as small as 8.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def load_weights(w, w_box, r0, r, rows, base, K, w_row, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def stream(x, x_scale, w, w_box, w_scale, row, valid, r0, rows, gap, K, x_row, w_row, scale_row, first, last,
-           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr,
+           STAGES: tl.constexpr):  # fmt: skip
     """Σ over steps first … last - 1 of W[r0 + …, step] x[row, step]ᵀ → two sums [BLOCK_N, BLOCK_M] float32, the second (for
     GATED) of the rows that lie `gap` rows further down, in the same pass.
 

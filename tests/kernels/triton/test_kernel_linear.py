@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from fluentllm.kernels.block_fp8 import dequantise_rows, linear_reference, quantise_rows_reference, quantise_weight
+from fluentllm.kernels.triton.fp8_gemm import GemmTile, fp8_gemm
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows, silu_mul_quantise
 from fluentllm.kernels.triton.linear import linear, new_counters
 from fluentllm.kernels.triton.linear_tiles import LinearTile
@@ -113,3 +114,13 @@ def test_block_fp8_gate_and_up(device: torch.device, rng: torch.Generator) -> No
     operands = (t.to(device) for t in (q, weight))
     out = linear(*operands, x_scale=scale.to(device), w_scale=w_scale.to(device), gated=True)
     assert_close(out.cpu().float(), F.silu(gate) * up, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize(("tokens", "rows", "depth"), [(0, 16, 16), (70, 144, 272), (130, 40, 128)])
+def test_block_fp8_of_many_rows(tokens: int, rows: int, depth: int, device: torch.device, rng: torch.Generator) -> None:
+    q, scale = quantise_rows_reference(torch.randn(tokens, depth, generator=rng))
+    weight, w_scale = quantise_weight(torch.randn(rows, depth, generator=rng) * torch.linspace(0.1, 10, rows)[:, None])
+    expected = linear_reference(q, scale, weight, w_scale)
+    operands = (t.to(device) for t in (q, scale, weight, w_scale))
+    out = fp8_gemm(*operands, tile=GemmTile(64, 128, 4, 3), out_dtype=torch.float32)
+    assert_close(out.cpu(), expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()) if tokens else 0)

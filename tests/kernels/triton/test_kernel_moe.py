@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fluentllm.kernels.moe import Routing, combine_reference, route as plain_route
 from fluentllm.kernels.block_fp8 import dequantise_rows, dequantise_weight, quantise_rows_reference, quantise_weight
+from fluentllm.kernels.moe import Routing, combine_reference, route as plain_route
 from fluentllm.kernels.triton import moe
 from fluentllm.kernels.triton.moe import experts, fp8_experts
 from fluentllm.kernels.triton.moe_route import route
