@@ -8,6 +8,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 if TYPE_CHECKING:
     from .launch import Launch
@@ -50,7 +51,8 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for index, (name, parameter) in enumerate(zip(names, launch.kernel.params, strict=True)):
         value = given[name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = _type(value)
@@ -63,10 +65,12 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
 def _type(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return _POINTERS[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_POINTERS[value.base.dtype][1:]}[{','.join(map(str, value.block_shape))}]>"
     if isinstance(value, bool):
         return "u1"
     if isinstance(value, int):
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     if isinstance(value, float):
         return "fp32"
-    raise TypeError(f"a kernel takes tensors, numbers and None, not {type(value).__name__}")
+    raise TypeError(f"a kernel takes tensors, descriptors, numbers and None, not {type(value).__name__}")

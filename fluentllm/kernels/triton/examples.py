@@ -14,13 +14,21 @@ from .commit import commit_tokens, decode_rows, leave_drafts
 from .draw import argmax, draw
 from .elementwise import embedding, rotary, silu_mul
 from .filter import filter_thresholds
+from .fp8_gemm import fp8_gemm
+from .fp8_quantise import quantise_rows, silu_mul_quantise
 from .gqa_decode import gqa_decode
 from .gqa_plan import plan_gqa
 from .gqa_prefill import gqa_prefill, prefill_tiles
 from .kv_append import append, rotate_and_append
 from .launch import recording
-from .moe import experts
+from .linear import linear, new_counters
+from .linear_tiles import LinearTile
+from .moe import experts, fp8_experts
 from .moe_route import route
+from .moe_sort import sort_by_expert
+from .moe_stream import stream_down, stream_gate_up
+from .moe_tiles import Tile
+from .ngram import ngram_embedding, ngram_gather
 from .norm import add_rms_norm, rms_norm
 from .prompt_lookup import prompt_lookup
 
@@ -153,6 +161,9 @@ def mixture_of_experts() -> None:
     for routing in routings:
         for bias in (None, _floats(routing.total)):
             route(_floats(8, routing.total), routing, bias)
+    tile = Tile(16, 64, 128, 4, 4, swapped=True)
+    tiles = sort_by_expert(_ints(8, 6), 64, tile.rows)
+    stream_down(stream_gate_up(_empty(8, 2048), _empty(64, 2816, 2048), tiles, 6, tile), _empty(64, 2048, 1408), tiles, tile)
     # (tokens, routing, hidden, inner): a GEMV, thin tiles, wide tiles, the largest
     for tokens in (1, 32, 256, 4096):
         for (hidden, inner), routing in (((2048, 1408), routings[0]), ((3072, 1024), routings[1])):
@@ -163,6 +174,41 @@ def mixture_of_experts() -> None:
             experts(x, _floats(*choices), _ints(*choices), gate_up, down, shared)
 
 
+def products_of_few_rows() -> None:
+    for tokens in (1, 16, 64):
+        # A matrix with few rows, one with many, gate and up in one.
+        for rows, depth, gated in ((1024, 3072, False), (28672, 4096, False), (6144, 1024, True)):
+            x, weight = _empty(tokens, depth), _empty(rows, depth)
+            other = None if gated else _empty(tokens, rows)
+            linear(x, weight, gated=gated, other=other, counters=new_counters(rows, x.device))
+            gate_up = _empty(tokens, 2 * depth)
+            q, scale = quantise_rows(x)
+            silu_mul_quantise(gate_up)
+            scales = _floats(-(-rows // 128), -(-depth // 128))
+            matrix = _empty(rows, depth, dtype=FP8)
+            linear(q, matrix, x_scale=scale, w_scale=scales, gated=gated, counters=new_counters(rows, x.device))
+
+    for tma in (False, True):
+        tile = LinearTile(16, 32, 128, 2, 4, tma=tma, prefetch=4)
+        linear(_empty(16, 4096), _empty(1024, 4096), tile=tile, counters=new_counters(1024, torch.device("meta")))
+    fp8_gemm(_empty(4096, 6144, dtype=FP8), _floats(48, 4096), _empty(2112, 6144, dtype=FP8), _floats(17, 48))
+
+
+def ngrams() -> None:
+    tables, hidden = 12, 3072
+    numbers = [_longs(8), _longs(8), _longs(8), _ints(33, 8193), _longs(2), _longs(4, tables), _longs(tables), _longs(tables)]
+    rows, words = ngram_gather(*numbers, _empty(1 << 20, hidden // tables), _empty(131072, hidden))
+    ngram_embedding(rows, words, _empty(hidden, hidden), tables)
+
+
+def experts_in_fp8() -> None:
+    for tokens, (hidden, inner), (count, top_k) in ((1, (2048, 1408), (64, 6)), (64, (3072, 1024), (128, 12))):
+        gate_up = _empty(count, 2 * inner, hidden, dtype=FP8), _floats(count, inner // 64, hidden // 128)
+        down = _empty(count, hidden, inner, dtype=FP8), _floats(count, hidden // 128, inner // 128)
+        choices = tokens, top_k
+        fp8_experts(_empty(tokens, hidden), _floats(*choices), _ints(*choices), gate_up, down)
+
+
 EXAMPLES: list[Callable[[], None]] = [
     decode_attention,
     prefill_attention,
@@ -171,6 +217,9 @@ EXAMPLES: list[Callable[[], None]] = [
     sampling,
     step,
     mixture_of_experts,
+    products_of_few_rows,
+    experts_in_fp8,
+    ngrams,
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 UPCAST: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Triton's interpreter multiplies bfloat16 matrices wrongly; there, and only there, operands are taken to float32."""
@@ -22,3 +23,34 @@ def dot(a, b, acc):
 def silu(x):
     """x · sigmoid(x), x float32."""
     return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def silu_of_rounded(gate, up, dtype: tl.constexpr):
+    """silu(gate) · up of float32 sums, rounded first, as a product of its own would leave them."""
+    return silu(gate.to(dtype).to(tl.float32)) * up.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def start_next(PDL: tl.constexpr):
+    """Programmatic dependent launch: the next kernel may be set up now. It still waits for all of this one's writes."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Programmatic dependent launch: what the kernels before wrote is there after this; nothing may be written before it."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def prefetch_l2(pointers, mask, BYTES: tl.constexpr):
+    """Ask for BYTES (a multiple of 16) behind each pointer (aligned to 16) to be in L2 soon. Not in the interpreter."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
+        "=r,l,r,r",
+        [pointers, mask.to(tl.int32), BYTES],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

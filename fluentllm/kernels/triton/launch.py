@@ -11,6 +11,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +29,7 @@ class Launch:
     args: tuple[Any, ...]
     """By position."""
     options: dict[str, Any]
-    """`tl.constexpr` parameters by name, `num_warps`, `num_stages`."""
+    """`tl.constexpr` parameters by name, `num_warps`, `num_stages`, `launch_pdl`."""
 
 
 _recorded: list[Launch] | None = None
@@ -58,6 +60,34 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return HOPPER_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """May launches on this device be programmatic (`launch_pdl`)? From compute capability 9.0 on, and in the compile check."""
+    if triton.knobs.runtime.interpret or device.type not in ("cuda", "meta"):
+        return False
+    return device.type == "meta" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def programmatic(device: torch.device) -> dict[str, Any]:
+    """Options of a kernel with a parameter `PDL` that calls `language.wait_for_inputs` before it touches anything that another
+    kernel writes, or writes anything itself."""
+    return {"PDL": True, "launch_pdl": True} if overlaps(device) else {"PDL": False}
+
+
+def bulk_copies(tensor: torch.Tensor) -> bool:
+    """Can TMA read this matrix [rows, columns]? Rows must be contiguous inside and 16 bytes aligned."""
+    width = tensor.element_size()
+    if tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) < (9, 0):
+        return False
+    aligned = tensor.data_ptr() % 16 == 0 and (tensor.stride(0) * width) % 16 == 0
+    return tensor.stride(1) == 1 and aligned and 0 not in tensor.shape
+
+
+def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """For TMA, of a matrix, in boxes of rows × columns. Reading outside gives zeros."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
 
 
 def split_width(width: int) -> tuple[int, int]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .fp8_quantise import quantise_rows
 from .moe_combine import combine
-from .moe_grouped import grouped_down, grouped_gate_up, tile_for
+from .moe_grouped import grouped_down, grouped_gate_up
 from .moe_small import small_moe
 from .moe_sort import sort_by_expert
+from .moe_stream import stream_down, stream_gate_up
+from .moe_tiles import tile_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +29,33 @@ def experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tens
     """
     if x.shape[0] <= SMALL_TOKENS:
         return small_moe(x, weights, ids, gate_up, down, shared)
-    count = down.shape[0]
-    tile = tile_for(ids.numel(), count)
+    count, hidden, inner = down.shape
+    tile = tile_for(ids.numel(), count, hidden, inner)
     tiles = sort_by_expert(ids, count, tile.rows)
-    h = grouped_gate_up(x, gate_up, tiles, ids.shape[1], tile)
-    return combine(grouped_down(h, down, tiles, tile), x, weights, ids, count, shared)
+    if tile.swapped:
+        y = stream_down(stream_gate_up(x, gate_up, tiles, ids.shape[1], tile), down, tiles, tile)
+    else:
+        y = grouped_down(grouped_gate_up(x, gate_up, tiles, ids.shape[1], tile), down, tiles, tile)
+    return combine(y, x, weights, ids, count, shared)
+
+
+def fp8_experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    gate_up: tuple[Tensor, Tensor],
+    down: tuple[Tensor, Tensor],
+    shared: Tensor | None = None,
+) -> Tensor:
+    """As `experts`, with matrices in block FP8: (E4M3, scale), gate_up [E, 2 · inner, hidden] and float32 [E, 2 · inner / 128,
+    ⌈hidden / 128⌉], down [E, hidden, inner] and [E, hidden / 128, inner / 128]; hidden and inner multiples of 128.
+    Activations are quantised in front of each product.
+    Reference: `kernels.moe.combine_reference` of the dequantised operands.
+    """
+    count, hidden, inner = down[0].shape
+    tile = tile_for(ids.numel(), count, hidden, inner, 1)
+    tiles = sort_by_expert(ids, count, tile.rows)
+    q, scale = quantise_rows(x)
+    h = stream_gate_up(q, gate_up[0], tiles, ids.shape[1], tile, x_scale=scale, w_scale=gate_up[1])
+    q, scale = quantise_rows(h)
+    return combine(stream_down(q, down[0], tiles, tile, x_scale=scale, w_scale=down[1]), x, weights, ids, count, shared)

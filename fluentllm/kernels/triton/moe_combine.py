@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .launch import launch, power_of_2
+from .language import start_next, wait_for_inputs
+from .launch import launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _combine_kernel(out, y, x, shared, weights, ids, x_row, shared_row, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
-                    SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                    SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < SIZE
+    start_next(PDL)
+    wait_for_inputs(PDL)
     acc = tl.zeros([BLOCK], tl.float32)
     kept = 0.0
     for k in tl.static_range(TOP_K):
@@ -43,5 +46,6 @@ def combine(y: Tensor, x: Tensor, weights: Tensor, ids: Tensor, experts: int, sh
     launch(
         _combine_kernel, (tokens, -(-size // block)), out, y, x, shared, weights, ids, x.stride(0),
         0 if shared is None else shared.stride(0), EXPERTS=experts, TOP_K=ids.shape[1], SIZE=size, BLOCK=block, num_warps=4,
+        **programmatic(x.device),
     )  # fmt: skip
     return out

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 
-from .language import dot, silu
-from .launch import launch
+from .language import dot, silu_of_rounded, start_next, wait_for_inputs
+from .launch import launch, programmatic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .moe_sort import ExpertTiles
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Sizes of a grouped product; measured choices go into `tile_for`."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
-def tile_for(pairs: int, experts: int) -> Tile:
-    """By the rows that an expert gets on average. Few rows: the product reads weights, so tiles are thin and many loads fly."""
-    each = pairs / experts
-    if each <= 16:
-        return Tile(16, 64, 128, 4, 4)
-    if each <= 48:
-        return Tile(64, 64, 128, 4, 3)
-    return Tile(128, 128, 64, 8, 3)
+    from .moe_tiles import Tile
 
 
 @triton.jit
@@ -43,6 +22,7 @@ def _grouped_kernel(
     out, x, w, order, offsets, tile_experts, tile_firsts, tiles, x_row, w_expert, w_row, out_row,
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILE_GROUP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """GATED: x rows are tokens, gathered by `order`; w holds N gate rows, then N up rows; out is in sorted order.
     Else x is in sorted order, and out rows go where `order` says."""
@@ -54,6 +34,8 @@ def _grouped_kernel(
     rest = pid % (TILE_GROUP * columns)
     tile = group * TILE_GROUP + rest % size
     column = rest // size
+    start_next(PDL)
+    wait_for_inputs(PDL)
     expert = tl.load(tile_experts + tile)
     if expert >= 0:
         place = tl.load(tile_firsts + tile) + tl.arange(0, BLOCK_M)
@@ -81,9 +63,7 @@ def _grouped_kernel(
                 b = tl.load(w_at + N * w_row + base, mask=(n < N)[:, None] & deep, other=0.0)
                 up = dot(a, tl.trans(b), up)
         if GATED:
-            dtype = out.dtype.element_ty
-            # As a product of its own would leave them, rounded.
-            acc = silu(acc.to(dtype).to(tl.float32)) * up.to(dtype).to(tl.float32)
+            acc = silu_of_rounded(acc, up, out.dtype.element_ty)
         at = out + (target * out_row)[:, None] + n[None, :]
         tl.store(at, acc.to(out.dtype.element_ty), mask=valid[:, None] & (n < N)[None, :])
 
@@ -114,5 +94,5 @@ def _launch(
         _grouped_kernel, (count * -(-n // columns),), out, x, w, tiles.order, tiles.offsets, tiles.experts, tiles.firsts, count,
         x.stride(0), w.stride(0), w.stride(1), out.stride(0),
         N=n, K=x.shape[1], TOP_K=top_k, GATED=gated, BLOCK_M=tile.rows, BLOCK_N=columns, BLOCK_K=tile.depth, TILE_GROUP=8,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **programmatic(x.device),
     )  # fmt: skip

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch, power_of_2
+from .language import start_next, wait_for_inputs
+from .launch import launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 @triton.jit
 def _route_kernel(weights, ids, logits, bias, row_stride, scale, TOTAL: tl.constexpr, TOP_K: tl.constexpr,
                   GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, TOP2: tl.constexpr,
-                  RENORMALISE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+                  RENORMALISE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK)
     inside = e < TOTAL
+    start_next(PDL)
+    wait_for_inputs(PDL)
     x = tl.load(logits + token * row_stride + e, mask=inside, other=float("-inf")).to(tl.float32)
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-x))
@@ -77,6 +81,6 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple
         TOTAL=total, TOP_K=routing.top_k, GROUPS=routing.groups, TOP_GROUPS=routing.top_groups,
         SIGMOID=routing.scores == "sigmoid", TOP2=routing.group_score == "top2", RENORMALISE=routing.renormalise,
         BLOCK=block, BLOCK_K=power_of_2(routing.top_k), BLOCK_G=power_of_2(routing.groups),
-        num_warps=max(1, min(4, block // 128)),
+        num_warps=max(1, min(4, block // 128)), **programmatic(logits.device),
     )  # fmt: skip
     return weights, ids

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .language import silu
-from .launch import launch
+from .language import silu_of_rounded, start_next, wait_for_inputs
+from .launch import launch, programmatic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _gate_up_kernel(out, x, w, ids, x_row, w_expert, w_row, EXPERTS: tl.constexpr, INNER: tl.constexpr, HIDDEN: tl.constexpr,
-                    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+                    PDL: tl.constexpr):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)
+    start_next(PDL)
+    wait_for_inputs(PDL)
     expert = tl.load(ids + pair).to(tl.int64)
     if expert < EXPERTS:
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -34,20 +37,21 @@ def _gate_up_kernel(out, x, w, ids, x_row, w_expert, w_row, EXPERTS: tl.constexp
             a = tl.load(row + base + k, mask=base + k < HIDDEN, other=0.0).to(tl.float32)[None, :]
             gate += tl.load(at + base, mask=mask, other=0.0).to(tl.float32) * a
             up += tl.load(at + INNER * w_row + base, mask=mask, other=0.0).to(tl.float32) * a
-        dtype = out.dtype.element_ty
-        h = silu(tl.sum(gate, 1).to(dtype).to(tl.float32)) * tl.sum(up, 1).to(dtype).to(tl.float32)
-        tl.store(out + pair * INNER + n, h.to(dtype), mask=n < INNER)
+        h = silu_of_rounded(tl.sum(gate, 1), tl.sum(up, 1), out.dtype.element_ty)
+        tl.store(out + pair * INNER + n, h.to(out.dtype.element_ty), mask=n < INNER)
 
 
 @triton.jit
 def _down_kernel(out, h, w, x, shared, weights, ids, x_row, shared_row, w_expert, w_row, EXPERTS: tl.constexpr,
                  INNER: tl.constexpr, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr,
-                 BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                 BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     steps: tl.constexpr = (INNER + BLOCK_K - 1) // BLOCK_K
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    start_next(PDL)
+    wait_for_inputs(PDL)
     for step in tl.range(0, TOP_K * steps, num_stages=STAGES):
         pair = token * TOP_K + step // steps
         base = step % steps * BLOCK_K
@@ -77,10 +81,12 @@ def small_moe(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Te
     launch(
         _gate_up_kernel, (tokens * top_k, -(-inner // block_n)), h, x, gate_up, ids, x.stride(0), *gate_up.stride()[:2],
         EXPERTS=experts, INNER=inner, HIDDEN=hidden, TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=3, num_warps=4,
+        **programmatic(x.device),
     )  # fmt: skip
     launch(
         _down_kernel, (tokens, -(-hidden // block_n)), out, h, down, x, shared, weights, ids, x.stride(0),
         0 if shared is None else shared.stride(0), *down.stride()[:2],
         EXPERTS=experts, INNER=inner, HIDDEN=hidden, TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=3, num_warps=4,
+        **programmatic(x.device),
     )  # fmt: skip
     return out

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch, power_of_2
+from .language import start_next, wait_for_inputs
+from .launch import launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +38,10 @@ class ExpertTiles:
 
 @triton.jit
 def _sort_kernel(order, offsets, tile_experts, tile_firsts, ids, pairs, tiles, EXPERTS: tl.constexpr, BINS: tl.constexpr,
-                 ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                 ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     expert = tl.program_id(0)
+    start_next(PDL)
+    wait_for_inputs(PDL)
     bins = tl.arange(0, BINS)
     counts = tl.zeros([BINS], tl.int32)
     for base in range(0, pairs, BLOCK):
@@ -84,5 +87,6 @@ def sort_by_expert(ids: Tensor, experts: int, rows: int) -> ExpertTiles:
     launch(
         _sort_kernel, (experts,), order, offsets, expert, first, ids, pairs, tiles,
         EXPERTS=experts, BINS=power_of_2(experts + 1), ROWS=rows, BLOCK=min(BLOCK, max(32, power_of_2(pairs))), num_warps=4,
+        **programmatic(device),
     )  # fmt: skip
     return ExpertTiles(order, offsets, expert, first, rows)

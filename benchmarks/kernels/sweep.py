@@ -1,0 +1,117 @@
+"""What the product benchmarks share: many tiles compiled at once, then timed by rotation through more weights than L2 holds.
+
+A graph holds one launch for each copy of the operands, one behind the other, as in a step of a model; the time is that of a
+replay divided by the copies, median of a few. Programs that are set up while the one before still runs gain by that, here as
+there.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from timing import COPY_GBPS
+from triton import AsyncCompileMode
+
+from fluentllm.kernels.triton.launch import recording
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from fluentllm.kernels.triton.launch import Launch
+
+DEVICE = "cuda"
+ROTATED_BYTES = 160 << 20
+"""Read between two uses of one copy: more than three times L2."""
+
+
+def copies_for(nbytes: int) -> int:
+    """Copies of operands of `nbytes` that a rotation needs."""
+    return max(1, min(48, -(-ROTATED_BYTES // nbytes)))
+
+
+def rotate(runs: Sequence[Callable[[], object]], replays: int = 7) -> float:
+    """Median microseconds of one of `runs`, each of which launches on operands of its own."""
+    runs[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [run() for run in runs]
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(20_000)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    del kept
+    return statistics.median(times) / len(runs)
+
+
+def precompile(runs: Iterable[Callable[[], object]]) -> int:
+    """Compile everything that `runs` would launch (on tensors of the device "meta") into Triton's cache. Returns how many
+    kernels.
+
+    In as many processes as there are cores, if CUDA was not used yet in this one, else in threads. What does not compile is
+    left to fail where it is launched.
+    """
+    with recording() as launches:
+        for run in runs:
+            run()
+    seen = {(one.kernel.__name__, tuple(map(_kind, one.args)), repr(one.options)): one for one in launches}
+    if torch.cuda.is_initialized():
+        with ThreadPoolExecutor() as pool, AsyncCompileMode(pool, ignore_errors=True):
+            for one in seen.values():
+                one.kernel.warmup(*one.args, grid=one.grid, **one.options)
+        return len(seen)
+    workers = os.cpu_count() or 1
+    children = []
+    for number in range(workers):
+        child = os.fork()
+        if child == 0:
+            _compile_some(list(seen.values())[number::workers])
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    return len(seen)
+
+
+def _compile_some(launches: Sequence[Launch]) -> NoReturn:
+    for one in launches:
+        with suppress(Exception):
+            one.kernel.warmup(*one.args, grid=one.grid, **one.options)
+    os._exit(0)
+
+
+def _kind(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    if isinstance(value, int):
+        return value % 16 == 0, value == 1
+    return tuple(value.block_shape) if hasattr(value, "block_shape") else value is None
+
+
+def error_of(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    return float((got.float() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def gbps(nbytes: float, us: float) -> float:
+    return nbytes / us / 1e3
+
+
+def share(nbytes: float, us: float) -> float:
+    """Of the time that a copy's bandwidth gives."""
+    return gbps(nbytes, us) / COPY_GBPS
+
+
+def line(values: Iterable[object], widths: Sequence[int]) -> str:
+    return "  ".join(f"{value:.1f}".rjust(w) if isinstance(value, float) else str(value).rjust(w)
+                     for value, w in zip(values, widths, strict=True))  # fmt: skip

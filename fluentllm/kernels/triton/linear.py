@@ -1,0 +1,128 @@
+"""y = x Wᵀ for few rows of x: the weights pass through the chip once, as fast as memory gives them (`streaming.stream`).
+
+Where W has too few rows to fill the chip, several programs share a tile's columns, and the last to finish adds up what all
+found, in their order. With programmatic dependent launch a program asks for its first weights while the kernels before it
+still run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .language import silu_of_rounded, start_next, wait_for_inputs
+from .launch import bulk_copies, descriptor, launch, programmatic
+from .linear_tiles import LinearTile, linear_tile
+from .streaming import SCALE_BLOCK, prefetch_weights, stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit
+def _finish(out, other, acc, m, n, M, N, out_row, other_row, factor):
+    inside = (m < M)[None, :] & (n < N)[:, None]
+    if other is not None:
+        rest = tl.load(other + (m.to(tl.int64) * other_row)[None, :] + n[:, None], mask=inside, other=0.0)
+        acc = (acc.to(out.dtype.element_ty).to(tl.float32) + rest.to(tl.float32)) * factor
+    tl.store(out + (m.to(tl.int64) * out_row)[None, :] + n[:, None], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "steps", "scale_row", "factor"])
+def _linear_kernel(out, x, x_scale, w, w_box, w_scale, other, partial, counters, M, N, K, x_row, w_row, scale_row, out_row,
+                   other_row, factor, steps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                   SPLITS: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr, CHUNKS: tl.constexpr,
+                   WIDTH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """GATED: W holds N gate rows, then N up rows."""
+    columns = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    n0 = pid % columns * BLOCK_N
+    split = pid // columns % SPLITS
+    m = pid // (columns * SPLITS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = n0 + tl.arange(0, BLOCK_N)
+    first = split * steps
+    last = tl.minimum(first + steps, tl.cdiv(K, BLOCK_K))
+    start_next(PDL)
+    if CHUNKS > 0:
+        prefetch_weights(w, n0, N, N, K, w_row, first, last, BLOCK_N, BLOCK_K, GATED, CHUNKS, WIDTH)
+    wait_for_inputs(PDL)
+    acc, up = stream(x, x_scale, w, w_box, w_scale, m.to(tl.int64), m < M, n0, N, N, K, x_row, w_row, scale_row, first, last,
+                     BLOCK_M, BLOCK_N, BLOCK_K, GATED, STAGES)  # fmt: skip
+    if GATED:
+        acc = silu_of_rounded(acc, up, out.dtype.element_ty)
+    if SPLITS == 1:
+        _finish(out, other, acc, m, n, M, N, out_row, other_row, factor)
+    else:
+        tile = pid // (columns * SPLITS) * columns + pid % columns
+        place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        sums = partial + tile.to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M) + place
+        tl.store(sums + split * (BLOCK_N * BLOCK_M), acc)
+        # All threads' sums are written before the one that counts says so.
+        tl.debug_barrier()
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1:
+            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for i in tl.static_range(SPLITS):
+                acc += tl.load(sums + i * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+            tl.store(counters + tile, 0)
+            _finish(out, other, acc, m, n, M, N, out_row, other_row, factor)
+
+
+def new_counters(rows: int, device: torch.device) -> Tensor:
+    """What `linear` counts finished programs in, for one matrix of `rows` rows: zeros between calls. Calls that may run at the
+    same time must not share it."""
+    return torch.zeros(4 * -(-rows // 16), dtype=torch.int32, device=device)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    x_scale: Tensor | None = None,
+    w_scale: Tensor | None = None,
+    gated: bool = False,
+    other: Tensor | None = None,
+    factor: float = 1.0,
+    counters: Tensor | None = None,
+    tile: LinearTile | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x [T, K] · weight [N, K]ᵀ → [T, N]; x's last dimension contiguous.
+
+    BF16 (float16, float32 too); or both E4M3 with x_scale float32 [⌈K / 128⌉, T] (`fp8_quantise.quantise_rows`) and w_scale
+    float32 [⌈N / 128⌉, ⌈K / 128⌉] → `out_dtype`, BF16 unless given.
+    gated: weight holds gate rows, then as many up rows (with scales a multiple of 128) → silu(gate) · up, [T, N / 2].
+    other [T, N], or [N] for all rows → (product + other) · factor.
+    counters: `new_counters` of this matrix; without them columns are not split.
+    Reference: `F.linear`; with scales `kernels.block_fp8.linear_reference`.
+    """
+    tokens, depth = x.shape
+    rows = weight.shape[0] // 2 if gated else weight.shape[0]
+    out = torch.empty(tokens, rows, dtype=out_dtype or (x.dtype if x_scale is None else torch.bfloat16), device=x.device)
+    if tile is None:
+        tile = linear_tile(tokens, rows, depth, x.element_size(), gated)
+    pdl = programmatic(x.device)
+    splits = tile.splits if counters is not None and not gated else 1
+    columns, m_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
+    if splits > 1 and counters is not None and columns * m_tiles > counters.shape[0]:
+        splits = 1
+    steps = triton.cdiv(triton.cdiv(depth, tile.depth), splits)
+    partial = None
+    if splits > 1:
+        partial = torch.empty(columns * m_tiles * splits * tile.rows * tile.tokens, dtype=torch.float32, device=x.device)
+    box = descriptor(weight, tile.rows, tile.depth) if tile.tma and bulk_copies(weight) else None
+    launch(
+        _linear_kernel, (columns * splits * m_tiles,), out, x, x_scale, weight, box, w_scale, other, partial,
+        counters if splits > 1 else None, tokens, rows, depth, x.stride(0), weight.stride(0),
+        0 if x_scale is None else x_scale.stride(0), out.stride(0),
+        0 if other is None or other.ndim == 1 else other.stride(0), factor, steps,
+        BLOCK_M=tile.tokens, BLOCK_N=tile.rows, BLOCK_K=tile.depth, SPLITS=splits, GATED=gated, STAGES=tile.stages,
+        CHUNKS=tile.prefetch if pdl["PDL"] and bulk_copies(weight) else 0, WIDTH=x.element_size(),
+        num_warps=tile.warps, num_stages=tile.stages, **pdl,
+    )  # fmt: skip
+    return out
+
+
+__all__ = ["SCALE_BLOCK", "LinearTile", "linear", "new_counters"]

@@ -1,0 +1,58 @@
+"""Which tile a product of few rows takes: measured ones by shape, a rule for all others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .launch import HOPPER_MULTIPROCESSORS, power_of_2
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTile:
+    """Sizes of `linear.linear`."""
+
+    tokens: int
+    """Rows of x of a tile, a power of two, at least 8."""
+    rows: int
+    """Rows of the matrix of a tile (twice as many when gated): 16 and 32 run on mma.sync, 64 and 128 on WGMMA."""
+    depth: int
+    """Columns a step; 128 with block scales."""
+    splits: int
+    """Programs that share a tile's columns."""
+    stages: int
+    warps: int = 4
+    tma: bool = True
+    prefetch: int = 0
+    """Pieces of 256 bytes of each row that are asked for before the kernels before have finished; a power of two or 0."""
+
+
+MEASURED: dict[tuple[int, int, int, bool], dict[int, LinearTile]] = {}
+"""(rows, depth, bytes of an element, gated) → {most tokens: tile}. Filled from benchmarks/kernels/gemm.py."""
+
+
+def linear_tile(tokens: int, rows: int, depth: int, width: int, gated: bool) -> LinearTile:
+    """For x [tokens, depth] and a matrix [rows, depth] (twice the rows if gated) of `width` bytes an element."""
+    for most, tile in MEASURED.get((rows, depth, width, gated), {}).items():
+        if tokens <= most:
+            return tile
+    return rule(tokens, rows, depth, width, gated)
+
+
+def rule(tokens: int, rows: int, depth: int, width: int, gated: bool) -> LinearTile:
+    """A program or two for each multiprocessor, and enough bytes in flight for both."""
+    wide = min(64, max(8, power_of_2(tokens)))
+    parts = 2 if gated else 1
+    tile_rows = 16
+    while tile_rows < 64 and rows * parts // (2 * tile_rows) >= 2 * HOPPER_MULTIPROCESSORS:
+        tile_rows *= 2
+    if wide > 16:
+        # Every program reads all of x: fewer programs a column, then.
+        tile_rows = max(tile_rows, 64)
+    columns = -(-rows // tile_rows)
+    splits = 1
+    step = 128 if width == 1 or tile_rows >= 64 else 256
+    while not gated and columns * splits * 2 <= HOPPER_MULTIPROCESSORS * 3 // 2 and depth // (2 * splits) >= 2 * step:
+        splits *= 2
+    stage = (tile_rows * parts + wide) * step * width
+    stages = max(3, min(8, 96 * 1024 // stage))
+    return LinearTile(wide, tile_rows, step, splits, stages)

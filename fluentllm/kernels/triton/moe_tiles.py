@@ -1,0 +1,44 @@
+"""Which tiles the experts' grouped products take: measured ones by layer and number of tokens, a rule for all others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Sizes of a grouped product."""
+
+    rows: int
+    """Pairs of a tile, a power of two: at least 16, swapped at least 8."""
+    columns: int
+    """Rows of `down`; half as many of gate and of up."""
+    depth: int
+    """Columns of the matrices a step; 128 with block scales."""
+    warps: int
+    stages: int
+    swapped: bool = False
+    """`moe_stream` (matrix rows are the M of the instruction), else `moe_grouped` (pairs are)."""
+    tma: bool = True
+    """`moe_stream`: copy the matrices by TMA."""
+
+
+MEASURED: dict[tuple[int, int, int, int], dict[int, Tile]] = {}
+"""(experts, hidden, inner, bytes of an element) → {most pairs an expert, on average: tile}. From
+benchmarks/kernels/grouped_gemm.py."""
+
+
+def tile_for(pairs: int, experts: int, hidden: int = 0, inner: int = 0, width: int = 2) -> Tile:
+    """By the pairs that an expert gets on average. Few: the product reads matrices, so tiles are thin and many loads fly."""
+    each = pairs / experts
+    for most, tile in MEASURED.get((experts, hidden, inner, width), {}).items():
+        if each <= most:
+            return tile
+    if width == 1:
+        rows = 8 if each <= 2 else 16 if each <= 12 else 32 if each <= 32 else 64 if each <= 64 else 128
+        return Tile(rows, 128, 128, 8 if rows == 128 else 4, 3 if rows == 128 else 5, swapped=True)
+    if each <= 16:
+        return Tile(16, 64, 128, 4, 4)
+    if each <= 48:
+        return Tile(64, 64, 128, 4, 3)
+    return Tile(128, 128, 64, 8, 3)
