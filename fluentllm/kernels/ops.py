@@ -49,6 +49,14 @@ class Ops(Protocol):
         """x [T, in] → x Wᵀ + bias [T, out], in x's dtype."""
         ...
 
+    def gated_linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x [T, in], weight [2 I, in], gate rows first → silu(gate) · up of the product, [T, I]."""
+        ...
+
+    def logits(self, hidden: Tensor, weight: Weight) -> Tensor:
+        """hidden [R, in], weight [V, in] → [R, V] float32."""
+        ...
+
     def bmm(self, a: Tensor, b: Tensor) -> Tensor:
         """a [B, T, K], b [B, K, N] → [B, T, N]: one product of all T rows for each of B weights (heads, experts)."""
         ...
@@ -77,6 +85,10 @@ class Ops(Protocol):
 
     def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
         """tokens [T] int64, table [V, D] → [T, D]."""
+        ...
+
+    def router_logits(self, x: Tensor, weight: Weight) -> Tensor:
+        """x [T, hidden] of any dtype, weight [total, hidden] float32 → [T, total] float32."""
         ...
 
     def route(self, logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:

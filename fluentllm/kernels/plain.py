@@ -43,6 +43,12 @@ class PlainOps:
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         return weight.product(x, bias)
 
+    def gated_linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        return self.silu_mul(self.linear(x, weight, bias))
+
+    def logits(self, hidden: Tensor, weight: Weight) -> Tensor:
+        return self.linear(hidden, weight).float()
+
     def bmm(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a, b)
 
@@ -84,6 +90,9 @@ class PlainOps:
 
     def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
         return F.embedding(tokens, table)
+
+    def router_logits(self, x: Tensor, weight: Weight) -> Tensor:
+        return self.linear(x.float(), weight)
 
     def route(self, logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         return route(logits, routing, bias)

@@ -19,7 +19,7 @@ class MLP(Module):
     def __init__(self, ctx: BuildContext, prefix: str, hidden: int, inner: int, *, bias: bool = False) -> None:
         self.gate_up = Linear(ctx, prefix, hidden, {"gate_proj": inner, "up_proj": inner}, bias=bias)
         self.down = Linear(ctx, prefix, inner, {"down_proj": hidden}, bias=bias)
-        self._silu_mul = ctx.ops.silu_mul
+        self._gated_linear = ctx.ops.gated_linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self._silu_mul(self.gate_up(x)))
+        return self.down(self._gated_linear(x, self.gate_up.weight, self.gate_up.bias))

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .language import silu
-from .launch import launch, power_of_2
+from .language import silu, start_next, wait_for_inputs
+from .launch import launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @triton.jit
-def _silu_mul_kernel(out, gate_up, row_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(out, gate_up, row_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start_next(PDL)
+    wait_for_inputs(PDL)
     gate = tl.load(gate_up + row * row_stride + i, mask=i < SIZE, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * row_stride + SIZE + i, mask=i < SIZE, other=0.0).to(tl.float32)
     tl.store(out + row * SIZE + i, (silu(gate) * up).to(out.dtype.element_ty), mask=i < SIZE)
@@ -28,7 +30,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
     block = min(1024, power_of_2(size))
-    launch(_silu_mul_kernel, (rows, -(-size // block)), out, gate_up, gate_up.stride(0), SIZE=size, BLOCK=block, num_warps=4)
+    launch(
+        _silu_mul_kernel, (rows, -(-size // block)), out, gate_up, gate_up.stride(0), SIZE=size, BLOCK=block, num_warps=4,
+        **programmatic(gate_up.device),
+    )  # fmt: skip
     return out
 
 

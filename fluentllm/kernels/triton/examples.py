@@ -23,8 +23,10 @@ from .kv_append import append, rotate_and_append
 from .launch import recording
 from .linear import linear, new_counters
 from .linear_tiles import LinearTile
+from .mla_rows import append_latents, rotate_queries
 from .moe import experts, fp8_experts
 from .moe_route import route
+from .moe_scores import router_logits
 from .moe_sort import sort_by_expert
 from .moe_stream import stream_down, stream_gate_up
 from .moe_tiles import Tile
@@ -110,6 +112,14 @@ def keys_and_values() -> None:
             qkv, table, table, _longs(8), rows, rows, heads, positions=_longs(8), q_weight=weight, k_weight=weight,
             eps=1e-6, interleaved=interleaved,
         )  # fmt: skip
+    for heads, q_size in ((16, 1536), (32, 1536), (16, 0)):
+        rope = _empty(8, 1, 64)
+        append_latents(
+            _empty(8, q_size + 576), _empty(q_size) if q_size else None, _empty(512), rope, rope, _longs(8), _empty(16000, 576),
+            eps=1e-6, latent_scale=1.0 if heads == 16 else 2.4, interleaved=heads == 32,
+        )  # fmt: skip
+        q = _empty(8, heads, 192)
+        rotate_queries(q[..., 128:], rope, rope, _empty(8, heads, 64), interleaved=heads == 32)
     latent = _empty(16000, 576)
     append(_empty(8, 512), _empty(8, 64), _longs(8), latent[:, :512], latent[:, 512:])
     append(_empty(8, 1024), _empty(8, 1024), _longs(8), *[_empty(16000, 1024, dtype=FP8)] * 2)
@@ -161,6 +171,9 @@ def mixture_of_experts() -> None:
     for routing in routings:
         for bias in (None, _floats(routing.total)):
             route(_floats(8, routing.total), routing, bias)
+    for tokens in (1, 32):
+        router_logits(_empty(tokens, 2048), _floats(64, 2048))
+        router_logits(_empty(tokens, 3072), _floats(192, 3072))
     tile = Tile(16, 64, 128, 4, 4, swapped=True)
     tiles = sort_by_expert(_ints(8, 6), 64, tile.rows)
     stream_down(stream_gate_up(_empty(8, 2048), _empty(64, 2816, 2048), tiles, 6, tile), _empty(64, 2048, 1408), tiles, tile)

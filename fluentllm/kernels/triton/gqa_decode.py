@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from .gqa_plan import BLOCK, GqaPlan
-from .language import dot
-from .launch import launch, power_of_2, split_width
+from .language import dot, start_next, wait_for_inputs
+from .launch import launch, power_of_2, programmatic, split_width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,11 +29,13 @@ def _decode_kernel(
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
     ROWS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILES: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr, SINGLE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr, SINGLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     item = tl.program_id(1)
+    start_next(PDL)
+    wait_for_inputs(PDL)
     sequence = tl.load(items + item)
     if sequence >= 0:
         length = tl.load(lengths + sequence)
@@ -108,9 +110,11 @@ def _decode_kernel(
 
 @triton.jit
 def _merge_kernel(out, partial, lse, starts, COUNT: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_R: tl.constexpr,
-                  BLOCK_V: tl.constexpr, RUNS: tl.constexpr):  # fmt: skip
+                  BLOCK_V: tl.constexpr, RUNS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Rows of one sequence: COUNT = query rows × heads. Sequences with one item are left alone: it wrote their output."""
     sequence = tl.program_id(1)
+    start_next(PDL)
+    wait_for_inputs(PDL)
     first = tl.load(starts + sequence)
     last = tl.load(starts + sequence + 1)
     if last - first > 1:
@@ -186,6 +190,7 @@ def gqa_decode(
         ROWS=rows, GROUP=group, HEADS=heads, DIM=dim, VALUE_DIM=value_dim, TILES=tiles, PAGE=page, BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_V=block_v, SINGLE=plan.single,
         num_warps=4, num_stages=1 + max(1, min(3, SHARED_BYTES // (block_n * stage))),
+        **programmatic(q.device),
     )  # fmt: skip
     if plan.single:
         return out
@@ -195,5 +200,6 @@ def gqa_decode(
     launch(
         _merge_kernel, (-(-per_sequence // block_r), sequences), out, partial, lse, plan.starts,
         COUNT=per_sequence, VALUE_DIM=value_dim, BLOCK_R=block_r, BLOCK_V=block_v, RUNS=runs, num_warps=2,
+        **programmatic(q.device),
     )  # fmt: skip
     return out

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch, power_of_2
+from .language import start_next, wait_for_inputs
+from .launch import launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,9 +23,11 @@ def _rotate_and_append_kernel(
     q_out, k_rows, v_rows, qkv, cos, sin, kv_row, q_weight, k_weight, positions, eps, inverse_k_scale, inverse_v_scale,
     qkv_row, q_row, k_row, k_head, v_row, v_head, rope_row,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
+    start_next(PDL)
+    wait_for_inputs(PDL)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
     is_q = head < HEADS
@@ -106,7 +109,7 @@ def rotate_and_append(
         q_weight, k_weight, positions, eps, 1 / k_scale, 1 / v_scale,
         qkv.stride(0), q.stride(0), k_rows.stride(0), k_rows.stride(1), v_rows.stride(0), v_rows.stride(1), rope_row,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, ROTARY=cos.shape[-1], INTERLEAVED=interleaved,
-        BLOCK_D=block_d, BLOCK_H=block_h, num_warps=4,
+        BLOCK_D=block_d, BLOCK_H=block_h, num_warps=4, **programmatic(qkv.device),
     )  # fmt: skip
     return q
 
@@ -114,8 +117,10 @@ def rotate_and_append(
 @triton.jit
 def _append_kernel(first_out, second_out, first, second, rows, first_row, second_row, first_out_row, second_out_row,
                    inverse_first_scale, inverse_second_scale, FIRST: tl.constexpr, SECOND: tl.constexpr,
-                   BLOCK: tl.constexpr):  # fmt: skip
+                   BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
+    start_next(PDL)
+    wait_for_inputs(PDL)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + token).to(tl.int64)
     a = tl.load(first + token * first_row + i, mask=i < FIRST, other=0.0)
@@ -143,7 +148,7 @@ def append(
     launch(
         _append_kernel, (rows.shape[0], blocks), first_out, second_out, first, second, rows,
         first.stride(0), second.stride(0), first_out.stride(0), second_out.stride(0), 1 / first_scale, 1 / second_scale,
-        FIRST=first.shape[1], SECOND=second.shape[1], BLOCK=block, num_warps=4,
+        FIRST=first.shape[1], SECOND=second.shape[1], BLOCK=block, num_warps=4, **programmatic(first.device),
     )  # fmt: skip
 
 

@@ -26,6 +26,9 @@ class LinearTile:
     """Pieces of 256 bytes of each row that are asked for before the kernels before have finished; a power of two or 0."""
 
 
+MOST_TOKENS = 16
+"""More rows are the library's."""
+
 MEASURED: dict[tuple[int, int, int, bool], dict[int, LinearTile]] = {}
 """(rows, depth, bytes of an element, gated) → {most tokens: tile}. Filled from benchmarks/kernels/gemm.py."""
 

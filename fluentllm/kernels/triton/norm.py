@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .launch import launch, power_of_2
+from .language import start_next, wait_for_inputs
+from .launch import launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,10 +16,13 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _rms_norm_kernel(out, x, delta, weight, eps, groups, x_row, x_group, delta_row, out_row,
-                     SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                     SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Row i is group i % groups of token i // groups."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
+    start_next(PDL)
+    factor = tl.load(weight + i, mask=i < SIZE, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
     at = x + row // groups * x_row + row % groups * x_group + i
     value = tl.load(at, mask=i < SIZE, other=0.0)
     if delta is not None:
@@ -28,7 +32,7 @@ def _rms_norm_kernel(out, x, delta, weight, eps, groups, x_row, x_group, delta_r
         )
         tl.store(at, value, mask=i < SIZE)
     y = value.to(tl.float32)
-    y = y * tl.rsqrt(tl.sum(y * y, 0) / SIZE + eps) * tl.load(weight + i, mask=i < SIZE, other=0.0).to(tl.float32)
+    y = y * tl.rsqrt(tl.sum(y * y, 0) / SIZE + eps) * factor
     tl.store(out + row * out_row + i, y.to(out.dtype.element_ty), mask=i < SIZE)
 
 
@@ -46,7 +50,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     block = power_of_2(size)
     launch(
         _rms_norm_kernel, (x.shape[0] * groups,), out, x, None, weight, eps, groups, x.stride(0),
-        x.stride(1) if x.ndim == 3 else 0, 0, size, SIZE=size, BLOCK=block, num_warps=_warps(block),
+        x.stride(1) if x.ndim == 3 else 0, 0, size, SIZE=size, BLOCK=block, num_warps=_warps(block), **programmatic(x.device),
     )  # fmt: skip
     return out
 
@@ -58,6 +62,6 @@ def add_rms_norm(delta: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
     block = power_of_2(size)
     launch(
         _rms_norm_kernel, (residual.shape[0],), out, residual, delta, weight, eps, 1, residual.stride(0), 0, delta.stride(0),
-        size, SIZE=size, BLOCK=block, num_warps=_warps(block),
+        size, SIZE=size, BLOCK=block, num_warps=_warps(block), **programmatic(residual.device),
     )  # fmt: skip
     return out

@@ -1,21 +1,65 @@
-"""`Ops` on a GPU: products by torch, everything between them by the kernels of this room."""
+"""`Ops` on a GPU: products of many rows by torch, everything else by the kernels of this room."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..plain import PlainOps
-from . import elementwise, moe, moe_route, norm
+from ..weights import DenseWeight
+from . import elementwise, linear, linear_tiles, moe, moe_route, moe_scores, norm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..moe import Routing
     from ..ops import ExpertWeights
+    from ..weights import Weight
+
+
+class StreamedWeight(DenseWeight):
+    """A dense matrix that few rows are multiplied with by our own kernel, many by torch."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self._counters = linear.new_counters(self.out_features, weight.device)
+
+    def streams(self, x: Tensor) -> bool:
+        return x.shape[0] <= linear_tiles.MOST_TOKENS and x.dtype is self.weight.dtype and x.stride(-1) == 1
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.streams(x):
+            return super().product(x, bias)
+        return linear.linear(x, self.weight, other=bias, counters=self._counters)
 
 
 class TritonOps(PlainOps):
     """`kernels.ops.Ops`. What has no kernel here, or an operand whose last dimension is not contiguous, is `PlainOps`'."""
+
+    def pack(self, weight: Tensor, precision: str) -> Weight:
+        packed = super().pack(weight, precision)
+        if isinstance(packed, DenseWeight) and packed.weight.dtype is not torch.float32 and packed.weight.is_cuda:
+            return StreamedWeight(packed.weight)
+        return packed
+
+    def gated_linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if bias is None and isinstance(weight, StreamedWeight) and weight.streams(x):
+            return linear.linear(x, weight.weight, gated=True)
+        return super().gated_linear(x, weight, bias)
+
+    def logits(self, hidden: Tensor, weight: Weight) -> Tensor:
+        """The sums leave the product in float32: rounded to 16 bits, logits would tie."""
+        if not isinstance(weight, StreamedWeight):
+            return super().logits(hidden, weight)
+        if weight.streams(hidden):
+            return linear.linear(hidden, weight.weight, out_dtype=torch.float32)
+        return torch.mm(hidden, weight.weight.T, out_dtype=torch.float32)
+
+    def router_logits(self, x: Tensor, weight: Weight) -> Tensor:
+        if isinstance(weight, DenseWeight) and x.shape[0] <= moe_scores.MOST_TOKENS:
+            return moe_scores.router_logits(x, weight.weight)
+        return super().router_logits(x, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.stride(-1) != 1 or x.ndim not in (2, 3):
