@@ -62,6 +62,15 @@ MODELS: dict[str, dict[str, tuple[int, int, bool]]] = {
         "shared_gate_up": (2816, 2048, True),
         "shared_down": (2048, 2816, False),
         "dense_gate_up": (10944, 2048, True),
+        "head": (102400, 2048, False),
+    },
+    "longcat-flash-lite": {
+        "qkv_a": (2112, 3072, False),
+        "q_b": (6144, 1536, False),
+        "o": (3072, 4096, False),
+        "gate_up": (6144, 3072, True),
+        "down": (3072, 6144, False),
+        "head": (131072, 3072, False),
     },
     "longcat": {
         "dense_down": (6144, 12288, False),

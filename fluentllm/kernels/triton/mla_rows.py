@@ -36,9 +36,10 @@ def _append_latents_kernel(q_out, cache, down, q_weight, kv_weight, cos, sin, kv
     wait_for_inputs(PDL)
     row = down + token * down_row
     if tl.program_id(1) == 1:
-        i = tl.arange(0, BLOCK_Q)
-        x = tl.load(row + i, mask=i < Q, other=0.0)
-        tl.store(q_out + token * q_row + i, _norm(x, q_weight, i, eps, Q), mask=i < Q)
+        if q_weight is not None:
+            j = tl.arange(0, BLOCK_Q)
+            query = tl.load(row + j, mask=j < Q, other=0.0)
+            tl.store(q_out + token * q_row + j, _norm(query, q_weight, j, eps, Q), mask=j < Q)
     else:
         target = cache + tl.load(kv_rows + token).to(tl.int64) * cache_row
         i = tl.arange(0, BLOCK_KV)
