@@ -50,6 +50,8 @@ class Graphs(Generic[Outputs]):
     def clear(self) -> None:
         """Forget all graphs: what they captured is no longer what should run."""
         self._captured.clear()
+        # The allocator has given the old pool up with its last graph.
+        self._pool = torch.cuda.graph_pool_handle()
         self._seen.clear()
         self._uncapturable.clear()
 
