@@ -32,6 +32,7 @@ from .core.protocols import (
 )
 from .core.settings import Settings
 from .core.slots import SlotTables
+from .core.timeline import Timeline
 from .core.types import ModelInfo, ModelSpec, SpeculativeInfo
 from .hub import ModelFiles, load_config
 from .kernels import choose_ops, choose_precision
@@ -61,24 +62,34 @@ class LoadedModel:
     weight_precision: str
 
 
-def build_engine(settings: Settings, files: ModelFiles, plugins: PluginManager, progress: Progress | None = None) -> Engine:
-    """Load the model and build an engine around it; `progress` gets a line for each stage, from another thread.
+def build_engine(
+    settings: Settings,
+    files: ModelFiles,
+    plugins: PluginManager,
+    progress: Progress | None = None,
+    timeline: Timeline | None = None,
+) -> Engine:
+    """Load the model and build an engine around it; `progress` gets a line for each stage, from another thread, and `timeline`
+    the stages.
 
     Raises `CheckpointError`, `ConfigError`, `OutOfMemory`.
     """
     # OpenMP keeps a pool of workers for each thread that ever computed in parallel, and with more workers than cores all of
     # them sleep where they would spin: a step then takes twice as long. What loads must end before what serves begins.
     with ThreadPoolExecutor(1, "fluent-load") as loader:
-        return loader.submit(_build_engine, settings, files, plugins, progress or (lambda line: None)).result()
+        tell, timeline = progress or (lambda line: None), timeline or Timeline("engine")
+        return loader.submit(_build_engine, settings, files, plugins, tell, timeline).result()
 
 
-def _build_engine(settings: Settings, files: ModelFiles, plugins: PluginManager, tell: Progress) -> Engine:
+def _build_engine(settings: Settings, files: ModelFiles, plugins: PluginManager, tell: Progress, timeline: Timeline) -> Engine:
     started = time.perf_counter()
-    loaded = load_model(settings, files, plugins)
+    loaded = load_model(settings, files, plugins, timeline)
     tell(f"loaded {loaded.weight_bytes / 1e6:.0f} MB of weights in {time.perf_counter() - started:.1f} s")
     if settings.engine.deterministic:
         tell(_slowdown(loaded))
-    return assemble(settings, files.name, loaded, plugins)
+    engine = assemble(settings, files.name, loaded, plugins, timeline)
+    engine.info = structs.replace(engine.info, startup=tuple(timeline.stages))
+    return engine
 
 
 def _slowdown(loaded: LoadedModel, rows: int = 8) -> str:
@@ -88,9 +99,11 @@ def _slowdown(loaded: LoadedModel, rows: int = 8) -> str:
     return f"deterministic mode: {products} ({fixed / plain:.1f} ×, measured now)"
 
 
-def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) -> LoadedModel:
+def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager, timeline: Timeline | None = None) -> LoadedModel:
     """Build the network that the checkpoint's config names, and fill it."""
-    device = choose_device(settings.engine.device)
+    timeline = timeline or Timeline("engine")
+    with timeline.stage("device"):
+        device = choose_device(settings.engine.device)
     dtype = choose_dtype(settings.model.dtype, device)
     if device.type == "cpu" and settings.engine.threads is not None:
         torch.set_num_threads(settings.engine.threads)
@@ -107,18 +120,23 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) ->
         max_positions=max_model_len(settings, spec) + positions_ahead(settings),
     )
     with torch.inference_mode():
-        model: Model = family.build(config, context)
+        with timeline.stage("model"):
+            model: Model = family.build(config, context)
         reader = _reader(settings, files, plugins)
-        checkpoint = reader(WeightsContext(files.path, settings, slots=model.weight_slots()))
-        try:
-            load_weights(model, checkpoint, device)
-        finally:
-            checkpoint.close()
+        with timeline.stage("weights"):
+            checkpoint = reader(WeightsContext(files.path, settings, slots=model.weight_slots()))
+            try:
+                load_weights(model, checkpoint, device)
+            finally:
+                checkpoint.close()
     return LoadedModel(model, device, dtype, model.nbytes(), precision)
 
 
-def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: PluginManager) -> Engine:
+def assemble(
+    settings: Settings, name: str, loaded: LoadedModel, plugins: PluginManager, timeline: Timeline | None = None
+) -> Engine:
     """An engine around a loaded model."""
+    timeline = timeline or Timeline("engine")
     spec, device = loaded.model.spec, loaded.device
     page_size = choose_page_size(settings, spec)
     kv_dtype = loaded.dtype if settings.kv.dtype == "auto" else _dtype(settings.kv.dtype)
@@ -133,8 +151,9 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
     kv_spec = structs.replace(spec.kv, layers=spec.kv.layers + draft_memory.kv_layers)
     page_bytes = KVPool.bytes_per_page(kv_spec, page_size, kv_dtype) + draft_memory.bytes_per_page
     wanted, least = slots * tables.max_pages, tables.max_pages
-    pages = plan_pages(settings.kv.memory, device, page_bytes, page_size, wanted=wanted, least=least)
-    pool = KVPool(kv_spec, pages, page_size, kv_dtype, device)
+    with timeline.stage("pool"):
+        pages = plan_pages(settings.kv.memory, device, page_bytes, page_size, wanted=wanted, least=least)
+        pool = KVPool(kv_spec, pages, page_size, kv_dtype, device)
     attention_spec = AttentionSpec(
         model=spec,
         device=device.type,
