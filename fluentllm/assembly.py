@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,16 +29,19 @@ from .core.protocols import (
     ProposerContext,
     SchedulerContext,
     WeightsContext,
+    WeightSlot,
 )
 from .core.settings import Settings
 from .core.slots import SlotTables
 from .core.timeline import Timeline
 from .core.types import ModelInfo, ModelSpec, SpeculativeInfo
+from .devices import choose_device
 from .hub import ModelFiles, load_config
 from .kernels import choose_ops, choose_precision
 from .kernels.fixed_order import slowdown
 from .layers.loading import load_weights
-from .memory import plan_pages
+from .memory import plan_pages, room_on_cpu, weights_too_large
+from .rehearsal import Largest, measure
 from .step.programs import StepPrograms
 from .step.synthetic import share_for
 
@@ -119,17 +122,30 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager, ti
         weight_precision=precision,
         max_positions=max_model_len(settings, spec) + positions_ahead(settings),
     )
-    with torch.inference_mode():
-        with timeline.stage("model"):
-            model: Model = family.build(config, context)
-        reader = _reader(settings, files, plugins)
-        with timeline.stage("weights"):
-            checkpoint = reader(WeightsContext(files.path, settings, slots=model.weight_slots()))
-            try:
-                load_weights(model, checkpoint, device)
-            finally:
-                checkpoint.close()
+    model: Model | None = None
+    try:
+        with torch.inference_mode():
+            with timeline.stage("model"):
+                model = family.build(config, context)
+            reader = _reader(settings, files, plugins)
+            with timeline.stage("weights"):
+                checkpoint = reader(WeightsContext(files.path, settings, slots=model.weight_slots()))
+                try:
+                    load_weights(model, checkpoint, device)
+                finally:
+                    checkpoint.close()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        slots = _slots_without_memory(family, config, context) if model is None else list(model.weight_slots())
+        raise weights_too_large(slots, device, dtype, error) from None
     return LoadedModel(model, device, dtype, model.nbytes(), precision)
+
+
+def _slots_without_memory(family: Any, config: Any, context: BuildContext) -> list[WeightSlot] | None:
+    """What the model is made of, where there is no room to build it; None if it cannot be built on tensors without memory."""
+    try:
+        return list(family.build(config, replace(context, device=torch.device("meta"))).weight_slots())
+    except Exception:
+        return None
 
 
 def assemble(
@@ -145,15 +161,10 @@ def assemble(
 
     drafts = draft_length(settings)
     max_drafts = drafts.max_k if drafts is not None else 0
-    tables = SlotTables(slots, longest, page_size, spec.vocab_size, device, max_drafts=max_drafts)
     entry = plugins.registry("proposers").require(settings.speculative.method, spec) if drafts is not None else None
     draft_memory = _draft_memory(entry, spec, loaded.dtype)
     kv_spec = structs.replace(spec.kv, layers=spec.kv.layers + draft_memory.kv_layers)
     page_bytes = KVPool.bytes_per_page(kv_spec, page_size, kv_dtype) + draft_memory.bytes_per_page
-    wanted, least = slots * tables.max_pages, tables.max_pages
-    with timeline.stage("pool"):
-        pages = plan_pages(settings.kv.memory, device, page_bytes, page_size, wanted=wanted, least=least)
-        pool = KVPool(kv_spec, pages, page_size, kv_dtype, device)
     attention_spec = AttentionSpec(
         model=spec,
         device=device.type,
@@ -163,33 +174,54 @@ def assemble(
         deterministic=settings.engine.deterministic,
     )
     backend = _attention(settings, attention_spec, plugins)
-    attention = backend(AttentionContext(attention_spec, pool, settings))
 
-    proposer = None
-    if entry is not None:
-        dtype = _name(loaded.dtype)
-        proposer = entry.factory(ProposerContext(settings, loaded.model, tables, attention, max_drafts, pages, dtype))
-    programs = StepPrograms(
-        loaded.model,
-        attention,
-        tables,
-        proposer,
-        proposer_name=f"proposer {entry.name!r} of plugin {entry.plugin!r}" if entry is not None else "",
-        synthetic=synthetic_share(settings, max_drafts),
-        graphs=device.type == "cuda" and settings.engine.cuda_graphs and getattr(attention, "capturable", False),
-    )
+    def make_tables(place: torch.device) -> SlotTables:
+        return SlotTables(slots, longest, page_size, spec.vocab_size, place, max_drafts=max_drafts)
+
+    def make_programs(pages: int) -> tuple[StepPrograms, SlotTables]:
+        pool = KVPool(kv_spec, pages, page_size, kv_dtype, device)
+        tables = make_tables(device)
+        attention = backend(AttentionContext(attention_spec, pool, settings))
+        proposer = None
+        if entry is not None:
+            dtype = _name(loaded.dtype)
+            proposer = entry.factory(ProposerContext(settings, loaded.model, tables, attention, max_drafts, pages, dtype))
+        programs = StepPrograms(
+            loaded.model,
+            attention,
+            tables,
+            proposer,
+            proposer_name=f"proposer {entry.name!r} of plugin {entry.plugin!r}" if entry is not None else "",
+            synthetic=synthetic_share(settings, max_drafts),
+            graphs=device.type == "cuda" and settings.engine.cuda_graphs and getattr(attention, "capturable", False),
+        )
+        return programs, tables
+
+    prefill_tokens = settings.scheduler.prefill_tokens or _DEFAULT_PREFILL_TOKENS.get(device.type, 512)
+    if device.type == "cuda":
+        largest = Largest(prefill_tokens, slots, longest, max_drafts, whole_context=spec.kv.kind == "mla")
+        with timeline.stage("largest steps"):
+            room = measure(make_programs, largest, device, settings.engine.memory_share)
+    else:
+        room = room_on_cpu(device)
+    least = make_tables(torch.device("meta")).max_pages
+    with timeline.stage("pool"):
+        pages = plan_pages(settings.kv.memory, room, page_bytes, page_size, wanted=slots * least, least=least)
+        programs, tables = make_programs(pages)
 
     kv = KVCache(pages, page_size, settings.kv.prefix_cache, listen=plugins.observers.watches_kv)
     make_scheduler = plugins.registry("schedulers").get(settings.scheduler.policy).factory
-    prefill_tokens = settings.scheduler.prefill_tokens or _DEFAULT_PREFILL_TOKENS.get(device.type, 512)
     scheduler = make_scheduler(SchedulerContext(settings, kv, slots, longest, spec.eos_token_ids, max_drafts, prefill_tokens))
+    memory = {"weights": loaded.weight_bytes, "kv_pool": page_bytes * (pages + 1), "slots": tables.nbytes()}
+    if room.workspace:
+        memory["workspace"] = room.workspace
     info = ModelInfo(
         name=settings.model.served_name or name,
         spec=spec,
         max_model_len=longest,
         device=str(device),
         dtype=_name(loaded.dtype),
-        memory={"weights": loaded.weight_bytes, "kv_pool": page_bytes * (pages + 1), "slots": tables.nbytes()},
+        memory=memory,
         kv_tokens=pages * page_size,
         page_size=page_size,
         slots=slots,
@@ -207,21 +239,6 @@ def assemble(
 
 
 # ------------------------------------------------------------------------------------------------------------------ choices
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"engine.device is {name!r}.", fix="Use auto, cpu, cuda or cuda:N.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"engine.device is {name!r}, but PyTorch sees no GPU.", fix="Use --device cpu, or run `fluent doctor`."
-        )
-    # Streams and threads want the number.
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
 def draft_length(settings: Settings) -> DraftLength | None:
     """None if speculation is off, by its method or a k of 0. Raises `ConfigError` for a fixed k beyond `max_k`."""
     wanted = settings.speculative

@@ -100,9 +100,7 @@ class MLA(Module):
             batch, eps=LATENT_EPS, latent_scale=shape.latent_scale, interleaved=interleaved,
         )  # fmt: skip
         q = self.query(x if latent is None else latent).unflatten(1, (shape.heads, -1))
-        out = attention.mla_from_query(
-            self.layer, q, rows, self.up_k, self.up_v, batch, self.scale, interleaved=interleaved
-        )
+        out = attention.mla_from_query(self.layer, q, rows, self.up_k, self.up_v, batch, self.scale, interleaved=interleaved)
         return self.out(out.flatten(1))
 
     def own_slots(self) -> Iterator[WeightSlot]:
