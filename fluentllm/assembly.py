@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,15 +29,19 @@ from .core.protocols import (
     ProposerContext,
     SchedulerContext,
     WeightsContext,
+    WeightSlot,
 )
 from .core.settings import Settings
 from .core.slots import SlotTables
+from .core.timeline import Timeline
 from .core.types import ModelInfo, ModelSpec, SpeculativeInfo
+from .devices import choose_device
 from .hub import ModelFiles, load_config
 from .kernels import choose_ops, choose_precision
 from .kernels.fixed_order import slowdown
 from .layers.loading import load_weights
-from .memory import plan_pages
+from .memory import plan_pages, room_on_cpu, weights_too_large
+from .rehearsal import Largest, measure
 from .step.programs import StepPrograms
 from .step.synthetic import share_for
 
@@ -61,24 +65,34 @@ class LoadedModel:
     weight_precision: str
 
 
-def build_engine(settings: Settings, files: ModelFiles, plugins: PluginManager, progress: Progress | None = None) -> Engine:
-    """Load the model and build an engine around it; `progress` gets a line for each stage, from another thread.
+def build_engine(
+    settings: Settings,
+    files: ModelFiles,
+    plugins: PluginManager,
+    progress: Progress | None = None,
+    timeline: Timeline | None = None,
+) -> Engine:
+    """Load the model and build an engine around it; `progress` gets a line for each stage, from another thread, and `timeline`
+    the stages.
 
     Raises `CheckpointError`, `ConfigError`, `OutOfMemory`.
     """
     # OpenMP keeps a pool of workers for each thread that ever computed in parallel, and with more workers than cores all of
     # them sleep where they would spin: a step then takes twice as long. What loads must end before what serves begins.
     with ThreadPoolExecutor(1, "fluent-load") as loader:
-        return loader.submit(_build_engine, settings, files, plugins, progress or (lambda line: None)).result()
+        tell, timeline = progress or (lambda line: None), timeline or Timeline("engine")
+        return loader.submit(_build_engine, settings, files, plugins, tell, timeline).result()
 
 
-def _build_engine(settings: Settings, files: ModelFiles, plugins: PluginManager, tell: Progress) -> Engine:
+def _build_engine(settings: Settings, files: ModelFiles, plugins: PluginManager, tell: Progress, timeline: Timeline) -> Engine:
     started = time.perf_counter()
-    loaded = load_model(settings, files, plugins)
+    loaded = load_model(settings, files, plugins, timeline)
     tell(f"loaded {loaded.weight_bytes / 1e6:.0f} MB of weights in {time.perf_counter() - started:.1f} s")
     if settings.engine.deterministic:
         tell(_slowdown(loaded))
-    return assemble(settings, files.name, loaded, plugins)
+    engine = assemble(settings, files.name, loaded, plugins, timeline)
+    engine.info = structs.replace(engine.info, startup=tuple(timeline.stages))
+    return engine
 
 
 def _slowdown(loaded: LoadedModel, rows: int = 8) -> str:
@@ -88,9 +102,11 @@ def _slowdown(loaded: LoadedModel, rows: int = 8) -> str:
     return f"deterministic mode: {products} ({fixed / plain:.1f} ×, measured now)"
 
 
-def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) -> LoadedModel:
+def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager, timeline: Timeline | None = None) -> LoadedModel:
     """Build the network that the checkpoint's config names, and fill it."""
-    device = choose_device(settings.engine.device)
+    timeline = timeline or Timeline("engine")
+    with timeline.stage("device"):
+        device = choose_device(settings.engine.device)
     dtype = choose_dtype(settings.model.dtype, device)
     if device.type == "cpu" and settings.engine.threads is not None:
         torch.set_num_threads(settings.engine.threads)
@@ -106,19 +122,37 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) ->
         weight_precision=precision,
         max_positions=max_model_len(settings, spec) + positions_ahead(settings),
     )
-    with torch.inference_mode():
-        model: Model = family.build(config, context)
-        reader = _reader(settings, files, plugins)
-        checkpoint = reader(WeightsContext(files.path, settings, slots=model.weight_slots()))
-        try:
-            load_weights(model, checkpoint, device)
-        finally:
-            checkpoint.close()
+    model: Model | None = None
+    try:
+        with torch.inference_mode():
+            with timeline.stage("model"):
+                model = family.build(config, context)
+            reader = _reader(settings, files, plugins)
+            with timeline.stage("weights"):
+                checkpoint = reader(WeightsContext(files.path, settings, slots=model.weight_slots()))
+                try:
+                    load_weights(model, checkpoint, device)
+                finally:
+                    checkpoint.close()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        slots = _slots_without_memory(family, config, context) if model is None else list(model.weight_slots())
+        raise weights_too_large(slots, device, dtype, error) from None
     return LoadedModel(model, device, dtype, model.nbytes(), precision)
 
 
-def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: PluginManager) -> Engine:
+def _slots_without_memory(family: Any, config: Any, context: BuildContext) -> list[WeightSlot] | None:
+    """What the model is made of, where there is no room to build it; None if it cannot be built on tensors without memory."""
+    try:
+        return list(family.build(config, replace(context, device=torch.device("meta"))).weight_slots())
+    except Exception:
+        return None
+
+
+def assemble(
+    settings: Settings, name: str, loaded: LoadedModel, plugins: PluginManager, timeline: Timeline | None = None
+) -> Engine:
     """An engine around a loaded model."""
+    timeline = timeline or Timeline("engine")
     spec, device = loaded.model.spec, loaded.device
     page_size = choose_page_size(settings, spec)
     kv_dtype = loaded.dtype if settings.kv.dtype == "auto" else _dtype(settings.kv.dtype)
@@ -127,14 +161,10 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
 
     drafts = draft_length(settings)
     max_drafts = drafts.max_k if drafts is not None else 0
-    tables = SlotTables(slots, longest, page_size, spec.vocab_size, device, max_drafts=max_drafts)
     entry = plugins.registry("proposers").require(settings.speculative.method, spec) if drafts is not None else None
     draft_memory = _draft_memory(entry, spec, loaded.dtype)
     kv_spec = structs.replace(spec.kv, layers=spec.kv.layers + draft_memory.kv_layers)
     page_bytes = KVPool.bytes_per_page(kv_spec, page_size, kv_dtype) + draft_memory.bytes_per_page
-    wanted, least = slots * tables.max_pages, tables.max_pages
-    pages = plan_pages(settings.kv.memory, device, page_bytes, page_size, wanted=wanted, least=least)
-    pool = KVPool(kv_spec, pages, page_size, kv_dtype, device)
     attention_spec = AttentionSpec(
         model=spec,
         device=device.type,
@@ -144,33 +174,54 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
         deterministic=settings.engine.deterministic,
     )
     backend = _attention(settings, attention_spec, plugins)
-    attention = backend(AttentionContext(attention_spec, pool, settings))
 
-    proposer = None
-    if entry is not None:
-        dtype = _name(loaded.dtype)
-        proposer = entry.factory(ProposerContext(settings, loaded.model, tables, attention, max_drafts, pages, dtype))
-    programs = StepPrograms(
-        loaded.model,
-        attention,
-        tables,
-        proposer,
-        proposer_name=f"proposer {entry.name!r} of plugin {entry.plugin!r}" if entry is not None else "",
-        synthetic=synthetic_share(settings, max_drafts),
-        graphs=device.type == "cuda" and settings.engine.cuda_graphs and getattr(attention, "capturable", False),
-    )
+    def make_tables(place: torch.device) -> SlotTables:
+        return SlotTables(slots, longest, page_size, spec.vocab_size, place, max_drafts=max_drafts)
+
+    def make_programs(pages: int) -> tuple[StepPrograms, SlotTables]:
+        pool = KVPool(kv_spec, pages, page_size, kv_dtype, device)
+        tables = make_tables(device)
+        attention = backend(AttentionContext(attention_spec, pool, settings))
+        proposer = None
+        if entry is not None:
+            dtype = _name(loaded.dtype)
+            proposer = entry.factory(ProposerContext(settings, loaded.model, tables, attention, max_drafts, pages, dtype))
+        programs = StepPrograms(
+            loaded.model,
+            attention,
+            tables,
+            proposer,
+            proposer_name=f"proposer {entry.name!r} of plugin {entry.plugin!r}" if entry is not None else "",
+            synthetic=synthetic_share(settings, max_drafts),
+            graphs=device.type == "cuda" and settings.engine.cuda_graphs and getattr(attention, "capturable", False),
+        )
+        return programs, tables
+
+    prefill_tokens = settings.scheduler.prefill_tokens or _DEFAULT_PREFILL_TOKENS.get(device.type, 512)
+    if device.type == "cuda":
+        largest = Largest(prefill_tokens, slots, longest, max_drafts, whole_context=spec.kv.kind == "mla")
+        with timeline.stage("largest steps"):
+            room = measure(make_programs, largest, device, settings.engine.memory_share)
+    else:
+        room = room_on_cpu(device)
+    least = make_tables(torch.device("meta")).max_pages
+    with timeline.stage("pool"):
+        pages = plan_pages(settings.kv.memory, room, page_bytes, page_size, wanted=slots * least, least=least)
+        programs, tables = make_programs(pages)
 
     kv = KVCache(pages, page_size, settings.kv.prefix_cache, listen=plugins.observers.watches_kv)
     make_scheduler = plugins.registry("schedulers").get(settings.scheduler.policy).factory
-    prefill_tokens = settings.scheduler.prefill_tokens or _DEFAULT_PREFILL_TOKENS.get(device.type, 512)
     scheduler = make_scheduler(SchedulerContext(settings, kv, slots, longest, spec.eos_token_ids, max_drafts, prefill_tokens))
+    memory = {"weights": loaded.weight_bytes, "kv_pool": page_bytes * (pages + 1), "slots": tables.nbytes()}
+    if room.workspace:
+        memory["workspace"] = room.workspace
     info = ModelInfo(
         name=settings.model.served_name or name,
         spec=spec,
         max_model_len=longest,
         device=str(device),
         dtype=_name(loaded.dtype),
-        memory={"weights": loaded.weight_bytes, "kv_pool": page_bytes * (pages + 1), "slots": tables.nbytes()},
+        memory=memory,
         kv_tokens=pages * page_size,
         page_size=page_size,
         slots=slots,
@@ -188,21 +239,6 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
 
 
 # ------------------------------------------------------------------------------------------------------------------ choices
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"engine.device is {name!r}.", fix="Use auto, cpu, cuda or cuda:N.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"engine.device is {name!r}, but PyTorch sees no GPU.", fix="Use --device cpu, or run `fluent doctor`."
-        )
-    # Streams and threads want the number.
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
 def draft_length(settings: Settings) -> DraftLength | None:
     """None if speculation is off, by its method or a k of 0. Raises `ConfigError` for a fixed k beyond `max_k`."""
     wanted = settings.speculative

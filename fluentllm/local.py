@@ -38,14 +38,18 @@ class LocalEngine:
         """`progress` gets a line for each stage of loading."""
         from .core.config import bind
         from .core.plugins import PluginManager
+        from .core.timeline import Timeline
         from .hub import resolve
 
-        plugins = PluginManager.load({"engine", "executor"}, settings.plugins.allow, settings.plugins.deny)
+        self.timeline = Timeline("engine")
+        with self.timeline.stage("plugins"):
+            plugins = PluginManager.load({"engine", "executor"}, settings.plugins.allow, settings.plugins.deny)
 
         self.settings = bind(settings, plugins.config_structs())
-        self.files: ModelFiles = resolve(
-            settings.model.name, revision=settings.model.revision, weights=settings.model.load_format != "dummy"
-        )
+        with self.timeline.stage("model files"):
+            self.files: ModelFiles = resolve(
+                settings.model.name, revision=settings.model.revision, weights=settings.model.load_format != "dummy"
+            )
         self._loop = _new_loop()
         self._ended: str | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, name="fluent-engine", daemon=True)
@@ -86,13 +90,15 @@ class LocalEngine:
         self.close()
 
     async def _start(self, plugins: PluginManager, progress: Callable[[str], None] | None) -> None:
-        from .assembly import build_engine
-        from .frontend.client import LocalEngineClient
-        from .frontend.services import Services
+        with self.timeline.stage("imports"):
+            from .assembly import build_engine
+            from .frontend.client import LocalEngineClient
+            from .frontend.services import Services
 
-        self.engine = build_engine(self.settings, self.files, plugins, progress)
+        self.engine = build_engine(self.settings, self.files, plugins, progress, self.timeline)
         self._client = LocalEngineClient(self.engine)
-        self._services = Services.load(self.settings, self._client, self.files.path, self.files.name)
+        with self.timeline.stage("tokenizer"):
+            self._services = Services.load(self.settings, self._client, self.files.path, self.files.name)
         self.generation = self._services.generation
         self._running = asyncio.create_task(self._run(), name="engine")
 

@@ -49,8 +49,9 @@ class Drafts:
 
 
 def startup(local: LocalEngine) -> None:
-    """One token, so that start-up time is measured to the first token."""
-    local.call(_run(local.generation.client, [_prompt(local, random.Random(0), 8)], [1]))
+    """One token, so that the start's timeline ends with the first token."""
+    with local.timeline.stage("first token"):
+        local.call(_run(local.generation.client, [_prompt(local, random.Random(0), 8)], [1]))
 
 
 def latency(

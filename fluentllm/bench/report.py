@@ -8,24 +8,10 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-
-def seconds_since_process_start() -> float:
-    """Wall time since this process was created, interpreter start included. Linux; elsewhere since this module's import."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        return uptime - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError):
-        return time.perf_counter() - _IMPORTED
-
-
-_IMPORTED = time.perf_counter()
 
 
 def environment() -> dict[str, Any]:

@@ -123,19 +123,30 @@ def _offline(
     config: Path | None,
     sets: list[str] | None,
 ) -> None:
+    from msgspec import to_builtins
+
     from ..bench import offline, report
+    from ..core.timeline import lines
     from ..local import LocalEngine
 
     settings = options.load(config, flags, sets).settings
     drafts = offline.Drafts()
     with LocalEngine(settings) as local:
         offline.startup(local)
-        startup_s = report.seconds_since_process_start()
+        stages = local.timeline.stages
+        startup_s = stages[-1].end
         typer.echo(f"{local.model_name} on {local.engine.info.device}: first token after {startup_s:.2f} s")
+        for line in lines(stages):
+            typer.echo(f"start of the {line}")
         info = local.engine.info.speculative
         if info is not None and info.synthetic_acceptance is not None:
             typer.echo(f"SYNTHETIC: drafts are accepted at random, {info.synthetic_acceptance} tokens a step.")
-        figures = {"model": settings.model.name, "startup_s": startup_s, **measure(local, drafts)}
+        figures = {
+            "model": settings.model.name,
+            "startup_s": startup_s,
+            "startup": to_builtins(stages),
+            **measure(local, drafts),
+        }
         figures["speculative"] = drafts.report(info) if info is not None else None
     report.write(json, {**figures, **report.environment()})
 

@@ -173,6 +173,14 @@ class Checkpoint(Protocol):
     def close(self) -> None: ...
 
 
+class StreamingCheckpoint(Checkpoint, Protocol):
+    """One that can read ahead. Loading to a GPU uses it where a checkpoint has the method."""
+
+    def stream(self, names: SequenceOf[str], device: torch.device) -> Iterator[Tensor]:
+        """What `read` gives for each of `names`, in their order, ready for the device's current stream."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class WeightsContext:
     path: Path

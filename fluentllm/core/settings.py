@@ -56,6 +56,10 @@ class EngineSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     overlap_depth: Annotated[int, _help("Steps launched ahead of what has been read.", "steps", ge=0, le=2)] = 1
     deterministic: Annotated[bool, _help("Fixed-order arithmetic: a token does not depend on what else runs. Slower.")] = False
     cuda_graphs: Annotated[bool, _help("Capture decode programs on a GPU; off: launch each kernel by itself.")] = True
+    memory_share: Annotated[
+        float,
+        _help("How much of a GPU's memory may be in use, by weights, the largest step, the KV pool and others.", gt=0, le=1),
+    ] = 0.9
     threads: Annotated[Annotated[int, Meta(ge=1)] | None, _help("CPU threads of the executor; all cores if null.")] = None
     max_restarts: Annotated[int, _help("Restarts of a process in ten minutes; one crash more ends the server.", ge=0)] = 5
     hang_timeout: Annotated[float, _help("A step that takes longer is a hang: the engine is restarted.", "seconds", gt=0)] = (

@@ -234,6 +234,16 @@ class SpeculativeInfo(Struct, frozen=True, kw_only=True):
     """Drafts are accepted at random, for benchmarks: the answers mean nothing."""
 
 
+class Stage(Struct, frozen=True):
+    """One stage of a start (`core/timeline.py`)."""
+
+    process: str
+    name: str
+    start: float
+    """Seconds since the first process was created."""
+    end: float
+
+
 class ModelInfo(Struct, frozen=True, kw_only=True):
     """What the engine tells the front end once it can serve."""
 
@@ -250,6 +260,8 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     slots: int
     speculative: SpeculativeInfo | None = None
     """None where nothing drafts."""
+    startup: tuple[Stage, ...] = ()
+    """How this engine's start passed."""
 
 
 class KVEvent(Struct, frozen=True, kw_only=True, omit_defaults=True):

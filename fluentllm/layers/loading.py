@@ -1,4 +1,5 @@
-"""Fills a model from a checkpoint: names and shapes are checked before the first byte is read, then one tensor at a time.
+"""Fills a model from a checkpoint: names and shapes are checked before the first byte is read, then tensor by tensor, read
+ahead where the checkpoint can. On a GPU nothing waits for the device before the end.
 
 The last step of assembly before the memory plan. Knows no format (a `Checkpoint` does) and no architecture (the model's
 `WeightSlot`s do).
@@ -16,7 +17,9 @@ import torch
 from ..core.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
+
+    from torch import Tensor
 
     from ..core.protocols import Checkpoint, Model, PackedTensor, WeightSlot
 
@@ -47,27 +50,63 @@ def load_weights(model: Model, checkpoint: Checkpoint, device: torch.device) -> 
     slots = _slots_by_name(model)
     shapes = checkpoint.shapes()
     _compare(slots, shapes, tied=bool(checkpoint.config.get("tie_word_embeddings")))
-    tensors = size = packed_count = 0
-    for name in shapes:
-        for slot in slots.get(name, ()):
-            if slot.unused:
-                continue
-            packed = checkpoint.packed(name) if slot.load_packed is not None else None
-            if packed is not None and slot.load_packed is not None:
-                _check_packed(name, packed)
-                if slot.load_packed(packed):
-                    tensors, packed_count = tensors + 1, packed_count + 1
-                    size += sum(part.nbytes for part in packed.parts.values())
-                    continue
-            tensor = checkpoint.read(name, device)
-            if tuple(tensor.shape) != slot.shape:
-                raise CheckpointError(f"{name} was read with shape {tuple(tensor.shape)} instead of {slot.shape}.")
-            _check_finite(name, tensor)
-            slot.load(tensor)
-            tensors, size = tensors + 1, size + tensor.nbytes
-            del tensor
+    filling = _Filling(checkpoint, device)
+    filling.take_packed(slots, shapes)
+    filling.read_rest()
     model.finalize()
-    return LoadReport(tensors, size, time.perf_counter() - started, packed_count)
+    return LoadReport(filling.tensors, filling.bytes, time.perf_counter() - started, filling.packed)
+
+
+class _Filling:
+    """Which slots are filled, and what is still to be read."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.tensors = self.bytes = self.packed = 0
+        self._checkpoint, self._device = checkpoint, device
+        self._rest: dict[str, list[WeightSlot]] = {}
+
+    def take_packed(self, slots: Mapping[str, list[WeightSlot]], names: Iterable[str]) -> None:
+        """Offer blocks to the slots that may take them; the others are left for `read_rest`."""
+        for name in names:
+            for slot in slots.get(name, ()):
+                if not slot.unused and not (slot.load_packed is not None and self._take_packed(name, slot.load_packed)):
+                    self._rest.setdefault(name, []).append(slot)
+
+    def _take_packed(self, name: str, load: Callable[[PackedTensor], bool]) -> bool:
+        packed = self._checkpoint.packed(name)
+        if packed is None:
+            return False
+        for part in packed.parts.values():
+            check_finite(name, part)
+        if not load(packed):
+            return False
+        self.tensors, self.packed = self.tensors + 1, self.packed + 1
+        self.bytes += sum(part.nbytes for part in packed.parts.values())
+        return True
+
+    def read_rest(self) -> None:
+        finite = FiniteSums(self._device, len(self._rest))
+        tensors = self._tensors(list(self._rest))
+        for (name, slots), tensor in zip(self._rest.items(), tensors, strict=True):
+            if tuple(tensor.shape) != slots[0].shape:
+                raise CheckpointError(f"{name} was read with shape {tuple(tensor.shape)} instead of {slots[0].shape}.")
+            if self._device.type == "cpu":
+                check_finite(name, tensor)
+            else:
+                finite.add(name, tensor)
+            for slot in slots:
+                slot.load(tensor)
+                self.tensors, self.bytes = self.tensors + 1, self.bytes + tensor.nbytes
+            del tensor  # before the next is there
+        for name in finite.suspects():
+            check_finite(name, self._checkpoint.read(name, self._device))
+
+    def _tensors(self, names: list[str]) -> Iterable[Tensor]:
+        stream = getattr(self._checkpoint, "stream", None)
+        if self._device.type == "cpu" or stream is None:
+            return (self._checkpoint.read(name, self._device) for name in names)
+        tensors: Iterable[Tensor] = stream(names, self._device)
+        return tensors
 
 
 def _slots_by_name(model: Model) -> dict[str, list[WeightSlot]]:
@@ -111,13 +150,29 @@ def _section(what: str, items: list[str]) -> str:
     return f"{len(items)} {what}: " + ", ".join(items[:_LISTED]) + more
 
 
-def _check_packed(name: str, packed: PackedTensor) -> None:
-    for part in packed.parts.values():
-        _check_finite(name, part)
+class FiniteSums:
+    """Looks for NaN and infinity without waiting for the device: a sum a tensor, read once at the end."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self._sums = torch.zeros(count, dtype=torch.float32, device=device)
+        self._names: list[str] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Another tensor, of at most `count`."""
+        number = len(self._names)
+        self._names.append(name)
+        if tensor.is_floating_point():
+            torch.sum(tensor.reshape(-1), 0, dtype=torch.float32, out=self._sums[number])
+
+    def suspects(self) -> list[str]:
+        """Those whose sum is NaN or infinite: every tensor that holds such a value, and any whose finite values add up to
+        more than float32 holds. Waits for the device."""
+        return [self._names[number] for number in (~torch.isfinite(self._sums)).nonzero().flatten().tolist()]
 
 
-def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    """One reduction, no temporary: a NaN or infinity anywhere shows in the sum."""
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises `CheckpointError` that says how many values are NaN or infinite. One reduction, no temporary: such a value
+    anywhere shows in the sum."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
     if torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all():

@@ -6,14 +6,19 @@ import json
 import shlex
 from typing import TYPE_CHECKING
 
+from fluentllm.core.timeline import lines as timeline_lines
+
 if TYPE_CHECKING:
-    from fluentllm.core.types import ModelInfo, SpeculativeInfo
+    from collections.abc import Sequence
+
+    from fluentllm.core.types import ModelInfo, SpeculativeInfo, Stage
 
 KEY_VARIABLE = "FLUENT_SERVER__API_KEY"
 
 
-def banner(url: str, info: ModelInfo, *, chat: bool, needs_key: bool, seconds: float) -> str:
-    """`chat`: is there a chat template; `needs_key`: does the server ask for one; `seconds`: from start to ready."""
+def banner(url: str, info: ModelInfo, *, chat: bool, needs_key: bool, seconds: float, startup: Sequence[Stage] = ()) -> str:
+    """`chat`: is there a chat template; `needs_key`: does the server ask for one; `seconds`: from start to ready; `startup`:
+    its stages, of all processes."""
     spec = info.spec
     memory = " + ".join(f"{name.replace('_', ' ')} {size(count)}" for name, count in info.memory.items())
     rows = {
@@ -27,6 +32,8 @@ def banner(url: str, info: ModelInfo, *, chat: bool, needs_key: bool, seconds: f
         rows["drafts"] = _drafts(info.speculative)
     lines = [f"\nFluentLLM is ready after {seconds:.1f} s.\n"]
     lines += [f"  {name:<8} {text}" for name, text in rows.items()]
+    if startup:
+        lines += ["", "  start, in seconds since its begin:", *(f"    {line}" for line in timeline_lines(startup))]
     lines += ["", "Try it:", "", f"  {curl(url, info.name, chat=chat, needs_key=needs_key)}", "", "Stop it with Ctrl-C."]
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from fluentllm.core.config import from_json
 from fluentllm.core.errors import FluentError
 from fluentllm.core.plugins import PluginManager
+from fluentllm.core.timeline import Timeline
 
 from .control import EXIT_REFUSED, ChildEnd
 from .runtime import RuntimeFolder
@@ -32,21 +33,24 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 class Child:
     """This process, as its supervisor started it."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, process: str) -> None:
         self.runtime = RuntimeFolder(Path(arguments.runtime))
         self.generation: int = arguments.generation
         self.listen_fd: int | None = arguments.listen_fd
         self._start = self.runtime.read_start()
         self.settings: Settings = from_json(self._start.settings)
         self.files: ModelFiles = self._start.files
+        # A later start has an axis of its own.
+        self.timeline = Timeline(process, self._start.origin if self.generation == 1 else None)
         self.control = ChildEnd(arguments.control_fd)
         self.serving = False
 
     def load_plugins(self, processes: set[str], objects: Mapping[str, Any] | None = None) -> PluginManager:
         """The plugins of these processes, and `objects` (name → plugin). Settings get their types. Raises `PluginError`."""
         lists = self.settings.plugins
-        plugins = PluginManager.load(processes, lists.allow, lists.deny, objects=objects)
-        self.settings = from_json(self._start.settings, plugins.config_structs())
+        with self.timeline.stage("plugins"):
+            plugins = PluginManager.load(processes, lists.allow, lists.deny, objects=objects)
+            self.settings = from_json(self._start.settings, plugins.config_structs())
         return plugins
 
     def up(self, message: Up) -> None:
@@ -55,8 +59,8 @@ class Child:
         self.control.send(message)
 
 
-def run(main: Callable[[Child], None], description: str) -> None:
-    """Run `main` as the whole life of a child process.
+def run(main: Callable[[Child], None], description: str, process: str) -> None:
+    """Run `main` as the whole life of a child process, which the timeline calls `process`.
 
     Exit code 0: it was asked to end. 2: it cannot start, and has said why on the control line. 1: it crashed. Any but 0 end
     the process at once, without waiting for threads: one may be stuck in what went wrong.
@@ -67,7 +71,7 @@ def run(main: Callable[[Child], None], description: str) -> None:
     parser.add_argument("--control-fd", type=int, required=True, help="inherited end of the control line")
     parser.add_argument("--listen-fd", type=int, help="inherited public socket (front end)")
     arguments = parser.parse_args()
-    child = Child(arguments)
+    child = Child(arguments, process)
     child.control.start(on_orphaned=child.runtime.remove)
     logging.basicConfig(level=child.settings.log.level.upper(), format=LOG_FORMAT, stream=sys.stderr)
     try:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from fluentllm.core.types import ModelInfo
+from fluentllm.core.types import ModelInfo, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +44,8 @@ class Up(msgspec.Struct, frozen=True, tag="up"):
 
     info: ModelInfo | None = None
     chat: bool = True
+    startup: tuple[Stage, ...] = ()
+    """Of the front end; the engine's are in `info`."""
 
 
 class Linked(msgspec.Struct, frozen=True, tag="linked"):

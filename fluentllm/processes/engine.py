@@ -22,6 +22,7 @@ from fluentllm.core.types import FromEngine, Generate, Outputs, RequestOutput, T
 
 from .child import Child, run, settle
 from .control import Progress, Up, die_with_parent
+from .first_token import FirstToken
 from .request_log import RequestLog
 from .watchdog import Watchdog
 
@@ -117,14 +118,22 @@ async def _idle(engine: Engine, running: asyncio.Task[None], timeout: float) -> 
 
 def main(child: Child) -> None:
     die_with_parent()
-    plugins = child.load_plugins({"engine", "executor"}, {"request_log": RequestLog()} if child.settings.log.requests else None)
 
-    from torch import OutOfMemoryError
+    def tell(line: str) -> None:
+        child.control.send(Progress(line))
 
-    from fluentllm.assembly import build_engine  # torch: seconds, so after what may refuse
+    objects: dict[str, object] = {"first_token": FirstToken(child.timeline, tell)}
+    if child.settings.log.requests:
+        objects["request_log"] = RequestLog()
+    plugins = child.load_plugins({"engine", "executor"}, objects)
+
+    with child.timeline.stage("imports"):
+        from torch import OutOfMemoryError
+
+        from fluentllm.assembly import build_engine  # torch: seconds, so after what may refuse
 
     try:
-        engine = build_engine(child.settings, child.files, plugins, progress=lambda line: child.control.send(Progress(line)))
+        engine = build_engine(child.settings, child.files, plugins, tell, child.timeline)
     except (OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(
             f"The model does not fit: {error}.",
@@ -135,4 +144,4 @@ def main(child: Child) -> None:
 
 
 if __name__ == "__main__":
-    run(main, "FluentLLM's engine process; `fluent serve` starts it.")
+    run(main, "FluentLLM's engine process; `fluent serve` starts it.", "engine")

@@ -52,7 +52,8 @@ class Server(uvicorn.Server):
 async def serve(child: Child, plugins: PluginManager) -> None:
     """Until SIGTERM."""
     client = SocketEngineClient(child.runtime.engine_socket)
-    services = Services.load(child.settings, client, child.files.path, child.files.name)
+    with child.timeline.stage("tokenizer"):
+        services = Services.load(child.settings, client, child.files.path, child.files.name)
     loop = asyncio.get_running_loop()
 
     def told(state: EngineState) -> None:
@@ -72,7 +73,9 @@ async def serve(child: Child, plugins: PluginManager) -> None:
         timeout_graceful_shutdown=child.settings.server.shutdown_timeout,  # type: ignore[arg-type]  # waits with wait_for
     )
     server = Server(config)
-    server.on_started = lambda: child.up(Up(chat=services.generation.template is not None))  # type: ignore[method-assign]
+    stages = tuple(child.timeline.stages)
+    up = Up(chat=services.generation.template is not None, startup=stages)
+    server.on_started = lambda: child.up(up)  # type: ignore[method-assign]
     settle()
     linked = asyncio.create_task(_report_link(client, child))
     assert child.listen_fd is not None
@@ -93,4 +96,4 @@ def main(child: Child) -> None:
 
 
 if __name__ == "__main__":
-    run(main, "FluentLLM's front-end process; `fluent serve` starts it.")
+    run(main, "FluentLLM's front-end process; `fluent serve` starts it.", "front end")

@@ -31,6 +31,8 @@ class Start(msgspec.Struct, kw_only=True):
     settings: msgspec.Raw
     """As JSON: plugins' parts of it get their types once the plugins are loaded (`config.from_json`)."""
     files: ModelFiles
+    origin: float
+    """Where the start's timeline begins, in seconds since the epoch."""
 
 
 class RuntimeFolder:
@@ -57,11 +59,11 @@ class RuntimeFolder:
     def engine_socket(self) -> Path:
         return self.path / ENGINE_SOCKET
 
-    def write_start(self, settings: Settings, files: ModelFiles) -> None:
+    def write_start(self, settings: Settings, files: ModelFiles, origin: float) -> None:
         """Only this user may read it: there may be an API key in the settings."""
         descriptor = os.open(self.path / START_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            start = Start(settings=msgspec.Raw(msgspec.json.encode(settings)), files=files)
+            start = Start(settings=msgspec.Raw(msgspec.json.encode(settings)), files=files, origin=origin)
             file.write(msgspec.json.encode(start, enc_hook=str))  # the hook is for paths
 
     def read_start(self) -> Start:

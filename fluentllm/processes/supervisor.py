@@ -13,9 +13,9 @@ import contextlib
 import logging
 import signal
 import sys
-import time
 from typing import TYPE_CHECKING
 
+from fluentllm.core.timeline import Timeline
 from fluentllm.hub.files import resolve
 
 from .banner import banner
@@ -41,22 +41,23 @@ KILL_GRACE = 5.0
 
 def serve(settings: Settings) -> None:
     """Serve until a signal says stop. Raises `ConfigError`, `ModelNotFound`, `ServiceFailed`."""
-    started = time.monotonic()
+    timeline = Timeline("supervisor")
     logging.basicConfig(level=settings.log.level.upper(), format=LOG_FORMAT, stream=sys.stderr)
     with bind(settings.server) as public:
         model = settings.model
-        files = resolve(model.name, model.revision, weights=model.load_format != "dummy")
+        with timeline.stage("model files"):
+            files = resolve(model.name, model.revision, weights=model.load_format != "dummy")
         listen(public, settings.server)
-        asyncio.run(Supervisor(settings, files, public, started).run())
+        asyncio.run(Supervisor(settings, files, public, timeline).run())
 
 
 class Supervisor:
-    def __init__(self, settings: Settings, files: ModelFiles, public: socket.socket, started: float) -> None:
-        """`started`: when the start began, on the monotonic clock, for the banner."""
+    def __init__(self, settings: Settings, files: ModelFiles, public: socket.socket, timeline: Timeline) -> None:
+        """`timeline`: of this start, for the banner."""
         self._settings = settings
         self._files = files
         self._public = public
-        self._started = started
+        self._timeline = timeline
         self._state: EngineState = "starting"
         self._stop = asyncio.Event()
         self._welcomed = False
@@ -66,7 +67,7 @@ class Supervisor:
         self._install_signals()
         runtime = RuntimeFolder.create()
         try:
-            runtime.write_start(self._settings, self._files)
+            runtime.write_start(self._settings, self._files, self._timeline.origin)
             await self._supervise(runtime)
         finally:
             runtime.remove()
@@ -156,7 +157,8 @@ class Supervisor:
                 engine.info,
                 chat=frontend.chat,
                 needs_key=self._settings.server.api_key is not None,
-                seconds=time.monotonic() - self._started,
+                seconds=self._timeline.now(),
+                startup=[*self._timeline.stages, *frontend.startup, *engine.info.startup],
             )
         )
 

@@ -43,6 +43,10 @@ def test_latency(fluent_process: Fluent, model: str, tmp_path: Path) -> None:
     assert figures["model"] == model
     assert figures["speculative"] is None
     assert 0.1 < figures["startup_s"] < 60
+    stages = figures["startup"]
+    assert {"process", "imports", "weights", "pool", "first token"} <= {stage["name"] for stage in stages}
+    assert (stages[0]["name"], stages[0]["start"], stages[-1]["name"]) == ("process", 0, "first token")
+    assert stages[-1]["end"] == figures["startup_s"]
     assert [(row["batch"], row["ctx"]) for row in figures["decode"]] == [(1, 24), (3, 24)]
     for row in figures["decode"]:
         assert row.keys() == {"batch", "ctx", "prefill_s", "tpot_ms", "tok_s"}

@@ -65,6 +65,21 @@ def test_the_line_in_the_banner_works_when_pasted(server):
     assert json.loads(pasted.stdout)["choices"], pasted.stdout
 
 
+def test_the_start_has_a_timeline(server):
+    """Printed by the banner and served as JSON; the first request ends it with a line."""
+    printed = [line for line in server.lines if line.startswith("    ") and line.rstrip().endswith(" s")]
+    assert [line.split(":")[0].strip() for line in printed] == ["supervisor", "engine", "front end"]
+    stages = server.client.get("/startup").json()["stages"]
+    names = [stage["name"] for stage in stages if stage["process"] == "engine"]
+    assert names == sorted(names, key=["process", "plugins", "imports", "device", "model", "weights", "pool"].index)
+    assert {"process", "imports", "weights", "pool"} <= set(names)
+    assert all(0 < stage["start"] <= stage["end"] < 60 for stage in stages)
+    if not any("first token" in line for line in server.lines):
+        server.complete(max_tokens=1)
+        server.wait_for("first token")
+    assert " s after the start" in next(line for line in server.lines if "first token" in line)
+
+
 def test_finished_requests_are_logged_when_asked_for(server):
     assert server.complete(max_tokens=3).status_code == 200
     server.wait_for(" 3 new in ")

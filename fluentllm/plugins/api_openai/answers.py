@@ -6,6 +6,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from fluentllm.core.types import Stage
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -157,6 +159,11 @@ class Health(Struct, kw_only=True):
 
 class Live(Struct, kw_only=True):
     status: Literal["live"] = "live"
+
+
+class Startup(Struct, kw_only=True):
+    stages: list[Stage]
+    """Empty until the engine has started."""
 
 
 class Version(Struct, kw_only=True):

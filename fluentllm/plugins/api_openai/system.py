@@ -8,7 +8,7 @@ from fluentllm import __version__
 from fluentllm.core.errors import InvalidRequest
 from fluentllm.frontend.responses import json_response
 
-from .answers import Detokenized, Health, Live, ModelCard, ModelList, Tokenized, Version
+from .answers import Detokenized, Health, Live, ModelCard, ModelList, Startup, Tokenized, Version
 from .bodies import check_model, read
 from .common import services_of
 from .messages import to_template
@@ -60,6 +60,12 @@ async def live(request: Request) -> Response:
 @documented(answer=Version)
 async def version(request: Request) -> Response:
     return json_response(Version(version=__version__))
+
+
+@documented(answer=Startup)
+async def startup(request: Request) -> Response:
+    info = services_of(request).client.info
+    return json_response(Startup(stages=[] if info is None else list(info.startup)))
 
 
 @documented(body=TokenizeRequest, answer=Tokenized)

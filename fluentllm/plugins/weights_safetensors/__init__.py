@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from msgspec import Meta, Struct
 
 from fluentllm.core.errors import CheckpointError
 from fluentllm.core.hookspecs import hookimpl
@@ -10,7 +12,18 @@ from fluentllm.core.hookspecs import hookimpl
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fluentllm.core.protocols import Checkpoint, RegisterWeights, WeightsContext
+    from fluentllm.core.protocols import Checkpoint, RegisterConfig, RegisterWeights, WeightsContext
+
+NAME = "weights_safetensors"
+
+
+class SafetensorsSettings(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Of loading to a GPU; on a CPU the files are mapped."""
+
+    threads: Annotated[int, Meta(description="Threads that read at once.", ge=1, le=64)] = 8
+    staging_bytes: Annotated[
+        int, Meta(description="Pinned host memory between files and GPU.", ge=32 << 20, extra_json_schema={"unit": "bytes"})
+    ] = 256 << 20
 
 
 def supports(path: Path) -> str | None:
@@ -30,10 +43,14 @@ def _open(context: WeightsContext) -> Checkpoint:
         raise CheckpointError(f"The safetensors reader cannot open it: {reason}.", fix="Leave model.load_format at auto.")
     from .checkpoint import SafetensorsCheckpoint
 
-    return SafetensorsCheckpoint(context.path)
+    return SafetensorsCheckpoint(context.path, context.settings.plugin.get(NAME))
 
 
 class SafetensorsPlugin:
+    @hookimpl
+    def fluent_config(self, register: RegisterConfig) -> None:
+        register(SafetensorsSettings)
+
     @hookimpl
     def fluent_weights(self, register: RegisterWeights) -> None:
         register("safetensors", _open, supports=supports)

@@ -10,10 +10,13 @@ from safetensors import SafetensorError, safe_open
 from fluentllm.core.errors import CheckpointError
 from fluentllm.hub.config import config_at
 
+from . import SafetensorsSettings
 from .blocks import SCALE_SUFFIX, dequantize_blocks, fp8_block
+from .places import places_of
+from .staging import stream
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -28,7 +31,9 @@ class SafetensorsCheckpoint:
 
     config: Mapping[str, Any]
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, reading: SafetensorsSettings | None = None) -> None:
+        """`reading`: how `stream` reads."""
+        self._reading = reading or SafetensorsSettings()
         self.config = config_at(path)
         self._block = fp8_block(self.config)
         self._files: dict[str, Any] = {}
@@ -68,6 +73,21 @@ class SafetensorsCheckpoint:
         if scale is None or self._block is None:
             return tensor
         return dequantize_blocks(tensor, self._read(scale, device), self._block)
+
+    def stream(self, names: Sequence[str], device: torch.device) -> Iterator[torch.Tensor]:
+        """What `read` gives for each name, in their order, read ahead by several threads; small neighbours share memory."""
+        wanted = [part for name in names for part in (name, self._scales.get(name)) if part is not None]
+        places = {name: place for file in {self._places[name] for name in wanted} for name, place in places_of(file).items()}
+        unknown = [name for name in wanted if name not in places]
+        if unknown:
+            raise CheckpointError(f"{unknown[0]} is {self._dtypes[unknown[0]]}, which cannot be read.")
+        parts = stream([places[name] for name in wanted], device, self._reading.threads, self._reading.staging_bytes)
+        for name in names:
+            tensor = next(parts)
+            if name not in self._scales or self._block is None:
+                yield tensor
+            else:
+                yield dequantize_blocks(tensor, next(parts), self._block)
 
     def _read(self, name: str, device: torch.device) -> torch.Tensor:
         try:

@@ -1,0 +1,126 @@
+"""The memory plan: what fits is used, what does not fit is an error whose advice works."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from engine.harness import write_tiny_llama
+
+from fluentllm import memory
+from fluentllm.core.errors import ConfigError, OutOfMemory
+from fluentllm.core.protocols import WeightSlot
+from fluentllm.memory import GIB, Room, parse_bytes, plan_pages, weight_bytes, weights_too_large
+
+CUDA = torch.device("cuda", 0)
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2GiB", 2 * GIB), ("500 MB", 500_000_000), ("1.5gib", 3 * GIB // 2), ("17", 17), ("3kb", 3000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "many", "2 XB", "-1GiB", "GiB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(repr(text))):
+        parse_bytes(text)
+
+
+def test_the_pool_takes_what_is_left_below_the_share() -> None:
+    """80 GiB, of which 60 are free while the largest step holds 3: at a share of 0.9 the pool gets 52."""
+    room = Room(60 * GIB, 80 * GIB, 3 * GIB, 0.9)
+    page = 2**20
+    pages = plan_pages(None, room, page, 64, wanted=10**9, least=10)
+    assert (pages + 1) * page == pytest.approx(52 * GIB, abs=2 * page)  # with the scratch page
+    assert plan_pages(None, room, page, 64, wanted=77, least=10) == 77
+    assert plan_pages("1GiB", room, page, 64, wanted=10**9, least=10) == 1024
+
+
+def test_every_advice_fits() -> None:
+    """Whatever the error says to set, the plan made with it works."""
+    advised = set()
+    for _ in range(2000):
+        total = random.randint(8, 90) * GIB
+        workspace = random.randint(0, 4) * GIB
+        room = Room(random.randint(0, total - workspace), total, workspace, random.uniform(0.2, 0.95))
+        page, least = random.choice((2**16, 2**21)), random.randint(1, 20_000)
+        if room.usable >= (least + 1) * page:
+            assert plan_pages(None, room, page, 64, wanted=10**9, least=least) >= least
+            continue
+        with pytest.raises(OutOfMemory) as raised:
+            plan_pages(None, room, page, 64, wanted=10**9, least=least)
+        fix = raised.value.fix or ""
+        if share := re.search(r"engine\.memory_share to ([\d.]+)", fix):
+            advised.add("share")
+            assert float(share[1]) <= memory.MOST_SHARE + 0.01
+            better = Room(room.free, room.total, room.workspace, float(share[1]))
+            assert plan_pages(None, better, page, 64, wanted=10**9, least=least) >= least
+        if length := re.search(r"model\.max_model_len to (\d+) or less", fix):
+            advised.add("length")
+            pages = int(length[1]) // 64
+            assert plan_pages(None, room, page, 64, wanted=10**9, least=pages) == pages
+    assert advised == {"share", "length"}
+
+
+def test_a_cpu_pool_that_is_too_small() -> None:
+    with pytest.raises(
+        OutOfMemory, match=r"10 MiB are free .* one full context needs 101 MiB.*model\.max_model_len to 576 or less"
+    ):
+        plan_pages(None, Room(10 * 2**20), 2**20, 64, wanted=1000, least=100)
+    with pytest.raises(OutOfMemory, match=r"kv\.memory 3MiB holds 3 pages .* Set kv\.memory to 100MiB"):
+        plan_pages("3MiB", Room(GIB), 2**20, 64, wanted=1000, least=100)
+
+
+def test_weights_that_do_not_fit_name_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queries of two GPUs are made up; the second has room."""
+    free = {0: 20 * GIB, 1: 70 * GIB}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[getattr(device, "index", device)], 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    slots = [WeightSlot(f"w{i}", (1 << 16, 1 << 13), lambda tensor: None) for i in range(40)]
+    slots += [
+        WeightSlot("w0", (1 << 16, 1 << 13), lambda tensor: None),
+        WeightSlot("x", (9, 9), lambda tensor: None, unused=True),
+    ]
+    assert weight_bytes(slots, torch.bfloat16) == 40 * GIB
+    text = str(weights_too_large(slots, CUDA, torch.bfloat16, MemoryError()))
+    assert "about 40.00 GiB in bfloat16, but 20.00 GiB of the 80.00 GiB of cuda:0 (H100) are free" in text
+    assert "Set engine.device to cuda:1, which has room; or: End the other processes on this GPU" in text
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_on_a_gpu_the_pool_is_planned_beside_the_largest_steps(tmp_path: Path, share: float) -> None:
+    from engine.harness import Harness
+
+    from fluentllm.assembly import assemble
+
+    harness = Harness(write_tiny_llama(tmp_path / "tiny", max_position_embeddings=4096), **{"engine.device": "cuda"})
+    engine = assemble(harness.settings(**{"engine.memory_share": share}), "tiny", harness.loaded, harness.plugins)
+    assert engine.info.memory["workspace"] > 0
+    free, total = torch.cuda.mem_get_info()
+    assert total - free <= share * total + GIB
+    engine.executor.close()
+
+
+@pytest.mark.gpu
+@gpu
+def test_on_a_gpu_memory_that_runs_out_while_loading_is_an_error_with_numbers(tmp_path: Path) -> None:
+    from engine.harness import Harness
+
+    torch.cuda.set_per_process_memory_fraction(0.001)
+    try:
+        with pytest.raises(OutOfMemory, match=r"The weights need about .* GiB in bfloat16, but .* are free"):
+            Harness(
+                write_tiny_llama(tmp_path / "large", hidden_size=4096, intermediate_size=16384), **{"engine.device": "cuda"}
+            )
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
