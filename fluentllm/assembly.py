@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +24,15 @@ from .core.protocols import (
     AttentionContext,
     AttentionSpec,
     BuildContext,
+    Checkpoint,
+    DraftContext,
     DraftMemory,
+    DraftTarget,
     Model,
     ProposerContext,
     SchedulerContext,
     WeightsContext,
+    WeightSlot,
 )
 from .core.settings import Settings
 from .core.slots import SlotTables
@@ -42,6 +46,9 @@ from .step.programs import StepPrograms
 from .step.synthetic import share_for
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
     from .core.plugins import PluginManager
     from .core.plugins.registry import Entry
 
@@ -59,6 +66,7 @@ class LoadedModel:
     dtype: torch.dtype
     weight_bytes: int
     weight_precision: str
+    context: BuildContext
 
 
 def build_engine(settings: Settings, files: ModelFiles, plugins: PluginManager, progress: Progress | None = None) -> Engine:
@@ -97,7 +105,7 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) ->
     config = load_config(files)
     family = plugins.registry("models").get(_architecture(config)).factory
     spec: ModelSpec = family.spec(config)
-    check_speculation(settings, spec, plugins)
+    check_speculation(settings, spec, plugins, DraftTarget(settings, spec, dtype.itemsize, files.path))
     precision = choose_precision(settings.model.weight_precision, device, dtype, settings.engine.deterministic)
     context = BuildContext(
         device=device,
@@ -114,7 +122,7 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) ->
             load_weights(model, checkpoint, device)
         finally:
             checkpoint.close()
-    return LoadedModel(model, device, dtype, model.nbytes(), precision)
+    return LoadedModel(model, device, dtype, model.nbytes(), precision, context)
 
 
 def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: PluginManager) -> Engine:
@@ -129,9 +137,13 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
     max_drafts = drafts.max_k if drafts is not None else 0
     tables = SlotTables(slots, longest, page_size, spec.vocab_size, device, max_drafts=max_drafts)
     entry = plugins.registry("proposers").require(settings.speculative.method, spec) if drafts is not None else None
-    draft_memory = _draft_memory(entry, spec, loaded.dtype)
+    draft_model = _draft_model(entry, settings, loaded, plugins)
+    draft_bytes = draft_model.nbytes() if draft_model is not None else 0
+    draft_memory = _draft_memory(entry, DraftTarget(settings, spec, loaded.dtype.itemsize))
     kv_spec = structs.replace(spec.kv, layers=spec.kv.layers + draft_memory.kv_layers)
     page_bytes = KVPool.bytes_per_page(kv_spec, page_size, kv_dtype) + draft_memory.bytes_per_page
+    if draft_memory.kv is not None:
+        page_bytes += KVPool.bytes_per_page(draft_memory.kv, page_size, kv_dtype)
     wanted, least = slots * tables.max_pages, tables.max_pages
     pages = plan_pages(settings.kv.memory, device, page_bytes, page_size, wanted=wanted, least=least)
     pool = KVPool(kv_spec, pages, page_size, kv_dtype, device)
@@ -145,11 +157,19 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
     )
     backend = _attention(settings, attention_spec, plugins)
     attention = backend(AttentionContext(attention_spec, pool, settings))
+    draft_attention = attention
+    if draft_memory.kv is not None:
+        draft_pool = KVPool(draft_memory.kv, pages, page_size, kv_dtype, device)
+        draft_spec = replace(attention_spec, model=structs.replace(spec, kv=draft_memory.kv))
+        backend = _attention(settings, draft_spec, plugins, or_any=True)
+        draft_attention = backend(AttentionContext(draft_spec, draft_pool, settings))
 
     proposer = None
     if entry is not None:
         dtype = _name(loaded.dtype)
-        proposer = entry.factory(ProposerContext(settings, loaded.model, tables, attention, max_drafts, pages, dtype))
+        proposer = entry.factory(
+            ProposerContext(settings, loaded.model, tables, draft_attention, max_drafts, pages, dtype, draft_model)
+        )
     programs = StepPrograms(
         loaded.model,
         attention,
@@ -170,7 +190,7 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
         max_model_len=longest,
         device=str(device),
         dtype=_name(loaded.dtype),
-        memory={"weights": loaded.weight_bytes, "kv_pool": page_bytes * (pages + 1), "slots": tables.nbytes()},
+        memory={"weights": loaded.weight_bytes + draft_bytes, "kv_pool": page_bytes * (pages + 1), "slots": tables.nbytes()},
         kv_tokens=pages * page_size,
         page_size=page_size,
         slots=slots,
@@ -216,12 +236,12 @@ def draft_length(settings: Settings) -> DraftLength | None:
     return DraftLength(wanted.k, wanted.max_k) if wanted.k != 0 else None
 
 
-def check_speculation(settings: Settings, spec: ModelSpec, plugins: PluginManager) -> None:
+def check_speculation(settings: Settings, spec: ModelSpec, plugins: PluginManager, target: DraftTarget) -> None:
     """Before anything is loaded. Raises `ConfigError` for what cannot work with this model."""
     drafts = draft_length(settings)
     synthetic_share(settings, drafts.max_k if drafts is not None else 0)
     if drafts is not None:
-        plugins.registry("proposers").require(settings.speculative.method, spec)
+        _draft_memory(plugins.registry("proposers").require(settings.speculative.method, spec), target)
 
 
 def synthetic_share(settings: Settings, max_drafts: int) -> float | None:
@@ -296,31 +316,55 @@ def _reader(settings: Settings, files: ModelFiles, plugins: PluginManager) -> Ca
     if settings.model.load_format != "auto":
         factory: Callable[[WeightsContext], Any] = registry.get(settings.model.load_format).factory
         return factory
-    supported = registry.supported(files.path)
+    return _reader_for(files.path, plugins)
+
+
+def _reader_for(path: Path, plugins: PluginManager) -> Callable[[WeightsContext], Any]:
+    registry = plugins.registry("weights")
+    supported = registry.supported(path)
     if not supported:
-        reasons = "; ".join(f"{name}: {why}" for name, why in registry.why_not(files.path).items())
-        raise CheckpointError(
-            f"No reader can open {files.path} ({reasons}).", fix="Give a folder with .safetensors, or a .gguf."
-        )
+        reasons = "; ".join(f"{name}: {why}" for name, why in registry.why_not(path).items())
+        raise CheckpointError(f"No reader can open {path} ({reasons}).", fix="Give a folder with .safetensors, or a .gguf.")
     return supported[0].factory
 
 
-def _draft_memory(entry: Entry | None, spec: ModelSpec, dtype: torch.dtype) -> DraftMemory:
-    ask: Callable[[ModelSpec, int], DraftMemory] | None = getattr(entry.factory, "memory", None) if entry is not None else None
-    return ask(spec, dtype.itemsize) if ask is not None else DraftMemory()
+def _draft_memory(entry: Entry | None, target: DraftTarget) -> DraftMemory:
+    ask: Callable[[DraftTarget], DraftMemory] | None = getattr(entry.factory, "memory", None) if entry is not None else None
+    return ask(target) if ask is not None else DraftMemory()
 
 
-def _attention(settings: Settings, spec: AttentionSpec, plugins: PluginManager) -> Callable[[AttentionContext], Any]:
+def _draft_model(entry: Entry | None, settings: Settings, loaded: LoadedModel, plugins: PluginManager) -> Any:
+    """The proposer's own, if it has one."""
+    load: Callable[[DraftContext], Any] | None = getattr(entry.factory, "load", None) if entry is not None else None
+    if load is None:
+        return None
+
+    def open_checkpoint(path: Path, slots: Iterable[WeightSlot]) -> Checkpoint:
+        registry = plugins.registry("weights")
+        dummy = settings.model.load_format == "dummy" and not registry.supported(path)
+        factory = registry.get("dummy").factory if dummy else _reader_for(path, plugins)
+        checkpoint: Checkpoint = factory(WeightsContext(path, settings, slots=slots))
+        return checkpoint
+
+    with torch.inference_mode():
+        return load(DraftContext(settings, loaded.model, loaded.context, open_checkpoint))
+
+
+def _attention(
+    settings: Settings, spec: AttentionSpec, plugins: PluginManager, *, or_any: bool = False
+) -> Callable[[AttentionContext], Any]:
+    """`or_any`: where the one that was asked for cannot do it, take another that can."""
     registry = plugins.registry("attention")
     name = settings.attention.backend
     if name != "auto":
         entry = registry.get(name)
         reason = entry.supports(spec)
-        if reason is not None:
+        if reason is not None and not or_any:
             raise ConfigError(
                 f"attention.backend {name!r} cannot serve this model: {reason}.", fix="Use attention.backend=auto."
             )
-        return entry.factory
+        if reason is None:
+            return entry.factory
     supported = registry.supported(spec)
     if not supported:
         raise ConfigError(f"No attention backend supports this model: {registry.why_not(spec)}.", fix="Run `fluent doctor`.")

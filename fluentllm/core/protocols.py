@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .sequence import Sequence
     from .settings import Settings
     from .slots import SlotTables
-    from .types import Drafting, ModelSpec, StepPlan
+    from .types import Drafting, KVSpec, ModelSpec, StepPlan
 
 # ------------------------------------------------------------------------------------------------------------ registration
 Supports = Callable[[Any], str | None]
@@ -224,6 +224,12 @@ class Model(Protocol):
         """[R, hidden] → [R, vocab] float32."""
         ...
 
+    def tap(self, layers: SequenceOf[int]) -> None:
+        """From now on a pass leaves the hidden states at the input of these layers, before their norm, in
+        `Batch.layer_inputs` (`fluentllm.layers.trunk`). Proposers ask for it when they are made; a model that cannot may lack
+        the method, and then refuses them."""
+        ...
+
 
 class ModelFamily(Protocol):
     """One architecture: reads its config, builds its network."""
@@ -310,13 +316,41 @@ class FusedAttention(AttentionBackend):
 
 # -------------------------------------------------------------------------------------------------------------- speculation
 @dataclass(frozen=True, slots=True)
+class DraftTarget:
+    """What a proposer's memory depends on."""
+
+    settings: Settings
+    spec: ModelSpec
+    """Of the target."""
+    value_bytes: int
+    """Bytes of one value of a hidden state."""
+    path: Path | None = None
+    """The target's folder or file; None where that has been looked at before."""
+
+
+@dataclass(frozen=True, slots=True)
 class DraftMemory:
-    """What a proposer keeps for the tokens of the KV pool; counted when the pool is planned."""
+    """What a proposer keeps for the tokens of the KV pool; counted when the pool is planned. Its pages are the target's: one
+    lease holds both, under one number."""
 
     kv_layers: int = 0
-    """Layers of the pool behind the target's, of the same shape: the pass to `AttentionBackend` as layers kv.layers and up."""
+    """Layers of the pool behind the target's, of the same shape: passed to `AttentionBackend` as layers kv.layers and up."""
+    kv: KVSpec | None = None
+    """Instead: layers of another shape, in a pool of their own with an attention backend of its own, as layers 0 and up."""
     bytes_per_page: int = 0
     """Tensors of its own, for each page."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What a proposer loads its draft model with."""
+
+    settings: Settings
+    target: Model
+    build: BuildContext
+    """As the target was built."""
+    open: Callable[[Path, Iterable[WeightSlot]], Checkpoint]
+    """Open a folder or file with the reader that fits it; random weights for these slots where the target has such too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,19 +361,25 @@ class ProposerContext:
     model: Model
     tables: SlotTables
     attention: AttentionBackend
+    """Of the proposer's own KV layers: the target's, or one for `DraftMemory.kv`."""
     max_drafts: int
     pages: int = 0
     """Usable pages of the KV pool; their numbers are 1 … pages, and 0 is scratch."""
     dtype: str = "float32"
     """Of hidden states."""
+    draft: Any = None
+    """What the factory's `load` gave."""
 
 
 class ProposerFactory(Protocol):
-    """What `fluent_proposers` registers: a callable. It is asked `supports(model spec)` before anything is allocated. A
-    factory with an attribute `memory` is asked for it then too; others keep nothing in the pool."""
+    """What `fluent_proposers` registers: a callable. It is asked `supports(model spec)` before anything is loaded. `memory` and
+    `load` may be missing: then it keeps nothing in the pool, and has no weights of its own."""
 
-    memory: Callable[[ModelSpec, int], DraftMemory]
-    """(the target, bytes of one value of a hidden state) → what it keeps."""
+    memory: Callable[[DraftTarget], DraftMemory]
+    """What it keeps; asked before anything is loaded, and again. Raises `ConfigError` for settings that cannot work with this
+    target."""
+    load: Callable[[DraftContext], Any]
+    """Load a draft model, after the target and before the pool is planned; what it returns has `nbytes()`."""
 
     def __call__(self, context: ProposerContext) -> Proposer: ...
 
