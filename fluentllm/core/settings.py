@@ -91,6 +91,10 @@ class AttentionSettings(Struct, kw_only=True, forbid_unknown_fields=True):
 
 class SpeculativeSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     method: Annotated[str, _help("Who drafts, by the name a plugin gave it, such as pld; none turns speculation off.")] = "none"
+    model: Annotated[
+        str | None,
+        _help("A draft model for methods that need one (eagle): a folder or a Hugging Face id; the default's own if null."),
+    ] = None
     k: Annotated[
         int | Literal["auto"],
         _help("Drafts a step; auto picks 0 … max_k by measured times and acceptance."),

@@ -162,7 +162,8 @@ def gqa_decode(
     [N, W] int32, lengths [N] int32 → [N · rows, H, Dv] in q's dtype.
 
     Row j of a sequence stands at position length - rows + j and sees the keys up to there, its own included. A sequence of
-    length 0 gets zeros. Keys before `first_key` are not seen. `plan` is `plan_gqa` of the same lengths. Reference: `kernels.attention_reference.gqa_reference`.
+    length 0 gets zeros. Keys before `first_key` are not seen. `plan` is `plan_gqa` of the same lengths. Reference:
+    `kernels.attention_reference.gqa_reference`.
     """
     (count, heads, dim), (_, page, kv_heads, value_dim) = q.shape, v_pages.shape
     group = heads // kv_heads
