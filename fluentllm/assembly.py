@@ -15,6 +15,7 @@ import torch
 from msgspec import structs
 
 from .core.draft_length import DraftLength
+from .core.draft_watchdog import AcceptanceWatch
 from .core.engine import Engine
 from .core.errors import CheckpointError, ConfigError
 from .core.executor import Executor
@@ -204,6 +205,7 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
         overlap_depth=settings.engine.overlap_depth,
         draft_length=drafts,
         observers=plugins.observers,
+        calls=plugins.calls(),
     )
 
 
@@ -233,7 +235,11 @@ def draft_length(settings: Settings) -> DraftLength | None:
             fix=f"Use auto or 0 … {wanted.max_k}, or raise max_k.",
             param="speculative.k",
         )
-    return DraftLength(wanted.k, wanted.max_k) if wanted.k != 0 else None
+    if wanted.k == 0:
+        return None
+    # Acceptance at random says nothing of the proposer.
+    least = wanted.min_acceptance if wanted.synthetic_acceptance is None else 0.0
+    return DraftLength(wanted.k, wanted.max_k, AcceptanceWatch(least, f"proposer {wanted.method!r}"))
 
 
 def check_speculation(settings: Settings, spec: ModelSpec, plugins: PluginManager, target: DraftTarget) -> None:

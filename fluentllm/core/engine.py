@@ -13,16 +13,16 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
 from .draft_counts import DraftCounts
 from .draft_length import DraftLength
-from .errors import ContextTooLong, InvalidRequest
+from .errors import ContextTooLong, FluentError, InvalidRequest
 from .executor import Executor
 from .kv.cache import KVCache
-from .protocols import RequestEvent, Scheduler
+from .protocols import EngineCall, RequestEvent, Scheduler
 from .sequence import Phase, Sequence
 from .types import (
     MAX_STOP_IDS,
@@ -93,6 +93,7 @@ class Engine:
         overlap_depth: int,
         draft_length: DraftLength | None = None,
         observers: Observers | None = None,
+        calls: Mapping[str, EngineCall] | None = None,
     ) -> None:
         self.info = info
         self.scheduler = scheduler
@@ -101,10 +102,14 @@ class Engine:
         self.overlap_depth = overlap_depth
         self.draft_length = draft_length
         """None where nothing drafts."""
-        self.draft_counts = DraftCounts(info.speculative) if info.speculative is not None else None
+        watch = draft_length.watch if draft_length is not None else None
+        self.draft_counts = DraftCounts(info.speculative, watch) if info.speculative is not None else None
         self._left_drafts = 0
         """Drafts that the last launched step leaves for the next to verify."""
         self.observers = observers or Observers()
+        self.calls: Mapping[str, EngineCall] = calls or {}
+        """What plugins offer to front ends."""
+        self._refused: dict[str, int] = {}
         self.last_progress = time.monotonic()
         """When a step was last collected or the loop last idled, for the watchdog."""
         self._owners: dict[Sequence, Connection] = {}
@@ -124,9 +129,13 @@ class Engine:
         return Connection(self, deliver)
 
     def submit(self, connection: Connection, request: Request) -> None:
-        self._check(connection, request)
-        sequence = Sequence(request, self._stop_ids(request), self._arrivals)
-        self.scheduler.add(sequence)
+        try:
+            self._check(connection, request)
+            sequence = Sequence(request, self._stop_ids(request), self._arrivals)
+            self.scheduler.add(sequence)
+        except FluentError as error:
+            self._refused[error.code] = self._refused.get(error.code, 0) + 1
+            raise
         self._arrivals += 1
         self._owners[sequence] = connection
         connection.sequences[request.id] = sequence
@@ -313,6 +322,7 @@ class Engine:
             cached_tokens=self._cached_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.preemptions,
+            refused=dict(self._refused),
             speculative=self.draft_counts.stats() if self.draft_counts is not None else None,
         )
 

@@ -31,10 +31,21 @@ Supports = Callable[[Any], str | None]
 """Given the spec in question, None, or the reason why not."""
 
 
+EngineCall = Callable[[Any, bytes], bytes]
+"""(engine, data) → data; see `RegisterCall`."""
+
+
 class Register(Protocol):
     """`register(name, factory, supports=...)`: offer something that the config chooses by name, or `auto` chooses."""
 
     def __call__(self, name: str, factory: Callable[..., Any], *, supports: Supports = ...) -> None: ...
+
+
+class RegisterCall(Protocol):
+    """`function(engine, data) -> bytes`: called in the engine's loop, with its `core.session.Engine` and what was sent.
+    It may not block. What it raises reaches the caller as an error."""
+
+    def __call__(self, name: str, function: EngineCall) -> None: ...
 
 
 class RegisterConfig(Protocol):

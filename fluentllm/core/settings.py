@@ -100,6 +100,12 @@ class SpeculativeSettings(Struct, kw_only=True, forbid_unknown_fields=True):
         _help("Drafts a step; auto picks 0 … max_k by measured times and acceptance."),
     ] = "auto"
     max_k: Annotated[int, _help("Most drafts a step.", ge=1, le=7)] = 4
+    min_acceptance: Annotated[
+        float,
+        _help(
+            "If a smaller share of first drafts is right, drafting stops for a while and the log says so. 0: never.", ge=0, le=1
+        ),
+    ] = 0.02
     synthetic_acceptance: Annotated[
         Annotated[float, Meta(ge=1, le=8)] | None,
         _help("For benchmarks on random weights only: accept drafts at random, this many tokens a step. Answers mean nothing."),

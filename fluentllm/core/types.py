@@ -276,6 +276,10 @@ class SpeculativeStats(Struct, frozen=True, kw_only=True):
     """And how often that and all before it were right."""
     error: str | None = None
     """Why the proposer was switched off."""
+    collapsed: bool = False
+    """Acceptance has collapsed: it is switched off for a while, or being tried again."""
+    collapses: int = 0
+    """How often that happened."""
 
     @property
     def mean_accepted_length(self) -> float:
@@ -297,6 +301,8 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     cached_tokens: int
     generated_tokens: int
     preemptions: int
+    refused: dict[str, int] = field(default_factory=dict)
+    """Requests that did not enter, by the code of the error."""
     speculative: SpeculativeStats | None = None
     """None where nothing drafts."""
 
@@ -314,7 +320,10 @@ class ControlCall(Struct, frozen=True, tag="control"):
     """Ask the engine for something outside the token stream; answered by a `ControlReply` with the same id."""
 
     id: int
-    method: Literal["stats", "clear_cache"]
+    method: Literal["stats", "clear_cache", "plugin"]
+    name: str = ""
+    """plugin: what a plugin registered by `fluent_calls`, and what it is given."""
+    data: bytes = b""
 
 
 class Ready(Struct, frozen=True, tag="ready"):
@@ -342,6 +351,10 @@ class Refused(Struct, frozen=True, tag="refused"):
 class ControlReply(Struct, frozen=True, tag="control_reply"):
     id: int
     stats: EngineStats | None = None
+    data: bytes = b""
+    """plugin: what it gave back."""
+    error: str | None = None
+    """plugin: why it could not be called."""
 
 
 ToEngine = Generate | Abort | ControlCall
