@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from .core.draft_watchdog import AcceptanceWatch
 from .core.engine import Engine
 from .core.errors import CheckpointError, ConfigError
 from .core.executor import Executor
+from .core.grammars import GrammarStore
 from .core.kv.cache import KVCache
 from .core.kv.pool import KVPool
 from .core.protocols import (
@@ -29,6 +31,7 @@ from .core.protocols import (
     DraftContext,
     DraftMemory,
     DraftTarget,
+    GrammarContext,
     Model,
     ProposerContext,
     SchedulerContext,
@@ -54,6 +57,8 @@ if TYPE_CHECKING:
     from .core.plugins.registry import Entry
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GRAMMAR_BYTES = 64 * 2**20
+"""Of the table of all grammars' states, where nothing else is said."""
 _DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
 _DEFAULT_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
 
@@ -68,6 +73,7 @@ class LoadedModel:
     weight_bytes: int
     weight_precision: str
     context: BuildContext
+    path: Path
 
 
 def build_engine(settings: Settings, files: ModelFiles, plugins: PluginManager, progress: Progress | None = None) -> Engine:
@@ -123,7 +129,7 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) ->
             load_weights(model, checkpoint, device)
         finally:
             checkpoint.close()
-    return LoadedModel(model, device, dtype, model.nbytes(), precision, context)
+    return LoadedModel(model, device, dtype, model.nbytes(), precision, context, files.path)
 
 
 def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: PluginManager) -> Engine:
@@ -136,7 +142,10 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
 
     drafts = draft_length(settings)
     max_drafts = drafts.max_k if drafts is not None else 0
-    tables = SlotTables(slots, longest, page_size, spec.vocab_size, device, max_drafts=max_drafts)
+    grammars = _grammars(settings, loaded, plugins)
+    tables = SlotTables(
+        slots, longest, page_size, spec.vocab_size, device, max_drafts=max_drafts, grammar_states=grammars.states
+    )
     entry = plugins.registry("proposers").require(settings.speculative.method, spec) if drafts is not None else None
     draft_model = _draft_model(entry, settings, loaded, plugins)
     draft_bytes = draft_model.nbytes() if draft_model is not None else 0
@@ -206,6 +215,7 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
         draft_length=drafts,
         observers=plugins.observers,
         calls=plugins.calls(),
+        grammars=grammars,
     )
 
 
@@ -354,6 +364,14 @@ def _draft_model(entry: Entry | None, settings: Settings, loaded: LoadedModel, p
 
     with torch.inference_mode():
         return load(DraftContext(settings, loaded.model, loaded.context, open_checkpoint))
+
+
+def _grammars(settings: Settings, loaded: LoadedModel, plugins: PluginManager) -> GrammarStore:
+    registry, spec = plugins.registry("grammars"), loaded.model.spec
+    context = GrammarContext(settings, spec, loaded.path)
+    compilers = {entry.name: partial(entry.factory, context) for entry in registry.supported(spec)}
+    states = settings.grammar.states or GRAMMAR_BYTES // (4 * spec.vocab_size)
+    return GrammarStore(states if compilers else 0, compilers)
 
 
 def _attention(

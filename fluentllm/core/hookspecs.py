@@ -75,7 +75,7 @@ def fluent_kv_transports(register: Register) -> None:
 
 @hookspec
 def fluent_grammars(register: Register) -> None:
-    """Give grammar engines for constrained decoding."""
+    """Give compilers of grammars, by the kind that a request asks for: `register("regex", factory, supports=...)`."""
 
 
 @hookspec

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .batch import Batch
+    from .grammars import GrammarTable
     from .kv.cache import KVCache
     from .kv.pool import KVPool
     from .sequence import Sequence
@@ -408,6 +409,27 @@ class Proposer(Protocol):
         [B] int64. A row at position p of slot s became part of the history if p < tables.length[s]; rows of slots that had
         finished before write to page 0 (`batch.kv_rows`). One that raises, or returns other shapes, is switched off for good.
         """
+        ...
+
+
+# ---------------------------------------------------------------------------------------------------------------- grammars
+@dataclass(frozen=True, slots=True)
+class GrammarContext:
+    """What a compiler of grammars is made from."""
+
+    settings: Settings
+    spec: ModelSpec
+    """With the vocabulary's size and the end-of-sequence ids, which a state where the text may end must allow."""
+    path: Path
+    """The model's folder or file, where its tokenizer is."""
+
+
+class GrammarCompiler(Protocol):
+    """What `fluent_grammars` factories make; the name that one is registered under is the kind of its grammars."""
+
+    def compile(self, source: str) -> GrammarTable:
+        """Called in the engine's loop, once for each grammar in use. Raises `InvalidRequest` for a source that is none, or a
+        grammar that is no finite table over the model's tokens."""
         ...
 
 

@@ -112,6 +112,15 @@ class SpeculativeSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     ] = None
 
 
+class GrammarSettings(Struct, kw_only=True, forbid_unknown_fields=True):
+    states: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        _help(
+            "States of all grammars in use at once; what 64 MiB of device memory hold if null. None without grammar plugins."
+        ),
+    ] = None
+
+
 class LogSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     level: Annotated[Literal["debug", "info", "warning", "error"], _help("Least severity that is printed.")] = "info"
     requests: Annotated[bool, _help("One line for each finished request.")] = False
@@ -134,6 +143,7 @@ class Settings(Struct, kw_only=True, forbid_unknown_fields=True):
     kv: KVSettings = field(default_factory=KVSettings)
     attention: AttentionSettings = field(default_factory=AttentionSettings)
     speculative: SpeculativeSettings = field(default_factory=SpeculativeSettings)
+    grammar: GrammarSettings = field(default_factory=GrammarSettings)
     log: LogSettings = field(default_factory=LogSettings)
     plugins: PluginSettings = field(default_factory=PluginSettings)
     plugin: dict[str, Any] = field(default_factory=dict)

@@ -15,6 +15,13 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 # --------------------------------------------------------------------------------------------------------------- requests
+class GrammarSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the text must be: a grammar of a kind that some plugin knows (`fluent_grammars`)."""
+
+    kind: str
+    source: str
+
+
 class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one request draws its tokens. Validated by the front end; the step program trusts it."""
 
@@ -42,6 +49,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """None: none. n ≥ 0: the chosen token's, and the n most likely, n ≤ `MAX_LOGPROBS`."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens (the first has none); such a request does not read the prefix cache."""
+    grammar: GrammarSpec | None = None
 
 
 MAX_LOGIT_BIAS = 512
@@ -104,6 +112,8 @@ class SlotInit(Struct, frozen=True, array_like=True):
     pages: list[int]
     params: SamplingParams
     stop_ids: list[int]
+    grammar_state: int = 0
+    """Row of the grammar table that it stands in; filled by the engine."""
 
 
 class PageGrant(Struct, frozen=True, array_like=True):
@@ -124,6 +134,14 @@ class PrefillChunk(Struct, frozen=True, array_like=True):
     prompt_logprobs: int | None = None
 
 
+class GrammarLoad(Struct, frozen=True, array_like=True):
+    """Write a grammar's table to `states` rows of the device's from `first` on (`core.grammars`)."""
+
+    first: int
+    states: int
+    next: bytes
+
+
 class Drafting(Struct, frozen=True):
     """How many drafts a step verifies, and how many it leaves for the next to verify."""
 
@@ -137,6 +155,8 @@ class StepPlan(Struct, frozen=True, kw_only=True):
     step: int
     admit: list[SlotInit] = field(default_factory=list)
     grants: list[PageGrant] = field(default_factory=list)
+    grammars: list[GrammarLoad] = field(default_factory=list)
+    """Applied before the admissions; filled by the engine."""
     prefill: list[PrefillChunk] = field(default_factory=list)
     decode: list[int] = field(default_factory=list)
     """Slots that decode."""
@@ -156,6 +176,7 @@ class Feature:
     FILTER = 16
     """Some top-k, top-p or min-p is on."""
     MIN_TOKENS = 32
+    GRAMMAR = 64
 
 
 class SlotResult(Struct, array_like=True):
