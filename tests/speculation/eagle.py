@@ -26,6 +26,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "llama": TINY_LLAMA,
     "longcat": LONGCAT,
     "deepseek_v3": {**MODELS["deepseek_v3"], "num_nextn_predict_layers": 0},
+    "mla": {**MODELS["deepseek_v3"], "num_nextn_predict_layers": 0, "first_k_dense_replace": 2},
 }
 DRAFT: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -126,6 +127,12 @@ class Reference:
             states, tokens = torch.cat((states, out)), [*tokens, draft]
         return torch.cat(rows)
 
+    def prime(self, text: list[int]) -> None:
+        """Compute the target's states of a text and all that it begins with at once: they depend on nothing behind."""
+        states = self._states(tuple(text))
+        self._known.update({tuple(text[:end]): states[:end] for end in range(1, len(text))})
+
+    @torch.inference_mode()
     def _states(self, tokens: tuple[int, ...]) -> Tensor:
         if tokens not in self._known:
             batch = whole(list(tokens))

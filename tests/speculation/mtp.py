@@ -71,6 +71,12 @@ class Reference:
             states, tokens = torch.cat((states, out[-1:])), [*tokens, draft]
         return torch.cat(rows)
 
+    def prime(self, text: list[int]) -> None:
+        """Compute the target's states of a text and all that it begins with at once: they depend on nothing behind."""
+        hidden = self._hidden(tuple(text))
+        self._known.update({tuple(text[:end]): hidden[:end] for end in range(1, len(text))})
+
+    @torch.inference_mode()
     def _hidden(self, tokens: tuple[int, ...]) -> Tensor:
         if tokens not in self._known:
             self._known[tokens] = self.model.forward(whole(list(tokens)), WholeSequence())
