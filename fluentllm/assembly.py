@@ -9,22 +9,30 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from msgspec import structs
 
 from .core.draft_length import DraftLength
+from .core.draft_watchdog import AcceptanceWatch
 from .core.engine import Engine
 from .core.errors import CheckpointError, ConfigError
 from .core.executor import Executor
+from .core.grammars import GrammarStore
 from .core.kv.cache import KVCache
 from .core.kv.pool import KVPool
 from .core.protocols import (
+    AttentionBackend,
     AttentionContext,
     AttentionSpec,
     BuildContext,
+    Checkpoint,
+    DraftContext,
     DraftMemory,
+    DraftTarget,
+    GrammarContext,
     Model,
     ProposerContext,
     SchedulerContext,
@@ -34,7 +42,7 @@ from .core.protocols import (
 from .core.settings import Settings
 from .core.slots import SlotTables
 from .core.timeline import Timeline
-from .core.types import ModelInfo, ModelSpec, SpeculativeInfo
+from .core.types import KVSpec, ModelInfo, ModelSpec, SpeculativeInfo
 from .devices import choose_device
 from .hub import ModelFiles, load_config
 from .kernels import choose_ops, choose_precision
@@ -46,10 +54,15 @@ from .step.programs import StepPrograms
 from .step.synthetic import share_for
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
     from .core.plugins import PluginManager
     from .core.plugins.registry import Entry
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GRAMMAR_BYTES = 64 * 2**20
+"""Of the table of all grammars' states, where nothing else is said."""
 _DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
 _DEFAULT_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
 
@@ -63,6 +76,8 @@ class LoadedModel:
     dtype: torch.dtype
     weight_bytes: int
     weight_precision: str
+    context: BuildContext
+    path: Path
 
 
 def build_engine(
@@ -113,7 +128,7 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager, ti
     config = load_config(files)
     family = plugins.registry("models").get(_architecture(config)).factory
     spec: ModelSpec = family.spec(config)
-    check_speculation(settings, spec, plugins)
+    check_speculation(settings, spec, plugins, DraftTarget(settings, spec, dtype.itemsize, files.path))
     precision = choose_precision(settings.model.weight_precision, device, dtype, settings.engine.deterministic)
     context = BuildContext(
         device=device,
@@ -137,7 +152,7 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager, ti
     except (torch.OutOfMemoryError, MemoryError) as error:
         slots = _slots_without_memory(family, config, context) if model is None else list(model.weight_slots())
         raise weights_too_large(slots, device, dtype, error) from None
-    return LoadedModel(model, device, dtype, model.nbytes(), precision)
+    return LoadedModel(model, device, dtype, model.nbytes(), precision, context, files.path)
 
 
 def _slots_without_memory(family: Any, config: Any, context: BuildContext) -> list[WeightSlot] | None:
@@ -161,10 +176,16 @@ def assemble(
 
     drafts = draft_length(settings)
     max_drafts = drafts.max_k if drafts is not None else 0
+    grammars = _grammars(settings, loaded, plugins)
     entry = plugins.registry("proposers").require(settings.speculative.method, spec) if drafts is not None else None
-    draft_memory = _draft_memory(entry, spec, loaded.dtype)
+    draft_model = _draft_model(entry, settings, loaded, plugins)
+    draft_bytes = draft_model.nbytes() if draft_model is not None else 0
+    draft_memory = _draft_memory(entry, DraftTarget(settings, spec, loaded.dtype.itemsize))
     kv_spec = structs.replace(spec.kv, layers=spec.kv.layers + draft_memory.kv_layers)
     page_bytes = KVPool.bytes_per_page(kv_spec, page_size, kv_dtype) + draft_memory.bytes_per_page
+    draft_kv = draft_memory.kv
+    if draft_kv is not None:
+        page_bytes += KVPool.bytes_per_page(draft_kv, page_size, kv_dtype)
     attention_spec = AttentionSpec(
         model=spec,
         device=device.type,
@@ -173,19 +194,32 @@ def assemble(
         page_size=page_size,
         deterministic=settings.engine.deterministic,
     )
-    backend = _attention(settings, attention_spec, plugins)
 
     def make_tables(place: torch.device) -> SlotTables:
-        return SlotTables(slots, longest, page_size, spec.vocab_size, place, max_drafts=max_drafts)
+        return SlotTables(
+            slots, longest, page_size, spec.vocab_size, place, max_drafts=max_drafts, grammar_states=grammars.states
+        )
+
+    def make_attention(attention_spec: AttentionSpec, pages: int, kv: KVSpec, *, or_any: bool = False) -> AttentionBackend:
+        backend = _attention(settings, attention_spec, plugins, or_any=or_any)
+        made: AttentionBackend = backend(
+            AttentionContext(attention_spec, KVPool(kv, pages, page_size, kv_dtype, device), settings)
+        )
+        return made
 
     def make_programs(pages: int) -> tuple[StepPrograms, SlotTables]:
-        pool = KVPool(kv_spec, pages, page_size, kv_dtype, device)
         tables = make_tables(device)
-        attention = backend(AttentionContext(attention_spec, pool, settings))
+        attention = draft_attention = make_attention(attention_spec, pages, kv_spec)
+        if draft_kv is not None:
+            draft_spec = replace(attention_spec, model=structs.replace(spec, kv=draft_kv))
+            draft_attention = make_attention(draft_spec, pages, draft_kv, or_any=True)
         proposer = None
         if entry is not None:
             dtype = _name(loaded.dtype)
-            proposer = entry.factory(ProposerContext(settings, loaded.model, tables, attention, max_drafts, pages, dtype))
+            proposer = entry.factory(
+                ProposerContext(settings, loaded.model, tables, draft_attention, max_drafts, pages, dtype, draft_model)
+            )
+        capturable = all(getattr(one, "capturable", False) for one in (attention, draft_attention))
         programs = StepPrograms(
             loaded.model,
             attention,
@@ -193,7 +227,7 @@ def assemble(
             proposer,
             proposer_name=f"proposer {entry.name!r} of plugin {entry.plugin!r}" if entry is not None else "",
             synthetic=synthetic_share(settings, max_drafts),
-            graphs=device.type == "cuda" and settings.engine.cuda_graphs and getattr(attention, "capturable", False),
+            graphs=device.type == "cuda" and settings.engine.cuda_graphs and capturable,
         )
         return programs, tables
 
@@ -212,7 +246,7 @@ def assemble(
     kv = KVCache(pages, page_size, settings.kv.prefix_cache, listen=plugins.observers.watches_kv)
     make_scheduler = plugins.registry("schedulers").get(settings.scheduler.policy).factory
     scheduler = make_scheduler(SchedulerContext(settings, kv, slots, longest, spec.eos_token_ids, max_drafts, prefill_tokens))
-    memory = {"weights": loaded.weight_bytes, "kv_pool": page_bytes * (pages + 1), "slots": tables.nbytes()}
+    memory = {"weights": loaded.weight_bytes + draft_bytes, "kv_pool": page_bytes * (pages + 1), "slots": tables.nbytes()}
     if room.workspace:
         memory["workspace"] = room.workspace
     info = ModelInfo(
@@ -235,6 +269,8 @@ def assemble(
         overlap_depth=settings.engine.overlap_depth,
         draft_length=drafts,
         observers=plugins.observers,
+        calls=plugins.calls(),
+        grammars=grammars,
     )
 
 
@@ -250,15 +286,19 @@ def draft_length(settings: Settings) -> DraftLength | None:
             fix=f"Use auto or 0 … {wanted.max_k}, or raise max_k.",
             param="speculative.k",
         )
-    return DraftLength(wanted.k, wanted.max_k) if wanted.k != 0 else None
+    if wanted.k == 0:
+        return None
+    # Acceptance at random says nothing of the proposer.
+    least = wanted.min_acceptance if wanted.synthetic_acceptance is None else 0.0
+    return DraftLength(wanted.k, wanted.max_k, AcceptanceWatch(least, f"proposer {wanted.method!r}"))
 
 
-def check_speculation(settings: Settings, spec: ModelSpec, plugins: PluginManager) -> None:
+def check_speculation(settings: Settings, spec: ModelSpec, plugins: PluginManager, target: DraftTarget) -> None:
     """Before anything is loaded. Raises `ConfigError` for what cannot work with this model."""
     drafts = draft_length(settings)
     synthetic_share(settings, drafts.max_k if drafts is not None else 0)
     if drafts is not None:
-        plugins.registry("proposers").require(settings.speculative.method, spec)
+        _draft_memory(plugins.registry("proposers").require(settings.speculative.method, spec), target)
 
 
 def synthetic_share(settings: Settings, max_drafts: int) -> float | None:
@@ -333,31 +373,63 @@ def _reader(settings: Settings, files: ModelFiles, plugins: PluginManager) -> Ca
     if settings.model.load_format != "auto":
         factory: Callable[[WeightsContext], Any] = registry.get(settings.model.load_format).factory
         return factory
-    supported = registry.supported(files.path)
+    return _reader_for(files.path, plugins)
+
+
+def _reader_for(path: Path, plugins: PluginManager) -> Callable[[WeightsContext], Any]:
+    registry = plugins.registry("weights")
+    supported = registry.supported(path)
     if not supported:
-        reasons = "; ".join(f"{name}: {why}" for name, why in registry.why_not(files.path).items())
-        raise CheckpointError(
-            f"No reader can open {files.path} ({reasons}).", fix="Give a folder with .safetensors, or a .gguf."
-        )
+        reasons = "; ".join(f"{name}: {why}" for name, why in registry.why_not(path).items())
+        raise CheckpointError(f"No reader can open {path} ({reasons}).", fix="Give a folder with .safetensors, or a .gguf.")
     return supported[0].factory
 
 
-def _draft_memory(entry: Entry | None, spec: ModelSpec, dtype: torch.dtype) -> DraftMemory:
-    ask: Callable[[ModelSpec, int], DraftMemory] | None = getattr(entry.factory, "memory", None) if entry is not None else None
-    return ask(spec, dtype.itemsize) if ask is not None else DraftMemory()
+def _draft_memory(entry: Entry | None, target: DraftTarget) -> DraftMemory:
+    ask: Callable[[DraftTarget], DraftMemory] | None = getattr(entry.factory, "memory", None) if entry is not None else None
+    return ask(target) if ask is not None else DraftMemory()
 
 
-def _attention(settings: Settings, spec: AttentionSpec, plugins: PluginManager) -> Callable[[AttentionContext], Any]:
+def _draft_model(entry: Entry | None, settings: Settings, loaded: LoadedModel, plugins: PluginManager) -> Any:
+    """The proposer's own, if it has one."""
+    load: Callable[[DraftContext], Any] | None = getattr(entry.factory, "load", None) if entry is not None else None
+    if load is None:
+        return None
+
+    def open_checkpoint(path: Path, slots: Iterable[WeightSlot]) -> Checkpoint:
+        registry = plugins.registry("weights")
+        dummy = settings.model.load_format == "dummy" and not registry.supported(path)
+        factory = registry.get("dummy").factory if dummy else _reader_for(path, plugins)
+        checkpoint: Checkpoint = factory(WeightsContext(path, settings, slots=slots))
+        return checkpoint
+
+    with torch.inference_mode():
+        return load(DraftContext(settings, loaded.model, loaded.context, open_checkpoint))
+
+
+def _grammars(settings: Settings, loaded: LoadedModel, plugins: PluginManager) -> GrammarStore:
+    registry, spec = plugins.registry("grammars"), loaded.model.spec
+    context = GrammarContext(settings, spec, loaded.path)
+    compilers = {entry.name: partial(entry.factory, context) for entry in registry.supported(spec)}
+    states = settings.grammar.states or GRAMMAR_BYTES // (4 * spec.vocab_size)
+    return GrammarStore(states if compilers else 0, compilers)
+
+
+def _attention(
+    settings: Settings, spec: AttentionSpec, plugins: PluginManager, *, or_any: bool = False
+) -> Callable[[AttentionContext], Any]:
+    """`or_any`: where the one that was asked for cannot do it, take another that can."""
     registry = plugins.registry("attention")
     name = settings.attention.backend
     if name != "auto":
         entry = registry.get(name)
         reason = entry.supports(spec)
-        if reason is not None:
+        if reason is not None and not or_any:
             raise ConfigError(
                 f"attention.backend {name!r} cannot serve this model: {reason}.", fix="Use attention.backend=auto."
             )
-        return entry.factory
+        if reason is None:
+            return entry.factory
     supported = registry.supported(spec)
     if not supported:
         raise ConfigError(f"No attention backend supports this model: {registry.why_not(spec)}.", fix="Run `fluent doctor`.")

@@ -76,6 +76,9 @@ OverlapDepth = Annotated[str | None, flag("engine.overlap_depth", "--overlap-dep
 Deterministic = Annotated[bool | None, flag("engine.deterministic", "--deterministic/--no-deterministic")]
 Threads = Annotated[str | None, flag("engine.threads", "--threads")]
 Policy = Annotated[str | None, flag("scheduler.policy", "--scheduler")]
+Speculative = Annotated[str | None, flag("speculative.method", "--speculative")]
+SpeculativeModel = Annotated[str | None, flag("speculative.model", "--speculative-model")]
+SpeculativeK = Annotated[str | None, flag("speculative.k", "--speculative-k")]
 KVMemory = Annotated[str | None, flag("kv.memory", "--kv-memory")]
 LogLevel = Annotated[str | None, flag("log.level", "--log-level")]
 

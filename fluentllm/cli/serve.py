@@ -24,6 +24,9 @@ def serve(
     threads: options.Threads = None,
     scheduler: options.Policy = None,
     kv_memory: options.KVMemory = None,
+    speculative: options.Speculative = None,
+    speculative_model: options.SpeculativeModel = None,
+    speculative_k: options.SpeculativeK = None,
     log_level: options.LogLevel = None,
     config: options.Config = None,
     sets: options.Sets = None,
@@ -49,6 +52,9 @@ def serve(
         "engine.threads": threads,
         "scheduler.policy": scheduler,
         "kv.memory": kv_memory,
+        "speculative.method": speculative,
+        "speculative.model": speculative_model,
+        "speculative.k": speculative_k,
         "log.level": log_level,
     }
     loaded = options.load(config, given, sets)

@@ -6,7 +6,7 @@ annotations alone name tensors), so that `layers` may use it. Everything but the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,5 +48,11 @@ class Batch:
     """Host side. Rows of each sequence, known for prefill only."""
     kv_lengths_host: tuple[int, ...] | None = None
     """Host side. `kv_lengths`, known for prefill only."""
+    first_key: int = 0
+    """Host side. Keys at positions before it do not exist for this pass's layers: 1 for draft layers that have no pair for a
+    sequence's first token (`step.draft_rows`). What a row before it computes means nothing, but is finite."""
+    layer_inputs: list[Tensor] = field(default_factory=list)
+    """What enters the trunk's layers that `Model.tap` named, [T, hidden] each, in their order: filled by the pass, for
+    proposers."""
     features: int = 0
     """Host side. Bits of `Feature`: what the pass's requests need, so that proposers compute no more than that either."""

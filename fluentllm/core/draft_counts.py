@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from .draft_watchdog import AcceptanceWatch
 from .types import SlotResult, SpeculativeInfo, SpeculativeStats
 
 
 class DraftCounts:
     """Fed by the engine with what every collected step brought every slot."""
 
-    def __init__(self, info: SpeculativeInfo) -> None:
+    def __init__(self, info: SpeculativeInfo, watch: AcceptanceWatch | None = None) -> None:
         self.info = info
+        self._watch = watch
         self.error: str | None = None
         self._verifications = 0
         self._drafted = [0] * info.max_k
@@ -31,4 +33,6 @@ class DraftCounts:
             drafted=list(self._drafted),
             accepted=list(self._accepted),
             error=self.error,
+            collapsed=self._watch is not None and self._watch.collapsed,
+            collapses=self._watch.collapses if self._watch is not None else 0,
         )

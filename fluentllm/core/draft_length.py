@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from .draft_watchdog import AcceptanceWatch
 from .types import StepPlan, StepResult
 
 WEIGHT = 0.1
@@ -23,7 +24,8 @@ FIRST_INTERVAL, LAST_INTERVAL = 32, 2048
 class DraftLength:
     """`k` fixed, or `auto` for 0 … `max_k`. Torch-free; fed by the engine with every collected step."""
 
-    def __init__(self, k: int | Literal["auto"], max_k: int) -> None:
+    def __init__(self, k: int | Literal["auto"], max_k: int, watch: AcceptanceWatch | None = None) -> None:
+        self.watch = watch or AcceptanceWatch(0.0)
         self.fixed = None if k == "auto" else k
         self.max_k = max_k if self.fixed is None else self.fixed
         self.survival = [0.0] * self.max_k
@@ -43,7 +45,7 @@ class DraftLength:
 
     def choose(self, batch: int) -> int:
         """Drafts to ask for, for a step of about `batch` sequences."""
-        if self._stopped:
+        if self._stopped or not self.watch.allows():
             return 0
         if self.fixed is not None:
             return self.fixed
@@ -69,6 +71,8 @@ class DraftLength:
         live = [slot for slot in decoded if slot.tokens]
         if not live:
             return
+        drafted = [slot for slot in live if slot.drafted]
+        self.watch.saw(len(drafted), sum(slot.accepted > 0 for slot in drafted))
         for j in range(k):
             share = sum(slot.accepted > j for slot in live) / len(live)
             self._weighed[j] += 1

@@ -13,16 +13,17 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
 from .draft_counts import DraftCounts
 from .draft_length import DraftLength
-from .errors import ContextTooLong, InvalidRequest
+from .errors import ContextTooLong, FluentError, InvalidRequest
 from .executor import Executor
+from .grammars import GrammarStore
 from .kv.cache import KVCache
-from .protocols import RequestEvent, Scheduler
+from .protocols import EngineCall, RequestEvent, Scheduler
 from .sequence import Phase, Sequence
 from .types import (
     MAX_STOP_IDS,
@@ -93,6 +94,8 @@ class Engine:
         overlap_depth: int,
         draft_length: DraftLength | None = None,
         observers: Observers | None = None,
+        calls: Mapping[str, EngineCall] | None = None,
+        grammars: GrammarStore | None = None,
     ) -> None:
         self.info = info
         self.scheduler = scheduler
@@ -101,10 +104,15 @@ class Engine:
         self.overlap_depth = overlap_depth
         self.draft_length = draft_length
         """None where nothing drafts."""
-        self.draft_counts = DraftCounts(info.speculative) if info.speculative is not None else None
+        watch = draft_length.watch if draft_length is not None else None
+        self.draft_counts = DraftCounts(info.speculative, watch) if info.speculative is not None else None
         self._left_drafts = 0
         """Drafts that the last launched step leaves for the next to verify."""
         self.observers = observers or Observers()
+        self.calls: Mapping[str, EngineCall] = calls or {}
+        """What plugins offer to front ends."""
+        self.grammars = grammars or GrammarStore(0, {})
+        self._refused: dict[str, int] = {}
         self.last_progress = time.monotonic()
         """When a step was last collected or the loop last idled, for the watchdog."""
         self._owners: dict[Sequence, Connection] = {}
@@ -124,14 +132,29 @@ class Engine:
         return Connection(self, deliver)
 
     def submit(self, connection: Connection, request: Request) -> None:
-        self._check(connection, request)
-        sequence = Sequence(request, self._stop_ids(request), self._arrivals)
-        self.scheduler.add(sequence)
+        try:
+            self._check(connection, request)
+            sequence = Sequence(request, self._stop_ids(request), self._arrivals)
+            self._enter(sequence)
+        except FluentError as error:
+            self._refused[error.code] = self._refused.get(error.code, 0) + 1
+            raise
         self._arrivals += 1
         self._owners[sequence] = connection
         connection.sequences[request.id] = sequence
         self._observe("queued", sequence)
         self._wake.set()
+
+    def _enter(self, sequence: Sequence) -> None:
+        grammar = sequence.request.params.grammar
+        if grammar is not None:
+            self.grammars.acquire(grammar)
+        try:
+            self.scheduler.add(sequence)
+        except FluentError:
+            if grammar is not None:
+                self.grammars.release(grammar)
+            raise
 
     def abort(self, sequence: Sequence) -> None:
         if self._owners.pop(sequence, None) is None:
@@ -164,6 +187,12 @@ class Engine:
         if bad is not None:
             vocab = self.info.spec.vocab_size
             raise InvalidRequest(f"Token id {bad} is outside the vocabulary.", fix=f"Ids are 0 … {vocab - 1}.", param="prompt")
+        if request.params.grammar is not None and request.params.min_tokens:
+            raise InvalidRequest(
+                "min_tokens forbids the end where the grammar may allow nothing else.",
+                fix="Leave min_tokens out, and let the grammar ask for as much.",
+                param="min_tokens",
+            )
         if len(self._stop_ids(request)) > MAX_STOP_IDS:
             raise InvalidRequest("Too many stop token ids.", fix=f"Send at most {MAX_STOP_IDS}.", param="stop_token_ids")
 
@@ -192,6 +221,7 @@ class Engine:
         plan = None if self._stopping else self.scheduler.plan(self._steps, self._drafting())
         if plan is not None:
             self._left_drafts = plan.drafting.draft
+            self.grammars.prepare(plan, self.scheduler)
             self._steps += 1
             self._launched.append((plan, self.executor.launch(plan)))
             for init in plan.admit:
@@ -290,6 +320,8 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.phase = Phase.FINISHED
         sequence.finish_reason = reason
+        if sequence.request.params.grammar is not None:
+            self.grammars.release(sequence.request.params.grammar)
         self._observe(
             "finished",
             sequence,
@@ -313,6 +345,7 @@ class Engine:
             cached_tokens=self._cached_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.preemptions,
+            refused=dict(self._refused),
             speculative=self.draft_counts.stats() if self.draft_counts is not None else None,
         )
 

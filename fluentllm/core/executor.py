@@ -102,6 +102,8 @@ class Executor:
 
     def _apply(self, plan: StepPlan) -> None:
         """Admissions and page grants, before the programs of the same step, on their stream."""
+        for load in plan.grammars:
+            self.tables.load_grammar(load)
         if plan.admit:
             generations, logprobs = list(self._rows.generations), list(self._rows.logprobs)
             for init in plan.admit:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from .protocols import (
         Register,
+        RegisterCall,
         RegisterConfig,
         RegisterModel,
         RegisterRoute,
@@ -74,12 +75,18 @@ def fluent_kv_transports(register: Register) -> None:
 
 @hookspec
 def fluent_grammars(register: Register) -> None:
-    """Give grammar engines for constrained decoding."""
+    """Give compilers of grammars, by the kind that a request asks for: `register("regex", factory, supports=...)`."""
 
 
 @hookspec
 def fluent_routes(register: RegisterRoute) -> None:
     """Give HTTP routes: `register("/v1/models", endpoint, methods=("GET",))`. Front-end process."""
+
+
+@hookspec
+def fluent_calls(register: RegisterCall) -> None:
+    """Give calls that a front end can make: `register("metrics", function)`. Engine process; the front end's way to them is
+    `EngineClient.call("metrics")`."""
 
 
 @hookspec

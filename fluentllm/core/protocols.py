@@ -19,22 +19,34 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .batch import Batch
+    from .grammars import GrammarTable
     from .kv.cache import KVCache
     from .kv.pool import KVPool
     from .sequence import Sequence
     from .settings import Settings
     from .slots import SlotTables
-    from .types import Drafting, ModelSpec, StepPlan
+    from .types import Drafting, KVSpec, ModelSpec, StepPlan
 
 # ------------------------------------------------------------------------------------------------------------ registration
 Supports = Callable[[Any], str | None]
 """Given the spec in question, None, or the reason why not."""
 
 
+EngineCall = Callable[[Any, bytes], bytes]
+"""(engine, data) → data; see `RegisterCall`."""
+
+
 class Register(Protocol):
     """`register(name, factory, supports=...)`: offer something that the config chooses by name, or `auto` chooses."""
 
     def __call__(self, name: str, factory: Callable[..., Any], *, supports: Supports = ...) -> None: ...
+
+
+class RegisterCall(Protocol):
+    """`function(engine, data) -> bytes`: called in the engine's loop, with its `core.session.Engine` and what was sent.
+    It may not block. What it raises reaches the caller as an error."""
+
+    def __call__(self, name: str, function: EngineCall) -> None: ...
 
 
 class RegisterConfig(Protocol):
@@ -232,6 +244,12 @@ class Model(Protocol):
         """[R, hidden] → [R, vocab] float32."""
         ...
 
+    def tap(self, layers: SequenceOf[int]) -> None:
+        """From now on a pass leaves the hidden states at the input of these layers, before their norm, in
+        `Batch.layer_inputs` (`fluentllm.layers.trunk`). Proposers ask for it when they are made; a model that cannot may lack
+        the method, and then refuses them."""
+        ...
+
 
 class ModelFamily(Protocol):
     """One architecture: reads its config, builds its network."""
@@ -362,13 +380,41 @@ class FusedMLA(AttentionBackend):
 
 # -------------------------------------------------------------------------------------------------------------- speculation
 @dataclass(frozen=True, slots=True)
+class DraftTarget:
+    """What a proposer's memory depends on."""
+
+    settings: Settings
+    spec: ModelSpec
+    """Of the target."""
+    value_bytes: int
+    """Bytes of one value of a hidden state."""
+    path: Path | None = None
+    """The target's folder or file; None where that has been looked at before."""
+
+
+@dataclass(frozen=True, slots=True)
 class DraftMemory:
-    """What a proposer keeps for the tokens of the KV pool; counted when the pool is planned."""
+    """What a proposer keeps for the tokens of the KV pool; counted when the pool is planned. Its pages are the target's: one
+    lease holds both, under one number."""
 
     kv_layers: int = 0
-    """Layers of the pool behind the target's, of the same shape: the pass to `AttentionBackend` as layers kv.layers and up."""
+    """Layers of the pool behind the target's, of the same shape: passed to `AttentionBackend` as layers kv.layers and up."""
+    kv: KVSpec | None = None
+    """Instead: layers of another shape, in a pool of their own with an attention backend of its own, as layers 0 and up."""
     bytes_per_page: int = 0
     """Tensors of its own, for each page."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What a proposer loads its draft model with."""
+
+    settings: Settings
+    target: Model
+    build: BuildContext
+    """As the target was built."""
+    open: Callable[[Path, Iterable[WeightSlot]], Checkpoint]
+    """Open a folder or file with the reader that fits it; random weights for these slots where the target has such too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,19 +425,25 @@ class ProposerContext:
     model: Model
     tables: SlotTables
     attention: AttentionBackend
+    """Of the proposer's own KV layers: the target's, or one for `DraftMemory.kv`."""
     max_drafts: int
     pages: int = 0
     """Usable pages of the KV pool; their numbers are 1 … pages, and 0 is scratch."""
     dtype: str = "float32"
     """Of hidden states."""
+    draft: Any = None
+    """What the factory's `load` gave."""
 
 
 class ProposerFactory(Protocol):
-    """What `fluent_proposers` registers: a callable. It is asked `supports(model spec)` before anything is allocated. A
-    factory with an attribute `memory` is asked for it then too; others keep nothing in the pool."""
+    """What `fluent_proposers` registers: a callable. It is asked `supports(model spec)` before anything is loaded. `memory` and
+    `load` may be missing: then it keeps nothing in the pool, and has no weights of its own."""
 
-    memory: Callable[[ModelSpec, int], DraftMemory]
-    """(the target, bytes of one value of a hidden state) → what it keeps."""
+    memory: Callable[[DraftTarget], DraftMemory]
+    """What it keeps; asked before anything is loaded, and again. Raises `ConfigError` for settings that cannot work with this
+    target."""
+    load: Callable[[DraftContext], Any]
+    """Load a draft model, after the target and before the pool is planned; what it returns has `nbytes()`."""
 
     def __call__(self, context: ProposerContext) -> Proposer: ...
 
@@ -409,6 +461,27 @@ class Proposer(Protocol):
         [B] int64. A row at position p of slot s became part of the history if p < tables.length[s]; rows of slots that had
         finished before write to page 0 (`batch.kv_rows`). One that raises, or returns other shapes, is switched off for good.
         """
+        ...
+
+
+# ---------------------------------------------------------------------------------------------------------------- grammars
+@dataclass(frozen=True, slots=True)
+class GrammarContext:
+    """What a compiler of grammars is made from."""
+
+    settings: Settings
+    spec: ModelSpec
+    """With the vocabulary's size and the end-of-sequence ids, which a state where the text may end must allow."""
+    path: Path
+    """The model's folder or file, where its tokenizer is."""
+
+
+class GrammarCompiler(Protocol):
+    """What `fluent_grammars` factories make; the name that one is registered under is the kind of its grammars."""
+
+    def compile(self, source: str) -> GrammarTable:
+        """Called in the engine's loop, once for each grammar in use. Raises `InvalidRequest` for a source that is none, or a
+        grammar that is no finite table over the model's tokens."""
         ...
 
 

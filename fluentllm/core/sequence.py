@@ -32,6 +32,8 @@ def features_of(params: SamplingParams) -> int:
         features |= Feature.BIAS
     if params.logprobs is not None:
         features |= Feature.LOGPROBS
+    if params.grammar is not None:
+        features |= Feature.GRAMMAR
     if params.min_tokens > 0:
         features |= Feature.MIN_TOKENS
     return features

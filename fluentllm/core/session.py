@@ -24,7 +24,9 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from .protocols import EngineCall
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,9 @@ class Engine(Protocol):
 
     last_progress: float
     """When a step was last collected, or the loop idled; monotonic clock."""
+
+    calls: Mapping[str, EngineCall]
+    """What plugins offer to front ends (`fluent_calls`), by name."""
 
     async def run(self) -> None:
         """Until `stop`."""
@@ -100,9 +105,23 @@ class Session:
             self._deliver(refusal(request.id, FluentError(f"The engine failed on this request: {error!r}.")))
 
     def _control(self, call: ControlCall) -> None:
+        if call.method == "plugin":
+            self._deliver(self._plugin(call))
+            return
         if call.method == "clear_cache":
             self._engine.clear_cache()
         self._deliver(ControlReply(id=call.id, stats=self._engine.stats()))
+
+    def _plugin(self, call: ControlCall) -> ControlReply:
+        function = self._engine.calls.get(call.name)
+        if function is None:
+            known = ", ".join(sorted(self._engine.calls)) or "none"
+            return ControlReply(id=call.id, error=f"No plugin of the engine offers the call {call.name!r}; there are: {known}.")
+        try:
+            return ControlReply(id=call.id, data=function(self._engine, call.data))
+        except Exception as error:
+            log.exception("the call %r of a plugin failed", call.name)
+            return ControlReply(id=call.id, error=f"The call {call.name!r} raised {type(error).__name__}: {error}.")
 
     def abort(self, ids: list[str]) -> None:
         self._connection.abort(ids)

@@ -95,14 +95,33 @@ class AttentionSettings(Struct, kw_only=True, forbid_unknown_fields=True):
 
 class SpeculativeSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     method: Annotated[str, _help("Who drafts, by the name a plugin gave it, such as pld; none turns speculation off.")] = "none"
+    model: Annotated[
+        str | None,
+        _help("A draft model for methods that need one (eagle): a folder or a Hugging Face id; the default's own if null."),
+    ] = None
     k: Annotated[
         int | Literal["auto"],
         _help("Drafts a step; auto picks 0 … max_k by measured times and acceptance."),
     ] = "auto"
     max_k: Annotated[int, _help("Most drafts a step.", ge=1, le=7)] = 4
+    min_acceptance: Annotated[
+        float,
+        _help(
+            "If a smaller share of first drafts is right, drafting stops for a while and the log says so. 0: never.", ge=0, le=1
+        ),
+    ] = 0.02
     synthetic_acceptance: Annotated[
         Annotated[float, Meta(ge=1, le=8)] | None,
         _help("For benchmarks on random weights only: accept drafts at random, this many tokens a step. Answers mean nothing."),
+    ] = None
+
+
+class GrammarSettings(Struct, kw_only=True, forbid_unknown_fields=True):
+    states: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        _help(
+            "States of all grammars in use at once; what 64 MiB of device memory hold if null. None without grammar plugins."
+        ),
     ] = None
 
 
@@ -128,6 +147,7 @@ class Settings(Struct, kw_only=True, forbid_unknown_fields=True):
     kv: KVSettings = field(default_factory=KVSettings)
     attention: AttentionSettings = field(default_factory=AttentionSettings)
     speculative: SpeculativeSettings = field(default_factory=SpeculativeSettings)
+    grammar: GrammarSettings = field(default_factory=GrammarSettings)
     log: LogSettings = field(default_factory=LogSettings)
     plugins: PluginSettings = field(default_factory=PluginSettings)
     plugin: dict[str, Any] = field(default_factory=dict)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .staging import upload
-from .types import MAX_LOGIT_BIAS, MAX_STOP_IDS, Feature, PageGrant, SamplingParams, SlotInit
+from .types import MAX_LOGIT_BIAS, MAX_STOP_IDS, Feature, GrammarLoad, PageGrant, SamplingParams, SlotInit
 
 _INTS = ("length", "prompt_length", "end", "min_end", "top_k", "logprobs", "seed", "drafted")
 _FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
@@ -29,7 +29,15 @@ class SlotTables:
     """
 
     def __init__(
-        self, slots: int, max_model_len: int, page_size: int, vocab_size: int, device: torch.device, *, max_drafts: int = 0
+        self,
+        slots: int,
+        max_model_len: int,
+        page_size: int,
+        vocab_size: int,
+        device: torch.device,
+        *,
+        max_drafts: int = 0,
+        grammar_states: int = 0,
     ) -> None:
         rows = slots + 1
         self.slots = slots
@@ -52,6 +60,10 @@ class SlotTables:
         self.prompt_seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
         self.output_counts = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
 
+        self.grammar_state = torch.zeros(rows, dtype=torch.int64, device=device)
+        # Row 0 allows everything and leads to itself; the others are grammars' (`core.grammars`).
+        self.grammar_next = torch.zeros(1 + grammar_states, vocab_size, dtype=torch.int32, device=device)
+
         self.length, self.prompt_length, self.end, self.min_end, self.top_k, self.logprobs, self.seed, self.drafted = (
             self.ints.unbind(1)
         )
@@ -61,7 +73,7 @@ class SlotTables:
 
     def nbytes(self) -> int:
         tables = (self.history, self.page_table, self.stop_ids, self.bias_ids, self.bias_values, self.ints, self.floats)
-        return sum(t.nbytes for t in (*tables, self.finished, self.prompt_seen, self.output_counts))
+        return sum(t.nbytes for t in (*tables, self.finished, self.prompt_seen, self.output_counts, self.grammar_next))
 
     def admit(self, init: SlotInit, features: int) -> None:
         """Fill the row of a request that enters, or comes back after a preemption."""
@@ -77,10 +89,17 @@ class SlotTables:
         self.finished[row] = False
         # A neighbour with a bias makes the step add every row's, so a request without one must not find its predecessor's.
         self.bias_values[row] = 0.0
+        self.grammar_state[row] = init.grammar_state
         if features & Feature.BIAS:
             self._admit_bias(row, params.logit_bias)
         if features & Feature.PENALTIES:
             self._admit_counts(row, init)
+
+    def load_grammar(self, load: GrammarLoad) -> None:
+        """Write a grammar's rows; its states are counted from its first row."""
+        table = torch.frombuffer(bytearray(load.next), dtype=torch.int32).view(load.states, self.vocab_size)
+        table = torch.where(table < 0, table, table + load.first)
+        self.grammar_next[load.first : load.first + load.states] = table.to(self.device)
 
     def grant(self, grant: PageGrant) -> None:
         self.page_table[grant.slot, grant.first : grant.first + len(grant.pages)] = self._upload(grant.pages, torch.int32)

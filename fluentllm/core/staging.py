@@ -21,7 +21,7 @@ def upload(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: 
 def upload_all(lists: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
     """Several lists of integers in one copy → int64 views of one tensor."""
     flat: list[int] = [value for values in lists for value in values]
-    return list(upload(flat, torch.int64, device).split([len(values) for values in lists]))
+    return list(torch.split(upload(flat, torch.int64, device), [len(values) for values in lists]))
 
 
 def to_host(tensor: Tensor) -> Tensor:

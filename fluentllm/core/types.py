@@ -15,6 +15,13 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 # --------------------------------------------------------------------------------------------------------------- requests
+class GrammarSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the text must be: a grammar of a kind that some plugin knows (`fluent_grammars`)."""
+
+    kind: str
+    source: str
+
+
 class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one request draws its tokens. Validated by the front end; the step program trusts it."""
 
@@ -42,6 +49,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """None: none. n ≥ 0: the chosen token's, and the n most likely, n ≤ `MAX_LOGPROBS`."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens (the first has none); such a request does not read the prefix cache."""
+    grammar: GrammarSpec | None = None
 
 
 MAX_LOGIT_BIAS = 512
@@ -104,6 +112,8 @@ class SlotInit(Struct, frozen=True, array_like=True):
     pages: list[int]
     params: SamplingParams
     stop_ids: list[int]
+    grammar_state: int = 0
+    """Row of the grammar table that it stands in; filled by the engine."""
 
 
 class PageGrant(Struct, frozen=True, array_like=True):
@@ -124,6 +134,14 @@ class PrefillChunk(Struct, frozen=True, array_like=True):
     prompt_logprobs: int | None = None
 
 
+class GrammarLoad(Struct, frozen=True, array_like=True):
+    """Write a grammar's table to `states` rows of the device's from `first` on (`core.grammars`)."""
+
+    first: int
+    states: int
+    next: bytes
+
+
 class Drafting(Struct, frozen=True):
     """How many drafts a step verifies, and how many it leaves for the next to verify."""
 
@@ -137,6 +155,8 @@ class StepPlan(Struct, frozen=True, kw_only=True):
     step: int
     admit: list[SlotInit] = field(default_factory=list)
     grants: list[PageGrant] = field(default_factory=list)
+    grammars: list[GrammarLoad] = field(default_factory=list)
+    """Applied before the admissions; filled by the engine."""
     prefill: list[PrefillChunk] = field(default_factory=list)
     decode: list[int] = field(default_factory=list)
     """Slots that decode."""
@@ -156,6 +176,7 @@ class Feature:
     FILTER = 16
     """Some top-k, top-p or min-p is on."""
     MIN_TOKENS = 32
+    GRAMMAR = 64
 
 
 class SlotResult(Struct, array_like=True):
@@ -288,6 +309,10 @@ class SpeculativeStats(Struct, frozen=True, kw_only=True):
     """And how often that and all before it were right."""
     error: str | None = None
     """Why the proposer was switched off."""
+    collapsed: bool = False
+    """Acceptance has collapsed: it is switched off for a while, or being tried again."""
+    collapses: int = 0
+    """How often that happened."""
 
     @property
     def mean_accepted_length(self) -> float:
@@ -309,6 +334,8 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     cached_tokens: int
     generated_tokens: int
     preemptions: int
+    refused: dict[str, int] = field(default_factory=dict)
+    """Requests that did not enter, by the code of the error."""
     speculative: SpeculativeStats | None = None
     """None where nothing drafts."""
 
@@ -326,7 +353,10 @@ class ControlCall(Struct, frozen=True, tag="control"):
     """Ask the engine for something outside the token stream; answered by a `ControlReply` with the same id."""
 
     id: int
-    method: Literal["stats", "clear_cache"]
+    method: Literal["stats", "clear_cache", "plugin"]
+    name: str = ""
+    """plugin: what a plugin registered by `fluent_calls`, and what it is given."""
+    data: bytes = b""
 
 
 class Ready(Struct, frozen=True, tag="ready"):
@@ -354,6 +384,10 @@ class Refused(Struct, frozen=True, tag="refused"):
 class ControlReply(Struct, frozen=True, tag="control_reply"):
     id: int
     stats: EngineStats | None = None
+    data: bytes = b""
+    """plugin: what it gave back."""
+    error: str | None = None
+    """plugin: why it could not be called."""
 
 
 ToEngine = Generate | Abort | ControlCall

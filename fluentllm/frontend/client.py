@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from fluentllm.core import ipc
-from fluentllm.core.errors import EngineDied, EngineUnavailable, FluentError
+from fluentllm.core.errors import EngineDied, EngineUnavailable, FluentError, PluginError
 from fluentllm.core.session import Session
 from fluentllm.core.types import (
     Abort,
@@ -65,6 +65,11 @@ class EngineClient(Protocol):
         """Forget all prefixes. Raises `EngineUnavailable`."""
         ...
 
+    async def call(self, name: str, data: bytes = b"") -> bytes:
+        """Make a call that a plugin of the engine registered by `fluent_calls`. Raises `EngineUnavailable`, and `PluginError`
+        if there is no such call or it raised."""
+        ...
+
 
 class _Client(ABC):
     """What both clients share: a request is a stream of the inbox, filled by `receive`, read by the generator."""
@@ -108,6 +113,13 @@ class _Client(ABC):
     async def clear_cache(self) -> None:
         self._check()
         await self._inbox.call("clear_cache", self._send)
+
+    async def call(self, name: str, data: bytes = b"") -> bytes:
+        self._check()
+        reply = await self._inbox.call("plugin", self._send, name, data)
+        if reply.error is not None:
+            raise PluginError(reply.error)
+        return reply.data
 
     @abstractmethod
     def _check(self) -> None:

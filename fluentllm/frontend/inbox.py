@@ -101,12 +101,18 @@ class Inbox:
             if not call.done():
                 call.set_exception(make())
 
-    async def call(self, method: Literal["stats", "clear_cache"], send: Callable[[ControlCall], None]) -> ControlReply:
+    async def call(
+        self,
+        method: Literal["stats", "clear_cache", "plugin"],
+        send: Callable[[ControlCall], None],
+        name: str = "",
+        data: bytes = b"",
+    ) -> ControlReply:
         number = next(self._numbers)
         reply: asyncio.Future[ControlReply] = asyncio.get_running_loop().create_future()
         self._calls[number] = reply
         try:
-            send(ControlCall(id=number, method=method))
+            send(ControlCall(id=number, method=method, name=name, data=data))
             return await reply
         finally:
             del self._calls[number]

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ..core.errors import ContextTooLong, InvalidRequest
-from ..core.types import MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingParams
+from ..core.types import MAX_LOGIT_BIAS, MAX_STOP_IDS, GrammarSpec, SamplingParams
 
 if TYPE_CHECKING:
     from ..core.types import ModelInfo
@@ -74,6 +74,9 @@ class SamplingOptions(Struct, kw_only=True, forbid_unknown_fields=True, omit_def
     ) = None
     stop_token_ids: (
         Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS // 2, description="Token ids that end the text.")] | None
+    ) = None
+    grammar: (
+        Annotated[GrammarSpec, Meta(description="What the text must be: `kind`, one that a plugin knows, and `source`.")] | None
     ) = None
     ignore_eos: Annotated[bool, Meta(description="Go on after the model's end-of-sequence token. Default false.")] | None = None
     n: Annotated[int, Meta(ge=1, description="Choices for each prompt. Default 1.")] | None = None
@@ -169,6 +172,7 @@ def sampling_params(
         ignore_eos=bool(options.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=options.grammar,
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 DEFAULT_MODEL = "smollm2"
@@ -47,6 +48,8 @@ class Default:
     about: str
     license: str
     source: WheelSource | PackageSource
+    drafts: Mapping[str, Path] = field(default_factory=dict)
+    """`speculative.method` → folder of a draft model that was made for it."""
 
 
 SMOLLM2 = Default(

@@ -75,6 +75,20 @@ def resolve(
         return ModelFiles(name, fetch_snapshot(name, revision, show, weights=weights, refresh=refresh), "folder")
 
 
+def resolve_draft(draft: str | None, target: str, method: str, progress: Progress | None = None) -> ModelFiles | None:
+    """The draft model `draft` (a folder or a Hugging Face id) for the model `target`, fetched where it is not here yet; without
+    one, the one that a default has for `method`, or None. Raises `ModelNotFound`."""
+    if draft is None:
+        default = DEFAULTS.get(target)
+        folder = default.drafts.get(method) if default is not None else None
+        return ModelFiles(folder.name, folder, "folder") if folder is not None else None
+    try:
+        return resolve(draft, progress=progress)
+    except ModelNotFound as error:
+        param = "speculative.model"
+        raise ModelNotFound(f"{param}: {error.message}", fix=error.fix, param=param) from error
+
+
 def _local(name: str, path: Path) -> ModelFiles:
     if path.is_file():
         if path.suffix.lower() == ".gguf":

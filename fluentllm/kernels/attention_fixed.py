@@ -22,9 +22,9 @@ _WORKSPACE = 1 << 23
 """Values of one elementwise product, which bounds how many rows are done at a time."""
 
 
-def fixed_order_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
+def fixed_order_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, first_key: int = 0) -> Tensor:
     """Rows of one sequence: q [T, H, D] at `positions` [T]; k [L, Hkv, D], v [L, Hkv, Dv], L > positions → [T, H, Dv] in q's
-    dtype."""
+    dtype. Keys before `first_key` < L are not seen; a row before it gets something finite."""
     rows, heads, dim = q.shape
     if not rows:
         return q.new_zeros(0, heads, v.shape[2])
@@ -34,7 +34,7 @@ def fixed_order_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sc
     width = keys.shape[1] * KEYS * max(dim, v.shape[2])
     step = max(1, _WORKSPACE // (heads * width))
     blocks = [
-        _attend(q_block.float() * scale, keys, values, block)
+        _attend(q_block.float() * scale, keys, values, block.clamp(min=first_key), first_key)
         for q_block, block in zip(q.split(step), positions.split(step), strict=True)
     ]
     return torch.cat(blocks).to(q.dtype)
@@ -46,12 +46,12 @@ def _tiles(x: Tensor) -> Tensor:
     return padded.transpose(0, 1).unflatten(1, (-1, KEYS))
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, first_key: int) -> Tensor:
     """q [R, H, D] float32, keys [H, tiles, KEYS, D], values [H, tiles, Dv, KEYS] → [R, H, Dv]."""
     tiles = keys.shape[1]
     scores = ordered_row_sum(q[:, :, None, None, :] * keys)
     index = torch.arange(tiles * KEYS, device=q.device).view(tiles, KEYS)
-    scores = scores.masked_fill(index > positions[:, None, None, None], float("-inf"))
+    scores = scores.masked_fill((index > positions[:, None, None, None]) | (index < first_key), float("-inf"))
     shifted = scores - scores.amax((2, 3), keepdim=True)
     weights = in_pieces(torch.exp, shifted)
     total = _left_to_right(ordered_row_sum(weights))

@@ -29,17 +29,19 @@ class AttentionShape:
     out_bias: bool = False
     norm_eps: float | None = None
     """If set, queries and keys are normed head by head before rotary (`q_norm`, `k_norm`)."""
+    inputs: int | None = None
+    """Width of what q, k and v are made from; `hidden` if None."""
 
 
 class Attention(Module):
-    """[T, hidden] → [T, hidden]. q, k and v are one product, and q and k are rotated in one call."""
+    """[T, inputs] → [T, hidden]. q, k and v are one product, and q and k are rotated in one call."""
 
     def __init__(self, ctx: BuildContext, prefix: str, shape: AttentionShape, layer: int, rotary: Rotary) -> None:
         self.layer = layer
         self.shape = shape
         dim = shape.head_dim
         parts = {"q_proj": shape.heads * dim, "k_proj": shape.kv_heads * dim, "v_proj": shape.kv_heads * dim}
-        self.qkv = Linear(ctx, prefix, shape.hidden, parts, bias=shape.bias)
+        self.qkv = Linear(ctx, prefix, shape.inputs or shape.hidden, parts, bias=shape.bias)
         self.o = Linear(ctx, prefix, shape.heads * dim, {"o_proj": shape.hidden}, bias=shape.out_bias)
         self.q_norm = self.k_norm = None
         if shape.norm_eps is not None:

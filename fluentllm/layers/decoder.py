@@ -15,6 +15,7 @@ from .mlp import MLP
 from .module import Module, join
 from .norm import RMSNorm
 from .rotary import Rotary
+from .trunk import Trunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -64,7 +65,7 @@ class DecoderLayer(Module):
         return self.mlp(self.post_norm.add(x, residual))
 
 
-class Decoder(Module):
+class Decoder(Trunk):
     """A `core.protocols.Model`."""
 
     def __init__(self, ctx: BuildContext, config: DecoderConfig, feed_forward: FeedForward | None = None) -> None:
@@ -88,11 +89,7 @@ class Decoder(Module):
         """Hidden states after the final norm, [T, hidden]."""
         attention.begin(batch)
         residual = self.embedding(batch.tokens)
-        rope = self.rotary.rows(batch.positions)
-        delta = None
-        for layer in self.layers:
-            delta = layer(delta, residual, rope, batch, attention)
-        return self.norm(residual) if delta is None else self.norm.add(delta, residual)
+        return self.run_layers(residual, self.rotary.rows(batch.positions), batch, attention)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] → [R, vocab] float32."""

@@ -20,6 +20,7 @@ from .linear import Linear
 from .mla import MLALayer
 from .module import Module, join
 from .norm import RMSNorm
+from .trunk import Trunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -99,7 +100,7 @@ class MTP(Module):
         return {join(name, "weight") for name in names}
 
 
-class DraftingModel(Module):
+class DraftingModel(Trunk):
     """A `core.protocols.Model` that may hold an MTP layer: its tensors may all be missing, then `mtp` is None after loading
     and `spec.draft_kv_layers` 0."""
 

@@ -16,7 +16,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from fluentllm.core.timeline import Timeline
-from fluentllm.hub.files import resolve
+from fluentllm.hub.files import resolve, resolve_draft
 
 from .banner import banner
 from .child import LOG_FORMAT
@@ -47,6 +47,8 @@ def serve(settings: Settings) -> None:
         model = settings.model
         with timeline.stage("model files"):
             files = resolve(model.name, model.revision, weights=model.load_format != "dummy")
+            # What is to be fetched is fetched here, once: the engine finds it in the cache.
+            resolve_draft(settings.speculative.model, model.name, settings.speculative.method)
         listen(public, settings.server)
         asyncio.run(Supervisor(settings, files, public, timeline).run())
 

@@ -17,6 +17,7 @@ from ..core.protocols import AttentionBackend, Model, Proposer
 from ..core.slots import SlotTables
 from ..core.types import Drafting, Feature
 from .commit import Committed, commit, leave_drafts
+from .grammar import advance, forbid_tokens
 from .logprobs import Logprobs, logprobs_of
 from .processors import process_logits
 from .sample import draw
@@ -147,6 +148,8 @@ def draw_and_commit(
     drafts = batch.tokens.view(-1, rows)[:, 1:]
     raw = logits.clone() if features & Feature.LOGPROBS else logits
     logits = process_logits(logits, row_slots, positions, drafts, tables, features)
+    if features & Feature.GRAMMAR:
+        forbid_tokens(logits, slots, drafts, tables)
     drawn = draw(logits, row_slots, positions, tables, features)
     right = None
     if synthetic is not None and rows > 1:
@@ -154,4 +157,6 @@ def draw_and_commit(
         drawn = drawn.view(-1)
     logprobs = logprobs_of(raw, drawn) if features & Feature.LOGPROBS else None
     committed = commit(drawn.view(-1, rows), drafts, slots, tables, features, right)
+    if features & Feature.GRAMMAR:
+        advance(committed.tokens, committed.counts, slots, tables)
     return committed, logprobs

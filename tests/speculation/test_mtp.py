@@ -12,7 +12,8 @@ from engine.harness import Harness, write_tiny_llama
 from fluentllm.assembly import assemble
 from fluentllm.core.errors import ConfigError
 
-from .mtp import CONFIGS, Drafted, Reference, half_right, harness, watched
+from .mtp import CONFIGS, Reference, harness
+from .watching import Drafted, half_right, unchanged, watched
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,7 +71,7 @@ async def test_drafts_and_tokens_under_pressure(case: Case, k: int, depth: int) 
         "model.max_model_len": 80,
         "kv.memory": str(17 * case.page_bytes()),
     }
-    async with case.model.engine(plugins=watched(record, half_right(texts)), **settings) as running:
+    async with case.model.engine(plugins=watched("mtp", record, half_right(texts)), **settings) as running:
         lengths = running.engine.draft_length
         assert lengths is not None
         rng = random.Random(k)
@@ -93,7 +94,7 @@ async def test_plain_decoding_drafts_the_same(case: Case) -> None:
     """One request after the other, whole prompts, no cache, a fixed K."""
     record: list[Drafted] = []
     settings = {"speculative.method": "watched", "speculative.k": 3, "kv.prefix_cache": False}
-    async with case.model.engine(plugins=watched(record, lambda history, own: own), **settings) as running:
+    async with case.model.engine(plugins=watched("mtp", record, unchanged), **settings) as running:
         for (tokens, params), answer in zip(work(2), case.answers, strict=False):
             assert await running.tokens(tokens, **params) == answer
     assert sum(drafted.check(case.reference) for drafted in record) > 0.95 * sum(len(drafted.drafts) for drafted in record)

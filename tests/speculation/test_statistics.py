@@ -13,8 +13,9 @@ from fluentllm.assembly import assemble
 from fluentllm.core.errors import ConfigError
 from fluentllm.step.synthetic import share_for
 
-from .mtp import Drafted, Reference, harness, watched
+from .mtp import Reference, harness
 from .proposers import plugins_with
+from .watching import Drafted, unchanged, watched
 
 
 async def test_counts_by_position(tiny: Harness) -> None:
@@ -82,7 +83,7 @@ async def test_synthetic_acceptance_leaves_positions_and_kv_consistent(tmp_path_
     """The accepted drafts are the history: what MTP drafts after it is what it drafts from scratch."""
     model = harness(tmp_path_factory.mktemp("synthetic"), "deepseek_v3")
     record: list[Drafted] = []
-    plugins = watched(record, lambda history, own: own)
+    plugins = watched("mtp", record, unchanged)
     settings = {"speculative.method": "watched", "speculative.k": 3, "speculative.synthetic_acceptance": 3.0}
     async with model.engine(plugins=plugins, **settings) as running:
         tokens = await running.tokens([5, 6, 7], max_tokens=40, ignore_eos=True)

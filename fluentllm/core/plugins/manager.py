@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     import typer
 
-    from ..protocols import Supports
+    from ..protocols import EngineCall, Supports
 
 log = logging.getLogger("fluentllm.plugins")
 
@@ -51,7 +51,12 @@ REGISTRIES: dict[str, tuple[str, str | None]] = {
 """Kind → what one is called, and the setting that chooses it. The hook is `fluent_<kind>`."""
 
 
-HOOK_PROCESSES = {"fluent_routes": "frontend", **dict.fromkeys(OBSERVER_HOOKS, "engine"), "fluent_commands": "cli"}
+HOOK_PROCESSES = {
+    "fluent_routes": "frontend",
+    "fluent_calls": "engine",
+    **dict.fromkeys(OBSERVER_HOOKS, "engine"),
+    "fluent_commands": "cli",
+}
 """Hooks that are called in one process only, since what they import is heavy or what they watch is there. The others
 are called wherever the plugin is loaded."""
 
@@ -77,6 +82,7 @@ class PluginManager:
         self._registries = {kind: Registry(kind, *about) for kind, about in REGISTRIES.items()}
         self._routes = RouteTable()
         self._structs: dict[str, type[msgspec.Struct]] = {}
+        self._engine_calls: dict[str, tuple[PluginInfo, EngineCall]] = {}
         self.observers = Observers(self.ledger, {})
 
     @classmethod
@@ -124,6 +130,13 @@ class PluginManager:
 
     def routes(self) -> Sequence[Route]:
         return self._routes.routes
+
+    def calls(self) -> dict[str, EngineCall]:
+        """What plugins offer to front ends, by name; timed like every call into a plugin."""
+        return {
+            name: partial(self.ledger.call, info.name, "fluent_calls", function)
+            for name, (info, function) in self._engine_calls.items()
+        }
 
     def config_structs(self) -> dict[str, type[msgspec.Struct]]:
         """Plugin name → the Struct of its settings, for the loaded plugins that have some."""
@@ -206,7 +219,7 @@ class PluginManager:
     def _resolve(self, hooks: Collection[str] | None) -> None:
         steps: list[tuple[str, Callable[[PluginInfo], Callable[..., None]]]] = [("fluent_config", self._config_register)]
         steps += [(f"fluent_{kind}", self._registrar(kind)) for kind in REGISTRIES]
-        steps += [("fluent_routes", self._routes.registrar)]
+        steps += [("fluent_routes", self._routes.registrar), ("fluent_calls", self._call_register)]
         for hook, registrar in steps:
             if not self._calls(hook, hooks):
                 continue
@@ -233,6 +246,7 @@ class PluginManager:
             registry.remove_plugin(plugin)
         self._routes.remove_plugin(plugin)
         self._structs.pop(plugin, None)
+        self._engine_calls = {name: (info, call) for name, (info, call) in self._engine_calls.items() if info.name != plugin}
 
     def _registrar(self, kind: str) -> Callable[[PluginInfo], Callable[..., None]]:
         def for_plugin(info: PluginInfo) -> Callable[..., None]:
@@ -242,6 +256,20 @@ class PluginManager:
             return register
 
         return for_plugin
+
+    def _call_register(self, info: PluginInfo) -> Callable[..., None]:
+        def register(name: str, function: EngineCall) -> None:
+            other = self._engine_calls.get(name)
+            if other is not None:
+                raise PluginError(
+                    f"Two plugins offer the engine's call {name!r}: {other[0]} and {info}.",
+                    fix=f"Uninstall one of them, or add {other[0].name!r} or {info.name!r} to `plugins.deny`.",
+                )
+            if not callable(function):
+                raise PluginError(f"{info} offers the call {name!r} with {function!r}.", fix="Pass a function to register().")
+            self._engine_calls[name] = (info, function)
+
+        return register
 
     def _config_register(self, info: PluginInfo) -> Callable[..., None]:
         def register(struct: type[msgspec.Struct]) -> None:

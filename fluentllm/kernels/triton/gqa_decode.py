@@ -29,7 +29,8 @@ def _decode_kernel(
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
     ROWS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILES: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr, SINGLE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr, SINGLE: tl.constexpr,
+    FIRST_KEY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
@@ -82,6 +83,8 @@ def _decode_kernel(
                 scores = dot(more_queries, tl.trans(keys), scores)
             scores = scores * score_scale
             scores = tl.where(inside[None, :] & (key[None, :] <= position[:, None]), scores, float("-inf"))
+            if FIRST_KEY > 0:
+                scores = tl.where(key[None, :] >= FIRST_KEY, scores, float("-inf"))
             # Finite from the start, so a row that sees none of these keys stays at weight 0 instead of NaN.
             higher = tl.maximum(highest, tl.max(scores, 1))
             weights = tl.exp2(scores - higher[:, None])
@@ -156,13 +159,15 @@ def gqa_decode(
     *,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    first_key: int = 0,
 ) -> Tensor:
     """q [N · rows, H, D] (last dimension contiguous), k_pages [P, page, Hkv, D], v_pages [P, page, Hkv, Dv] (any
     dtype that converts to q's, float8_e4m3fn included: then the values are multiplied by `k_scale` and `v_scale`), page_table
     [N, W] int32, lengths [N] int32 → [N · rows, H, Dv] in q's dtype.
 
     Row j of a sequence stands at position length - rows + j and sees the keys up to there, its own included. A sequence of
-    length 0 gets zeros. `plan` is `plan_gqa` of the same lengths. Reference: `kernels.attention_reference.gqa_reference`.
+    length 0 gets zeros. Keys before `first_key` are not seen. `plan` is `plan_gqa` of the same lengths. Reference:
+    `kernels.attention_reference.gqa_reference`.
     """
     (count, heads, dim), (_, page, kv_heads, value_dim) = q.shape, v_pages.shape
     group = heads // kv_heads
@@ -188,7 +193,7 @@ def gqa_decode(
         plan.items, plan.starts, plan.spans, scale * k_scale * math.log2(math.e), v_scale,
         q.stride(0), q.stride(1), *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         ROWS=rows, GROUP=group, HEADS=heads, DIM=dim, VALUE_DIM=value_dim, TILES=tiles, PAGE=page, BLOCK_M=block_m,
-        BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_V=block_v, SINGLE=plan.single,
+        BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_V=block_v, SINGLE=plan.single, FIRST_KEY=first_key,
         num_warps=4, num_stages=1 + max(1, min(3, SHARED_BYTES // (block_n * stage))),
         **programmatic(q.device),
     )  # fmt: skip

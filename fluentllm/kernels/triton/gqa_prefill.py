@@ -56,7 +56,7 @@ def prefill_tiles(
 def _attend(acc, total, highest, queries, more_queries, position, page, k_pages, v_pages, base, last, kv_head, score_scale,
             k_page, k_slot, k_head, v_page, v_slot, v_head, d, dv, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
             PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-            MASKED: tl.constexpr):  # fmt: skip
+            MASKED: tl.constexpr, FIRST_KEY: tl.constexpr):  # fmt: skip
     """One block of keys, whose page numbers [BLOCK_N] are `page`. Not MASKED: every row sees all of them."""
     key = base + tl.arange(0, BLOCK_N)
     inside = key < last
@@ -80,6 +80,8 @@ def _attend(acc, total, highest, queries, more_queries, position, page, k_pages,
     scores = scores * score_scale
     if MASKED:
         scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+    if FIRST_KEY > 0:
+        scores = tl.where(key[None, :] >= FIRST_KEY, scores, float("-inf"))
     higher = tl.maximum(highest, tl.max(scores, 1))
     weights = tl.exp2(scores - higher[:, None])
     fade = tl.exp2(highest - higher)
@@ -95,7 +97,7 @@ def _prefill_kernel(
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr, FIRST_KEY: tl.constexpr = 0,
 ):  # fmt: skip
     head = tl.program_id(0)
     tile = tl.program_id(1)
@@ -133,7 +135,7 @@ def _prefill_kernel(
         acc, total, highest = _attend(
             acc, total, highest, queries, more_queries, position, page, k_pages, v_pages, base, last, kv_head, score_scale,
             k_page, k_slot, k_head, v_page, v_slot, v_head, d, dv, DIM, VALUE_DIM, PAGE, BLOCK_M, BLOCK_N,
-            BLOCK_D, BLOCK_E, False,
+            BLOCK_D, BLOCK_E, False, FIRST_KEY,
         )  # fmt: skip
     for base in range(seen_by_all, last, BLOCK_N):
         page = next_page.to(tl.int64)
@@ -142,7 +144,7 @@ def _prefill_kernel(
         acc, total, highest = _attend(
             acc, total, highest, queries, more_queries, position, page, k_pages, v_pages, base, last, kv_head, score_scale,
             k_page, k_slot, k_head, v_page, v_slot, v_head, d, dv, DIM, VALUE_DIM, PAGE, BLOCK_M, BLOCK_N,
-            BLOCK_D, BLOCK_E, True,
+            BLOCK_D, BLOCK_E, True, FIRST_KEY,
         )  # fmt: skip
     result = acc * (value_scale / tl.where(total > 0, total, 1.0))[:, None]
     at = out + ((row * HEADS + head) * VALUE_DIM)[:, None] + dv[None, :]
@@ -159,9 +161,11 @@ def gqa_prefill(
     *,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    first_key: int = 0,
 ) -> Tensor:
     """q [T, H, D] (last dimension contiguous), k_pages [P, page, Hkv, D], v_pages [P, page, Hkv, Dv], page_table [N, W] int32 →
-    [T, H, Dv] in q's dtype; the chunk's own KV is in the pages already. Scales as in `gqa_decode`.
+    [T, H, Dv] in q's dtype; the chunk's own KV is in the pages already. Scales and `first_key` as in
+    `gqa_decode`.
 
     Reference: `kernels.attention_reference.gqa_reference`.
     """
@@ -178,7 +182,7 @@ def gqa_prefill(
         tiles.table.shape[1], scale * k_scale * math.log2(math.e), v_scale,
         q.stride(0), q.stride(1), *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         GROUP=heads // kv_heads, HEADS=heads, DIM=dim, VALUE_DIM=value_dim, PAGE=page, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_V=block_v,
+        BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_V=block_v, FIRST_KEY=first_key,
         num_warps=8 if block_m >= 128 else 4, num_stages=1 + max(1, min(2, (SHARED_BYTES - queries) // (block_n * stage))),
     )  # fmt: skip
     return out

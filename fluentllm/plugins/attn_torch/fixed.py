@@ -37,7 +37,12 @@ class FixedOrderAttention:
             rows.index_copy_(0, batch.kv_rows, new.to(rows.dtype))
         parts = [
             fixed_order_attention(
-                q[span], gather_rows(pool_k, pages, keys), gather_rows(pool_v, pages, keys), batch.positions[span], scale
+                q[span],
+                gather_rows(pool_k, pages, keys),
+                gather_rows(pool_v, pages, keys),
+                batch.positions[span],
+                scale,
+                batch.first_key,
             )
             for span, pages, keys in self._sequences(batch)
         ]
@@ -63,7 +68,8 @@ class FixedOrderAttention:
         parts = []
         for span, pages, keys in self._sequences(batch):
             known = gather_rows(self._pool.latent[layer], pages, keys).unsqueeze(1)
-            parts.append(fixed_order_attention(queries[span], known, known[..., :width], batch.positions[span], scale))
+            values, first = known[..., :width], batch.first_key
+            parts.append(fixed_order_attention(queries[span], known, values, batch.positions[span], scale, first))
         if not parts:
             return q_nope.new_empty(0, q_nope.shape[1], up_v.shape[1])
         return self._ops.bmm(torch.cat(parts).transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)

@@ -57,7 +57,10 @@ def plan_decode(batch: Batch, dtype: torch.dtype) -> DecodePlan:
     table = batch.page_table[:, :count]
     keys = count * page_size
     index = torch.arange(keys, device=table.device)
-    hidden = index > batch.positions.view(sequences, 1, rows, 1)
+    positions = batch.positions.view(sequences, 1, rows, 1)
+    hidden = index > positions
+    if batch.first_key:
+        hidden = (index > positions.clamp(min=batch.first_key)) | (index < batch.first_key)
     mask = torch.zeros(hidden.shape, dtype=dtype, device=table.device).masked_fill_(hidden, float("-inf"))
     return DecodePlan(sequences, rows, keys, table, _side_by_side(table), mask)
 
@@ -78,11 +81,13 @@ def plan_prefill(batch: Batch) -> list[SequencePlan]:
         rows = stop - start
         if not rows:
             continue
-        if keys == rows:
+        if keys == rows and not batch.first_key:
             plans.append(SequencePlan(start, stop, keys, None, None))
             continue
         pages = batch.page_table[number, : -(-keys // batch.page_size)]
         index = torch.arange(keys, device=pages.device)
-        mask = index <= batch.positions[start:stop].unsqueeze(1)
+        mask = index <= batch.positions[start:stop].unsqueeze(1).clamp(min=batch.first_key)
+        if batch.first_key:
+            mask &= index >= batch.first_key
         plans.append(SequencePlan(start, stop, keys, pages, mask[None, None]))
     return plans

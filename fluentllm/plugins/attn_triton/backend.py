@@ -104,9 +104,12 @@ class TritonAttention(FusedGQA, FusedMLA):
         k_pages, v_pages = self._pages[layer]
         if self._plan is not None:
             assert batch.query_length is not None
-            return gqa_decode(q, k_pages, v_pages, batch.page_table, batch.kv_lengths, self._plan, batch.query_length, scale)
+            return gqa_decode(
+                q, k_pages, v_pages, batch.page_table, batch.kv_lengths, self._plan, batch.query_length, scale,
+                first_key=batch.first_key,
+            )  # fmt: skip
         assert self._tiles is not None
-        return gqa_prefill(q, k_pages, v_pages, batch.page_table, self._tiles, scale)
+        return gqa_prefill(q, k_pages, v_pages, batch.page_table, self._tiles, scale, first_key=batch.first_key)
 
     # ------------------------------------------------------------------------------------------------------------------ mla
     def mla(

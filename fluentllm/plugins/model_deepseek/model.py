@@ -40,11 +40,7 @@ class Deepseek(DraftingModel):
         """Hidden states after the final norm, [T, hidden]."""
         attention.begin(batch)
         residual = self.embedding(batch.tokens)
-        rows = self.rotary.rows(batch.positions)
-        delta = None
-        for layer in self.layers:
-            delta = layer(delta, residual, rows, batch, attention)
-        return self.norm(residual) if delta is None else self.norm.add(delta, residual)
+        return self.run_layers(residual, self.rotary.rows(batch.positions), batch, attention)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] → [R, vocab] float32."""

@@ -45,11 +45,7 @@ class Longcat(DraftingModel):
         """Hidden states after the final norm, [T, hidden]."""
         attention.begin(batch)
         residual = self.embedding(batch.tokens) if self.ngram is None else self.ngram(batch)
-        rows = self.rotary.rows(batch.positions)
-        delta = None
-        for layer in self.layers:
-            delta = layer(delta, residual, rows, batch, attention)
-        return self.norm(residual) if delta is None else self.norm.add(delta, residual)
+        return self.run_layers(residual, self.rotary.rows(batch.positions), batch, attention)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] → [R, vocab] float32."""

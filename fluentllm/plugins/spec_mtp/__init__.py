@@ -8,7 +8,7 @@ from fluentllm.core.hookspecs import hookimpl
 from fluentllm.core.protocols import DraftMemory
 
 if TYPE_CHECKING:
-    from fluentllm.core.protocols import Proposer, ProposerContext, Register
+    from fluentllm.core.protocols import DraftTarget, Proposer, ProposerContext, Register
     from fluentllm.core.types import ModelSpec
 
 FLUENT_API_VERSION = 1
@@ -18,13 +18,14 @@ class MTPFactory:
     """A `core.protocols.ProposerFactory`."""
 
     def __call__(self, context: ProposerContext) -> Proposer:
-        from .proposer import MTPProposer
+        from .proposer import create
 
-        return MTPProposer(context)
+        return create(context)
 
-    def memory(self, spec: ModelSpec, value_bytes: int) -> DraftMemory:
+    def memory(self, target: DraftTarget) -> DraftMemory:
         """The layer's KV, and one hidden state a page."""
-        return DraftMemory(kv_layers=spec.draft_kv_layers, bytes_per_page=spec.hidden_size * value_bytes)
+        spec = target.spec
+        return DraftMemory(kv_layers=spec.draft_kv_layers, bytes_per_page=spec.hidden_size * target.value_bytes)
 
 
 def _supports(spec: ModelSpec) -> str | None:

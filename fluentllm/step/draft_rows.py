@@ -12,8 +12,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ...core.batch import Batch
-from ...core.slots import SlotTables
+from ..core.batch import Batch
+from ..core.slots import SlotTables
 
 
 def shifted(batch: Batch, tables: SlotTables) -> Batch:
@@ -35,14 +35,14 @@ def shifted(batch: Batch, tables: SlotTables) -> Batch:
     )
 
 
-def shifted_chunks(batch: Batch, page_hidden: Tensor, hidden: Tensor) -> tuple[Batch, Tensor]:
-    """Of a prefill pass: the rows one position on, and their hidden states [T', hidden].
+def shifted_chunks(batch: Batch, page_states: Tensor, states: Tensor) -> tuple[Batch, Tensor]:
+    """Of a prefill pass: the rows one position on, and their states [T', width]; `states` [T, width] those of the pass's own.
 
     A chunk that starts where a page does gets one more row, for the position that it starts at: after a prefix hit nobody
-    else computes it. The state before it is `page_hidden` [pages + 1, hidden] of the page before. Elsewhere the chunk before
+    else computes it. The state before it is `page_states` [pages + 1, width] of the page before. Elsewhere the chunk before
     has computed that row. All lengths are known to the host, so nothing waits for the device.
     """
-    device = hidden.device
+    device = states.device
     assert batch.query_lengths is not None
     assert batch.kv_lengths_host is not None
     counts, ends = batch.query_lengths, batch.kv_lengths_host
@@ -50,9 +50,9 @@ def shifted_chunks(batch: Batch, page_hidden: Tensor, hidden: Tensor) -> tuple[B
     opens = [start % batch.page_size == 0 for start in starts]
     lengths = tuple(count + opened for count, opened in zip(counts, opens, strict=True))
 
-    # Rows of cat(hidden, states before the chunks), for each row of the new pass.
+    # Rows of cat(states, states before the chunks), for each row of the new pass.
     sources: list[Tensor] = []
-    total = hidden.shape[0]
+    total = states.shape[0]
     for number, (first, count) in enumerate(zip(accumulate((0, *counts)), counts, strict=False)):
         before = [torch.tensor([total + number])] if opens[number] else []
         sources += [*before, torch.arange(first, first + count)]
@@ -64,7 +64,7 @@ def shifted_chunks(batch: Batch, page_hidden: Tensor, hidden: Tensor) -> tuple[B
         t.to(device, non_blocking=True)
         for t in (torch.cat(sources), torch.cat(positions), sequences, query_start, pages_before)
     )
-    before_chunks = page_hidden[batch.page_table.gather(1, pages_before.unsqueeze(1)).squeeze(1)]
+    before_chunks = page_states[batch.page_table.gather(1, pages_before.unsqueeze(1)).squeeze(1)]
     row_slots = batch.slots[sequences]
     chunks = replace(
         batch,
@@ -77,7 +77,7 @@ def shifted_chunks(batch: Batch, page_hidden: Tensor, hidden: Tensor) -> tuple[B
         query_lengths=lengths,
         kv_lengths_host=tuple(end + 1 for end in ends),
     )
-    return chunks, torch.cat((hidden, before_chunks))[source]
+    return chunks, torch.cat((states, before_chunks))[source]
 
 
 def next_rows(slots: Tensor, tokens: Tensor, positions: Tensor, page_table: Tensor, tables: SlotTables, batch: Batch) -> Batch:

@@ -1,0 +1,149 @@
+"""Grammars that are device tables: (state, token) → state. They stay in the step program, at every overlap depth.
+
+A plugin compiles a request's grammar to a `GrammarTable` on the host; the store gives it rows of one table on the device, which
+all grammars share (`SlotTables.grammar_next`), and puts what is to be written there into the next plan. A slot keeps its row;
+row 0 allows everything and leads to itself, for requests without a grammar.
+
+Rows are reused only by a later plan, whose writes come after the steps launched before it on their stream.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from msgspec import structs
+
+from .errors import InvalidRequest, QueueFull
+from .types import GrammarLoad
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence as SequenceOf
+
+    from .protocols import GrammarCompiler, Scheduler
+    from .sequence import Sequence
+    from .types import GrammarSpec, StepPlan
+
+FORBIDDEN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarTable:
+    """A deterministic automaton over token ids. Ends are part of it: a state in which the text may end allows the model's
+    end-of-sequence ids."""
+
+    start: int
+    states: int
+    next: bytes
+    """int32 [states, vocab] in the machine's byte order: the state after each token, or `FORBIDDEN`."""
+
+    @classmethod
+    def of(cls, rows: SequenceOf[Mapping[int, int]], vocab_size: int, start: int = 0) -> GrammarTable:
+        """`rows`: for each state, token → state. Raises `InvalidRequest` for a state that allows nothing: a text could not go
+        on from there, nor end."""
+        table = array("i", [FORBIDDEN]) * (len(rows) * vocab_size)
+        for state, row in enumerate(rows):
+            if not row:
+                raise InvalidRequest(f"State {state} of the grammar allows no token.", param="grammar")
+            for token, after in row.items():
+                if not (0 <= token < vocab_size and 0 <= after < len(rows)):
+                    raise InvalidRequest(f"The grammar leads from state {state} by token {token} to {after}.", param="grammar")
+                table[state * vocab_size + token] = after
+        return cls(start, len(rows), table.tobytes())
+
+    def after(self, tokens: Iterable[int]) -> int:
+        """The state after these tokens, all of which it allows."""
+        table = memoryview(self.next).cast("i")
+        vocab, state = len(table) // self.states, self.start
+        for token in tokens:
+            state = table[state * vocab + token]
+        return state
+
+
+@dataclass(slots=True)
+class _Held:
+    table: GrammarTable
+    first: int
+    """Its first row on the device."""
+    users: int = 0
+
+
+class GrammarStore:
+    """Compiles, and hands out rows 1 … `states`. What nobody uses stays until its rows are needed."""
+
+    def __init__(self, states: int, compilers: Mapping[str, Callable[[], GrammarCompiler]]) -> None:
+        """`compilers`: kind → makes its compiler, once it is needed."""
+        self.states = states
+        self._makers = compilers
+        self._compilers: dict[str, GrammarCompiler] = {}
+        self._held: dict[GrammarSpec, _Held] = {}
+        """The least recently used first."""
+        self._loads: list[GrammarLoad] = []
+
+    def acquire(self, spec: GrammarSpec) -> None:
+        """For a request that enters. Raises `InvalidRequest` for a grammar that cannot be had, `QueueFull` without room."""
+        held = self._held.pop(spec, None)
+        if held is None:
+            held = self._load(spec, self._compile(spec))
+        held.users += 1
+        self._held[spec] = held
+
+    def release(self, spec: GrammarSpec) -> None:
+        self._held[spec].users -= 1
+
+    def prepare(self, plan: StepPlan, scheduler: Scheduler) -> None:
+        """Give a plan the tables that were made since the last, and the slots it fills their states."""
+        plan.grammars.extend(self._loads)
+        self._loads = []
+        for number, init in enumerate(plan.admit):
+            spec = init.params.grammar
+            if spec is not None:
+                plan.admit[number] = structs.replace(init, grammar_state=self._state(spec, scheduler.sequence(init.slot)))
+
+    def _state(self, spec: GrammarSpec, sequence: Sequence) -> int:
+        held = self._held[spec]
+        return held.first + held.table.after(sequence.tokens[sequence.prompt_length :])
+
+    def _compile(self, spec: GrammarSpec) -> GrammarTable:
+        maker = self._makers.get(spec.kind)
+        if maker is None:
+            known = ", ".join(sorted(self._makers)) or "none"
+            raise InvalidRequest(
+                f"No plugin here knows grammars of the kind {spec.kind!r}; known: {known}.",
+                fix="Leave grammar out, or install a plugin for it.",
+                param="grammar",
+            )
+        if spec.kind not in self._compilers:
+            self._compilers[spec.kind] = maker()
+        table = self._compilers[spec.kind].compile(spec.source)
+        if table.states > self.states:
+            raise InvalidRequest(
+                f"The grammar needs {table.states} states, and the table on the device has {self.states}.",
+                fix="Simplify it, or start the server with a larger grammar.states.",
+                param="grammar",
+            )
+        return table
+
+    def _load(self, spec: GrammarSpec, table: GrammarTable) -> _Held:
+        first = self._gap(table.states)
+        while first is None:
+            unused = next((other for other, held in self._held.items() if not held.users), None)
+            if unused is None:
+                raise QueueFull(
+                    "The grammars of running requests fill the table on the device.",
+                    fix="Try again later, or start the server with a larger grammar.states.",
+                )
+            del self._held[unused]
+            first = self._gap(table.states)
+        self._loads.append(GrammarLoad(first, table.states, table.next))
+        return _Held(table, first)
+
+    def _gap(self, states: int) -> int | None:
+        """First row of the first gap that is wide enough."""
+        first = 1
+        for held in sorted(self._held.values(), key=lambda held: held.first):
+            if held.first - first >= states:
+                break
+            first = held.first + held.table.states
+        return first if first + states <= self.states + 1 else None

@@ -1,0 +1,113 @@
+"""A chain of drafts from one layer, applied to the target's rows and then to its own output, once a draft.
+
+What `spec_mtp` and `spec_eagle` share. After each pass of the target the layer runs over all of its rows with the target's
+hidden states, so that its KV is that of the true tokens wherever drafts had been written; its last row of each slot gives
+the first draft, and each further draft is made from the layer's own output and the draft before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ..core.types import Feature
+from ..kernels.argmax import argmax_rows
+from .draft_rows import next_rows, shifted, shifted_chunks
+from .processors import process_logits
+from .sample import draw
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.batch import Batch
+    from ..core.protocols import AttentionBackend, ProposerContext
+
+
+class DraftLayer(Protocol):
+    """The network of a chain. A *state* is what it makes from a position, and from its own output, for the position after."""
+
+    width: int
+    """Of a state."""
+    first_key: int
+    """0: its KV has an entry for a sequence's first token too, made from a state of zeros; 1: it has none."""
+    vocabulary: Tensor | None
+    """[D] int64, increasing: token of each of the D columns of its logits; None: column and token are the same."""
+
+    def target_states(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """A pass of the target and its hidden states after the final norm [T, hidden] → [T, width]."""
+        ...
+
+    def forward(self, states: Tensor, batch: Batch, attention: AttentionBackend, wanted: Tensor | None = None) -> Tensor:
+        """states [T, width], for each row of the batch that of the position before → [T, width], the states at the rows. With
+        `wanted` [W] int64 only those rows; KV is written for all."""
+        ...
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[R, width] → [R, D] float32: of the token after each."""
+        ...
+
+
+class ChainProposer:
+    """Implements `core.protocols.Proposer` with a `DraftLayer`."""
+
+    def __init__(self, context: ProposerContext, layer: DraftLayer) -> None:
+        self._layer = layer
+        self._tables = context.tables
+        self._attention = context.attention
+        shape = context.pages + 1, layer.width
+        self._page_states = torch.zeros(shape, dtype=getattr(torch, context.dtype), device=context.tables.device)
+        """The target's state at the last position of each page, so that a prefix hit can draft at once."""
+
+    def draft(self, batch: Batch, hidden: Tensor, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        states = self._layer.target_states(batch, hidden)
+        self._keep_page_ends(batch, states)
+        if batch.query_length is None:
+            rows, states = shifted_chunks(batch, self._page_states, states)
+        else:
+            rows = shifted(batch, self._tables)
+        rows.first_key = self._layer.first_key
+        wanted = self._newest_rows(batch, rows, slots) if count else slots[:0]
+        state = self._layer.forward(states, rows, self._attention, wanted)
+        if not wanted.shape[0]:
+            return slots.new_empty(slots.shape[0], count), slots.new_zeros(slots.shape[0])
+        drafts = self._chain(state, slots, self._tables.page_table[slots], rows, count)
+        return drafts, torch.full_like(slots, count)
+
+    def _keep_page_ends(self, batch: Batch, states: Tensor) -> None:
+        """Those of wrong drafts are written too, and again when the position is; inert rows write to page 0."""
+        ends = (batch.positions + 1) % batch.page_size == 0
+        pages = (batch.kv_rows // batch.page_size).where(ends, 0)
+        self._page_states[pages] = states
+
+    def _newest_rows(self, batch: Batch, rows: Batch, slots: Tensor) -> Tensor:
+        """[B]: for each of the slots the row of its newest token."""
+        if batch.query_length is None:
+            sequence = (batch.slots.unsqueeze(0) == slots.unsqueeze(1)).to(torch.int64).argmax(1)
+            return rows.query_start[sequence + 1].to(torch.int64) - 1
+        first = rows.query_start[:-1].to(torch.int64)
+        # Nothing was added to slots that had finished before: any row will do.
+        return first + (self._tables.length[slots] - 1 - rows.positions[first]).clamp(min=0)
+
+    def _chain(self, state: Tensor, slots: Tensor, page_table: Tensor, rows: Batch, count: int) -> Tensor:
+        """state [B, width]: the layer's at the newest token → drafts [B, count]."""
+        position = self._tables.length[slots]
+        drafts: list[Tensor] = []
+        while True:
+            drafts.append(self._draw(self._layer.logits(state), slots, position, rows.features))
+            if len(drafts) == count:
+                return torch.stack(drafts, 1)
+            row = next_rows(slots, drafts[-1], position, page_table, self._tables, rows)
+            state = self._layer.forward(state, row, self._attention)
+            position = position + 1
+
+    def _draw(self, logits: Tensor, slots: Tensor, position: Tensor, features: int) -> Tensor:
+        """As the target draws its token, with the same noise: where both agree on the logits, they agree on the token."""
+        tables, tokens = self._tables, self._layer.vocabulary
+        if tokens is not None:
+            if not features & ~Feature.LOGPROBS:
+                return tokens[argmax_rows(logits)]
+            every = logits.new_full((logits.shape[0], tables.vocab_size), float("-inf"))
+            logits = every.index_copy_(1, tokens, logits)
+        logits = process_logits(logits, slots, position, slots.new_empty(slots.shape[0], 0), tables, features)
+        return draw(logits, slots, position, tables, features)

@@ -1,0 +1,107 @@
+"""Every feature of a request, in one batch of requests that differ: what speculation must not change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from engine.harness import Running
+
+from fluentllm.core.plugins import PluginManager
+
+from .test_grammars import PAIRS, WORDS, ToyPlugin
+from .watching import WatchedPlugin
+
+if TYPE_CHECKING:
+    from fluentllm.core.types import RequestOutput
+
+    from .lossless import Subject
+    from .watching import Doctor
+
+SAMPLED = {"temperature": 0.9}
+FEATURES: dict[str, list[dict[str, Any]]] = {
+    "greedy": [{}],
+    "temperature, seed": [SAMPLED, {"temperature": 0.4}],
+    "top_k": [{**SAMPLED, "top_k": 5}],
+    "top_p": [{**SAMPLED, "top_p": 0.7}],
+    "min_p": [{**SAMPLED, "min_p": 0.1}],
+    "repetition_penalty": [{"repetition_penalty": 1.3}, {**SAMPLED, "repetition_penalty": 1.3}],
+    "presence_penalty, frequency_penalty": [{"presence_penalty": 0.8, "frequency_penalty": 0.4}],
+    "logit_bias": [{"logit_bias": {9: 3.0, 12: 2.0}}],
+    "logprobs": [{"logprobs": 3}, {**SAMPLED, "logprobs": 0}],
+    "prompt_logprobs": [{"prompt_logprobs": 2}],
+    "min_tokens": [{"min_tokens": 9, "stop": 3}],
+    "stop id inside a draft": [{"stop": 3}, {**SAMPLED, "stop": 6}],
+    "max_tokens inside a draft": [{"max_tokens": 5}, {**SAMPLED, "max_tokens": 2}],
+    "grammar": [{"grammar": WORDS}, {**SAMPLED, "grammar": PAIRS}],
+    "priority": [{"priority": -1}, {"priority": 3}],
+}
+"""Feature → requests that use it. `stop`: the token at this place of the answer without it becomes a stop id."""
+LENGTH = 14
+
+
+@dataclass
+class Asked:
+    feature: str
+    prompt: list[int]
+    params: dict[str, Any]
+    text: list[int] = field(default_factory=list)
+    """Prompt and answer as they would be without stops and with a larger budget: where right drafts come from."""
+    found: list[RequestOutput] = field(default_factory=list)
+    """Speculation off."""
+
+
+def plugins_with(method: str, doctor: Doctor | None) -> PluginManager:
+    objects: dict[str, Any] = {"toys": ToyPlugin()}
+    if doctor is not None:
+        own = PluginManager.load({"engine", "executor"}, allow=[], deny=[]).registry("proposers").get(method).factory
+        objects["watched"] = WatchedPlugin(own, [], doctor)
+    return PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects=objects)
+
+
+async def asked(subject: Subject) -> list[Asked]:
+    """All requests, with what they get when nothing is drafted."""
+    made = []
+    settings = {"speculative.method": "none", "engine.overlap_depth": 0, "kv.prefix_cache": False}
+    async with subject.model.engine(plugins=plugins_with(subject.method, None), **settings) as running:
+        for feature, requests in FEATURES.items():
+            for chosen in requests:
+                number = len(made)
+                # Each with a prompt of its own, by which right drafts are found; with a repetition, for prompt lookup.
+                prompt = [5, 6, 7, 8, 9, 10, 11, 12, 5, 6, 7, 20 + number, 5, 6]
+                params: dict[str, Any] = {
+                    "max_tokens": LENGTH,
+                    "seed": number,
+                    "temperature": 0.0,
+                    "ignore_eos": True,
+                    **chosen,
+                }
+                place = params.pop("stop", None)
+                plain = {**params, "max_tokens": LENGTH + 6, "min_tokens": 0}
+                text = prompt + [t for o in await outputs(running, prompt, plain) for t in o.tokens]
+                if place is not None:
+                    params["stop_token_ids"] = (text[len(prompt) + place],)
+                if "grammar" in params:
+                    params["ignore_eos"] = False
+                made.append(Asked(feature, prompt, params, text, await outputs(running, prompt, params)))
+    return made
+
+
+async def outputs(running: Running, prompt: list[int], params: dict[str, Any]) -> list[RequestOutput]:
+    return await running.outputs(running.submit(prompt, **params))
+
+
+def differences(asked: Asked, found: list[RequestOutput]) -> list[str]:
+    """What of an answer is not as it is with speculation off."""
+
+    def parts(outputs: list[RequestOutput]) -> dict[str, Any]:
+        return {
+            "tokens": [token for output in outputs for token in output.tokens],
+            "logprobs": [lp for output in outputs for lp in output.logprobs or []],
+            "prompt_logprobs": [lp for output in outputs for lp in output.prompt_logprobs or []],
+            "finish_reason": outputs[-1].finish_reason,
+            "stop_token": outputs[-1].stop_token,
+        }
+
+    wanted, got = parts(asked.found), parts(found)
+    return [name for name in wanted if wanted[name] != got[name]]

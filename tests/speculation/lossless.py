@@ -1,0 +1,239 @@
+"""What the lossless matrix is made of: proposers with tiny models, strategies, situations, and the check of one cell.
+
+A cell is (proposer, K, overlap depth, batch, situation). It is run with the proposer's own drafts and with drafts that are
+all right, all wrong, or wrong at a place that varies. Each time the tokens are those of speculation off, every step accepts
+what the drafts that it verified deserve, and what the proposer itself drafted is what a reference drafts from scratch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from engine.harness import Harness, Running
+
+from fluentllm.kernels.prompt_lookup import prompt_lookup_reference
+
+from . import eagle, mtp
+from .watching import Drafted, watched
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from fluentllm.core.types import RequestOutput
+
+KS, DEPTHS, BATCHES = (1, 2, 3, 4, 5), (0, 1, 2), (1, 7, 32)
+SITUATIONS = ("plain", "prefix hit", "preempted", "chunked prefill")
+STRATEGIES = ("own", "right", "wrong", "wrong at j")
+VOCAB, PAGE, MOST = 160, 8, max(KS)
+
+
+@dataclass(frozen=True)
+class Cell:
+    k: int
+    depth: int
+    batch: int
+    situation: str
+
+    def __str__(self) -> str:
+        return f"k{self.k}-depth{self.depth}-batch{self.batch}-{self.situation.replace(' ', '_')}"
+
+
+ALL = [Cell(*values) for values in itertools.product(KS, DEPTHS, BATCHES, SITUATIONS)]
+
+
+def covering() -> list[Cell]:
+    """A few cells in which every pair of values of two different axes occurs."""
+
+    def pairs(cell: Cell) -> set[tuple[int, Any, int, Any]]:
+        values = (cell.k, cell.depth, cell.batch, cell.situation)
+        return {(i, values[i], j, values[j]) for i in range(4) for j in range(i + 1, 4)}
+
+    missing = set().union(*map(pairs, ALL))
+    chosen = []
+    while missing:
+        chosen.append(max(ALL, key=lambda cell: len(pairs(cell) & missing) - cell.batch / 100))
+        missing -= pairs(chosen[-1])
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------------------------------ requests
+def requests(batch: int) -> list[tuple[list[int], dict[str, Any]]]:
+    """Prompts of 25 … 33 tokens, the first 24 shared by all; half of them greedy, half sampled."""
+    rng = random.Random(11)
+    shared = (rng.choices(range(3, VOCAB), k=8) * 3)[:24]
+    made = []
+    for number in range(max(BATCHES)):
+        own = rng.choices(range(3, VOCAB), k=rng.randint(1, 6))
+        made.append(
+            (
+                [*shared, *own, *shared[:3]],
+                {"max_tokens": 8 + number % 4, "ignore_eos": True, "temperature": (0.0, 0.8)[number % 2], "seed": number},
+            )
+        )
+    return made[:batch]
+
+
+# ----------------------------------------------------------------------------------------------------------------- proposers
+class Lookup:
+    """What `pld` must draft."""
+
+    def prime(self, text: list[int]) -> None: ...
+
+    def scores(self, history: list[int], drafts: list[int]) -> Tensor:
+        found = prompt_lookup_reference(history, len(drafts), 1, 4)
+        assert found, "it drafts where the reference finds nothing"
+        return 1e6 * torch.nn.functional.one_hot(torch.tensor(found), VOCAB)
+
+
+class Subject:
+    """A proposer on a tiny model: the answers without speculation, and what the reference says, each worked out once."""
+
+    def __init__(self, method: str, model: Harness, reference: Any) -> None:
+        self.method, self.model, self.reference = method, model, reference
+        self.answers = asyncio.run(self._off())
+        self.texts = [[*prompt, *answer] for (prompt, _), answer in zip(requests(max(BATCHES)), self.answers, strict=True)]
+        for text in self.texts:
+            reference.prime(text)
+        self._known: dict[tuple[Any, ...], tuple[list[int], int]] = {}
+
+    async def _off(self) -> list[list[int]]:
+        settings = {"kv.prefix_cache": False, "engine.overlap_depth": 0, "speculative.method": "none"}
+        async with self.model.engine(**settings) as running:
+            ids = [running.submit(tokens, **params) for tokens, params in requests(max(BATCHES))]
+            return [await running.rest(i) for i in ids]
+
+    def check(self, drafted: Drafted) -> int:
+        """Drafts that were the only choice; raises for one that was no choice within rounding."""
+        key = (tuple(drafted.history), drafted.seed if drafted.temperature else None)
+        known, only = self._known.get(key, ([], 0))
+        if drafted.drafts != known[: len(drafted.drafts)]:
+            only = drafted.check(self.reference)
+            self._known[key] = drafted.drafts, only
+        return min(only, len(drafted.drafts))
+
+
+def subject(folder: Path, method: str) -> Subject:
+    if method == "pld":
+        settings = {"model.load_format": "safetensors", "engine.deterministic": True, "kv.page_size": PAGE}
+        model = Harness(mtp.write_checkpoint(folder, eagle.TARGETS["llama"]), **settings, **{"plugins.spec_pld.shortest": 1})
+        return Subject("pld", model, Lookup())
+    if method == "mtp":
+        model = mtp.harness(folder, "deepseek_v3")
+        return Subject("mtp", model, mtp.Reference(model.loaded.model))
+    model = eagle.harness(folder, method, {"eagle": "llama", "eagle3": "mla"}[method])
+    return Subject("eagle", model, eagle.Reference(model.loaded.model, method))
+
+
+METHODS = ("pld", "mtp", "eagle", "eagle3")
+"""`eagle` on grouped heads, `mtp` and `eagle3` on MLA."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- strategies
+class Strategy:
+    """A `Doctor`: what is verified instead of the proposer's drafts. Remembers it, by history."""
+
+    def __init__(self, kind: str, k: int, texts: list[list[int]]) -> None:
+        self.given: dict[tuple[int, ...], list[int]] = {}
+        self._kind, self._k, self._texts = kind, k, texts
+
+    def __call__(self, history: list[int], own: list[int]) -> list[int]:
+        drafts = self._drafts(history, own)
+        self.given[tuple(history)] = drafts
+        return drafts
+
+    def _drafts(self, history: list[int], own: list[int]) -> list[int]:
+        if self._kind == "own":
+            return own
+        if self._kind == "repeat":
+            return history[-1:] * self._k
+        text = next((text for text in self._texts if text[: len(history)] == history), history)
+        right = (text + [0] * self._k)[len(history) : len(history) + self._k]
+        wrong = [(token + 1) % VOCAB for token in right]
+        if self._kind == "right":
+            return right
+        if self._kind == "wrong":
+            return wrong
+        place = len(history) % self._k
+        return [*right[:place], wrong[place], *right[place + 1 :]]
+
+    def check(self, prompt: list[int], answer: list[int], outputs: list[RequestOutput]) -> int:
+        """Every step verified what it was given, and accepted what of it is right → drafts accepted in all."""
+        done = accepted = 0
+        for output in outputs:
+            drafts = self.given.get(tuple(prompt + answer[:done]), []) if output.drafted else []
+            assert output.drafted == len(drafts)
+            follow = answer[done:]
+            right = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(drafts, follow, strict=False))))
+            assert len(output.tokens) == min(right + 1, len(follow))
+            assert output.accepted == min(right, len(output.tokens) - 1)
+            assert output.tokens == follow[: len(output.tokens)]
+            done += len(output.tokens)
+            accepted += output.accepted
+        assert done == len(answer)
+        return accepted
+
+
+# ---------------------------------------------------------------------------------------------------------------- situations
+def settings_of(cell: Cell) -> dict[str, Any]:
+    return {
+        "speculative.method": "watched",
+        "speculative.k": cell.k,
+        "speculative.max_k": cell.k,
+        "speculative.min_acceptance": 0.0,
+        "engine.overlap_depth": cell.depth,
+        "model.max_model_len": 64,
+        "kv.prefix_cache": cell.situation != "plain",
+        "scheduler.prefill_tokens": 16 if cell.situation == "chunked prefill" else 2048,
+        "scheduler.max_running": cell.batch,
+    }
+
+
+class Urgent:
+    """Requests of higher priority, that come as soon as all others run: some of these must make room."""
+
+    def __init__(self, running: Running, ids: list[str]) -> None:
+        self._running, self._waiting = running, set(ids)
+        self._deliver = running.connection.deliver
+        self.ids: list[str] = []
+        running.connection.deliver = self._watch
+
+    def _watch(self, message: Any) -> None:
+        self._deliver(message)
+        self._waiting -= {output.id for output in message.outputs}
+        if not self._waiting and not self.ids:
+            self.ids = [self._running.submit([7, 8, 9 + i], priority=-1, max_tokens=2, ignore_eos=True) for i in range(3)]
+
+
+async def run(subject: Subject, cell: Cell, strategy: str) -> tuple[int, int]:
+    """One cell with one strategy → drafts accepted, and how many of the proposer's own were compared with the reference's."""
+    record: list[Drafted] = []
+    doctor = Strategy(strategy, cell.k, subject.texts)
+    work = requests(cell.batch)
+    async with subject.model.engine(plugins=watched(subject.method, record, doctor), **settings_of(cell)) as running:
+        if cell.situation == "prefix hit":
+            await running.tokens(work[0][0], max_tokens=1)
+        ids = [running.submit(tokens, **params) for tokens, params in work]
+        urgent = Urgent(running, ids) if cell.situation == "preempted" else None
+        outputs = [await running.outputs(i) for i in ids]
+        for other in urgent.ids if urgent is not None else []:
+            await running.outputs(other)
+        stats = running.engine.stats()
+    accepted = 0
+    for (prompt, _), answer, found in zip(work, subject.answers, outputs, strict=False):
+        assert [token for output in found for token in output.tokens] == answer
+        accepted += doctor.check(prompt, answer, found)
+        if cell.situation == "prefix hit":
+            assert found[0].cached_tokens >= 3 * PAGE
+        elif cell.situation == "plain":
+            assert found[0].cached_tokens == 0
+    assert bool(stats.preemptions) == (cell.situation == "preempted")
+    assert stats.speculative is not None
+    assert stats.speculative.error is None
+    return accepted, sum(subject.check(drafted) for drafted in record if drafted.history[:1] != [7])

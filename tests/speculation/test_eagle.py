@@ -1,0 +1,227 @@
+"""`eagle` drafts what its layer computes from the whole history, wherever its KV came from; bad drafts are refused at start."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from engine.harness import Harness, write_tiny_llama
+
+from fluentllm.assembly import assemble
+from fluentllm.core.errors import ConfigError, FluentError
+from fluentllm.core.kv.pool import KVPool
+from fluentllm.core.types import KVSpec
+
+from .eagle import DRAFT_VOCAB, HIDDEN, VOCAB, Reference, draft_tensors, harness, write_draft
+from .test_mtp import work
+from .watching import Drafted, half_right, unchanged, watched
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KV = KVSpec(kind="gqa", layers=1, heads=2, head_dim=16, v_head_dim=16)
+
+
+class Case:
+    def __init__(self, folder: Path, kind: str, target: str) -> None:
+        self.model = harness(folder, kind, target)
+        self.answers = asyncio.run(self._alone())
+        self.reference = Reference(self.model.loaded.model, kind)
+
+    async def _alone(self) -> list[list[int]]:
+        plain = {"kv.prefix_cache": False, "engine.overlap_depth": 0, "speculative.method": "none"}
+        async with self.model.engine(**plain) as running:
+            return [await running.tokens(tokens, **params) for tokens, params in work()]
+
+    def page_bytes(self) -> int:
+        return self.model.page_bytes(8) + KVPool.bytes_per_page(KV, 8, torch.float32) + 4 * HIDDEN
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("eagle", "llama"), ("eagle3", "llama"), ("eagle", "deepseek_v3"), ("eagle3", "longcat")],
+    ids="-".join,
+)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("-".join(request.param)), *request.param)
+
+
+@pytest.mark.parametrize(("k", "depth"), [(5, 1), (2, 2), (3, 0)])
+async def test_drafts_and_tokens_under_pressure(case: Case, k: int, depth: int) -> None:
+    """Chunks, prefix hits, preemptions and steps that draft fewer or nothing, all at once."""
+    texts = [[*prompt, *answer] for (prompt, _), answer in zip(work(), case.answers, strict=True)]
+    record: list[Drafted] = []
+    settings = {
+        "speculative.method": "watched",
+        "speculative.k": k,
+        "engine.overlap_depth": depth,
+        "scheduler.prefill_tokens": 21,
+        "scheduler.max_running": 6,
+        "model.max_model_len": 80,
+        "kv.memory": str(17 * case.page_bytes()),
+    }
+    async with case.model.engine(plugins=watched("eagle", record, half_right(texts)), **settings) as running:
+        lengths = running.engine.draft_length
+        assert lengths is not None
+        rng = random.Random(k)
+        lengths.choose = lambda batch: rng.randint(0, k)  # type: ignore[method-assign]
+        ids = [running.submit(tokens, **params) for tokens, params in work()]
+        outputs = [await running.outputs(i) for i in ids]
+        assert [[t for o in found for t in o.tokens] for found in outputs] == case.answers
+        assert running.engine.stats().preemptions > 0
+        again = await running.outputs(running.submit(work()[3][0], **work()[3][1]))
+        assert [t for o in again for t in o.tokens] == case.answers[3]
+        assert again[0].cached_tokens >= 32
+        assert max(o.accepted for found in outputs for o in found) == k
+    only = sum(drafted.check(case.reference) for drafted in record)
+    drafts = sum(len(drafted.drafts) for drafted in record)
+    assert only > 0.95 * drafts > 50
+    assert any(not drafted.drafts for drafted in record)
+
+
+async def test_fast_arithmetic_drafts_the_same(tmp_path: Path) -> None:
+    """Not in deterministic mode, where other code attends: the drafts are those of the reference, up to rounding."""
+    model = harness(tmp_path, "eagle3", "llama", **{"engine.deterministic": False, "model.weight_precision": "float32"})
+    record: list[Drafted] = []
+    settings = {"speculative.method": "watched", "speculative.k": 4, "scheduler.prefill_tokens": 16}
+    async with model.engine(plugins=watched("eagle", record, unchanged), **settings) as running:
+        for tokens in ([5], work()[2][0], work()[2][0]):
+            await running.tokens(tokens, **work()[2][1])
+    reference = Reference(model.loaded.model, "eagle3")
+    assert sum(drafted.check(reference) for drafted in record) > 0.9 * sum(len(drafted.drafts) for drafted in record) > 50
+
+
+def test_the_pool_holds_the_draft_layer_only_where_it_drafts(case: Case) -> None:
+    engine = assemble(case.model.settings(), "tiny", case.model.loaded, case.model.plugins)
+    engine.executor.close()
+    size = engine.info.memory["kv_pool"] / (engine.info.kv_tokens + engine.info.page_size)
+    assert size == case.page_bytes() / 8
+
+
+async def test_random_weights(tmp_path: Path) -> None:
+    """As speed is measured: a folder with a config.json is enough for `load_format: dummy`."""
+    draft = write_draft(tmp_path / "draft", "eagle3")
+    (draft / "model.safetensors").unlink()
+    settings = {"speculative.method": "eagle", "speculative.model": str(draft), "speculative.k": 3}
+    model = Harness(write_tiny_llama(tmp_path / "target"), **settings)
+    async with model.engine(**{"speculative.method": "none"}) as running:
+        expected = await running.tokens([3, 4, 5], max_tokens=12, ignore_eos=True)
+    async with model.engine() as running:
+        assert await running.tokens([3, 4, 5], max_tokens=12, ignore_eos=True) == expected
+        assert running.engine.stats().speculative.drafted[2] > 0
+
+
+# --------------------------------------------------------------------------------------------------------------- other layouts
+@pytest.mark.parametrize("rename", [("midlayer.", "layers.0."), ("", "model.")])
+async def test_names_that_other_tools_write(tmp_path: Path, rename: tuple[str, str]) -> None:
+    own = draft_tensors("eagle3")
+    renamed = {name.replace(*rename, 1) if name not in ("d2t", "t2d", "lm_head.weight") else name: t for name, t in own.items()}
+    assert renamed.keys() != own.keys()
+    drafted = []
+    for number, tensors in enumerate((own, renamed)):
+        draft = write_draft(tmp_path / str(number), "eagle3", tensors)
+        settings = {"speculative.method": "eagle", "speculative.model": str(draft)}
+        model = Harness(write_tiny_llama(tmp_path / f"target{number}"), **settings)
+        record: list[Drafted] = []
+        async with model.engine(
+            plugins=watched("eagle", record, unchanged), **{"speculative.method": "watched", "speculative.k": 2}
+        ) as running:
+            await running.tokens([3, 4, 5], max_tokens=12, ignore_eos=True)
+        drafted.append([d.drafts for d in record])
+    assert drafted[0] == drafted[1]
+    assert any(drafted[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "taps"),
+    [
+        ({}, (2, 6, 9)),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 5, 12]}, (1, 5, 12)),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 5, 8], "use_aux_hidden_state": True}}, (2, 6, 9)),
+    ],
+)
+def test_which_hidden_states_are_fused(tmp_path: Path, config: dict[str, Any], taps: tuple[int, ...]) -> None:
+    from fluentllm.core.types import ModelSpec
+    from fluentllm.plugins.spec_eagle.config import parse
+
+    spec = ModelSpec(
+        architecture="A", vocab_size=VOCAB, hidden_size=HIDDEN, layers=12, heads=4, max_position=64, kv=KV
+    )  # fmt: skip
+    changes = {"eagle_aux_hidden_state_layer_ids": None, **config}
+    assert parse(write_draft(tmp_path, "eagle3", **changes), spec).taps == taps
+
+
+# -------------------------------------------------------------------------------------------------------------------- refusals
+def without(*names: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in draft_tensors("eagle3").items() if name not in names}
+
+
+def beyond() -> dict[str, torch.Tensor]:
+    return {**draft_tensors("eagle3"), "d2t": torch.full((DRAFT_VOCAB,), VOCAB)}
+
+
+BAD: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor] | None, str]] = {
+    "hidden": ({"hidden_size": 96, "head_dim": 16}, None, "for a target of hidden size 96; this one's is 64"),
+    "vocabulary": ({"vocab_size": 128}, None, "for a target of vocabulary 128; this one's is 160"),
+    "layers": ({"num_hidden_layers": 2}, None, "has 2 layers: an EAGLE draft has one"),
+    "kind": ({"model_type": "qwen3"}, None, "is of the kind 'qwen3'"),
+    "taps": ({"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}, None, r"layers \[1, 2, 3\]; the target has 2 layers"),
+    "default taps": ({"eagle_aux_hidden_state_layer_ids": None}, None, "the target has 2 layers"),
+    "missing": ({}, without("fc.weight", "norm.weight"), r"2 missing: .*fc\.weight \[64, 192\]"),
+    "no d2t": ({}, without("d2t"), r"1 missing: d2t \[70\]"),
+    "d2t": ({}, beyond(), "d2t .* does not lead to 70 different tokens"),
+    "misshapen": ({"intermediate_size": 81}, None, "3 misshapen"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_drafts_are_refused_at_start(tmp_path: Path, bad: str) -> None:
+    config, tensors, said = BAD[bad]
+    draft = write_draft(tmp_path / "draft", "eagle3", tensors, **config)
+    with pytest.raises(ConfigError, match=said) as raised:
+        start(tmp_path, draft)
+    assert raised.value.param == "speculative.model"
+    assert raised.value.fix
+    assert str(draft) in str(raised.value)
+
+
+def start(folder: Path, draft: Any, **settings: Any) -> None:
+    chosen = {"speculative.method": "eagle", "speculative.model": draft and str(draft), **settings}
+    model = Harness(write_tiny_llama(folder / "target"), **chosen)
+    assemble(model.settings(), "tiny", model.loaded, model.plugins).executor.close()
+
+
+def test_no_draft_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"needs a draft model that was trained for this target\. Add --speculative-model"):
+        start(tmp_path, None)
+    with pytest.raises(FluentError, match=r"speculative\.model: There is no model at './nowhere'"):
+        start(tmp_path, "./nowhere")
+
+
+def test_k_beyond_the_limit(tmp_path: Path) -> None:
+    draft = write_draft(tmp_path / "draft", "eagle3")
+    with pytest.raises(ConfigError, match=r"speculative\.k is 6, and speculative\.max_k 4"):
+        start(tmp_path, draft, **{"speculative.k": 6})
+    with pytest.raises(ConfigError, match=r"speculative\.max_k"):
+        start(tmp_path, draft, **{"speculative.max_k": 9})
+
+
+def test_another_tokenizer(tmp_path: Path) -> None:
+    import json
+
+    def tokenizer(folder: Path, *words: str) -> None:
+        vocab = {word: number for number, word in enumerate(words)}
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": words[0]}
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+
+    draft = write_draft(tmp_path / "draft", "eagle3")
+    tokenizer(tmp_path / "target", "a", "b", "c")
+    tokenizer(draft, "a", "b", "c")
+    start(tmp_path, draft)
+    tokenizer(draft, "a", "c", "b")
+    with pytest.raises(ConfigError, match=r"tokenizer of the draft model at .* is not the target's: 2 tokens differ"):
+        start(tmp_path, draft)

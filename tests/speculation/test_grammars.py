@@ -1,0 +1,224 @@
+"""Grammars that are device tables: every token is the best that the grammar allows, with drafts and without, at every depth."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from engine.harness import Harness
+
+from fluentllm.core.errors import InvalidRequest, QueueFull
+from fluentllm.core.grammars import GrammarStore, GrammarTable
+from fluentllm.core.hookspecs import hookimpl
+from fluentllm.core.plugins import PluginManager
+from fluentllm.core.types import GrammarSpec
+from fluentllm.kernels.sampling import gumbel_noise
+
+from .proposers import Plugin as ProposerPlugin
+from .watching import WholeSequence, whole
+
+if TYPE_CHECKING:
+    from fluentllm.core.protocols import GrammarCompiler, GrammarContext, Register
+
+EOS, VOCAB = 2, 160
+
+
+class Toy:
+    """Grammars written as what they are: a JSON list of states, each {token: state}."""
+
+    def __init__(self, context: GrammarContext) -> None:
+        self._vocab = context.spec.vocab_size
+        assert EOS in context.spec.eos_token_ids
+
+    def compile(self, source: str) -> GrammarTable:
+        try:
+            rows = [{int(token): state for token, state in row.items()} for row in json.loads(source)]
+        except ValueError as error:
+            raise InvalidRequest(f"The grammar is not JSON: {error}.", param="grammar") from error
+        return GrammarTable.of(rows, self._vocab)
+
+
+class ToyPlugin:
+    @hookimpl
+    def fluent_grammars(self, register: Register) -> None:
+        def make(context: GrammarContext) -> GrammarCompiler:
+            return Toy(context)
+
+        register("toy", make)
+
+
+def toy(*rows: dict[int, int]) -> GrammarSpec:
+    return GrammarSpec(kind="toy", source=json.dumps(rows))
+
+
+WORDS = toy(
+    {10: 1, 11: 1, 12: 1},  # a first letter
+    dict.fromkeys(range(20, 30), 1) | dict.fromkeys(range(60, 70), 2),  # letters, and spaces
+    dict.fromkeys(range(80, 83), 1) | {EOS: 2},  # the next word, or the end
+)
+PAIRS = toy({5: 1, 6: 2}, {5: 0}, {6: 0})  # 5 5 and 6 6, for ever
+
+
+def allows(spec: GrammarSpec, tokens: list[int]) -> bool:
+    rows = [{int(t): s for t, s in row.items()} for row in json.loads(spec.source)]
+    state = 0
+    for token in tokens:
+        if token not in rows[state]:
+            return False
+        state = rows[state][token]
+    return True
+
+
+def work() -> list[tuple[list[int], dict[str, Any]]]:
+    rng = random.Random(5)
+    grammars = [WORDS, None, PAIRS, WORDS, None, WORDS]
+    return [
+        (
+            [9, 8, 7, 6, 5, 4, 3, 9, 8, 7, *rng.choices(range(3, VOCAB), k=6 + i)],
+            {"max_tokens": 16 + i, "seed": i, "temperature": (0.0, 0.9)[i // 3], "grammar": grammar},
+        )
+        for i, grammar in enumerate(grammars)
+    ]
+
+
+class Alone:
+    """Token by token, from scratch: the model's logits, what the grammar forbids struck out, the best of the rest."""
+
+    def __init__(self, harness: Harness) -> None:
+        self._model: Any = harness.loaded.model
+
+    @torch.inference_mode()
+    def tokens(self, prompt: list[int], params: dict[str, Any]) -> list[int]:
+        out: list[int] = []
+        grammar = params["grammar"]
+        rows = [{int(t): s for t, s in row.items()} for row in json.loads(grammar.source)] if grammar else None
+        state = 0
+        while len(out) < params["max_tokens"] and EOS not in out:
+            history = prompt + out
+            logits = self._model.logits(self._model.forward(whole(history), WholeSequence())[-1:])[0]
+            if rows is not None:
+                allowed = torch.full((VOCAB,), float("-inf"))
+                allowed[list(rows[state])] = 0
+                logits = logits + allowed
+            if params["temperature"]:
+                noise = gumbel_noise(torch.tensor([params["seed"]]), torch.tensor([len(history)]), VOCAB)[0]
+                logits = logits / params["temperature"] + noise
+            out.append(int(logits.argmax()))
+            if rows is not None:
+                state = rows[state][out[-1]]
+        return out
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Harness) -> list[list[int]]:
+    return [Alone(tiny).tokens(*each) for each in work()]
+
+
+def drafting(texts: list[list[int]], kind: str) -> Any:
+    """Drafts that are right, wrong but allowed by no grammar, or right at first."""
+
+    def draft(tables: Any, batch: Any, hidden: Any, slots: torch.Tensor, count: int) -> Any:
+        drafts = torch.zeros(len(slots), count, dtype=torch.int64)
+        for row, slot in enumerate(slots.tolist()):
+            history = tables.history[slot, : tables.length[slot]].tolist()
+            text = next((t for t in texts if t[: len(history)] == history), history) + [0] * count
+            follow = text[len(history) : len(history) + count]
+            drafts[row] = torch.tensor(
+                {"right": follow, "wrong": [159] * count, "half": [*follow[:1], *[159] * (count - 1)]}[kind]
+            )
+        return drafts, torch.full((len(slots),), count)
+
+    return draft
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["none", "right", "wrong", "half", "pld"])
+async def test_tokens_are_the_best_that_are_allowed(tiny: Harness, expected: list[list[int]], kind: str, depth: int) -> None:
+    assert all(allows(p["grammar"], answer) for (_, p), answer in zip(work(), expected, strict=True) if p["grammar"])
+    assert any(EOS in answer for answer in expected)
+    texts = [[*prompt, *answer] for (prompt, _), answer in zip(work(), expected, strict=True)]
+    objects = {"toys": ToyPlugin(), "testing": ProposerPlugin(drafting(texts, kind))}
+    plugins = PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects=objects)
+    settings = {
+        "speculative.method": kind if kind in ("none", "pld") else "test",
+        "engine.overlap_depth": depth,
+        "kv.page_size": 8,
+        "model.max_model_len": 64,
+        "scheduler.prefill_tokens": 20,
+        "kv.memory": str(15 * tiny.page_bytes(8)),
+        "grammar.states": 7,
+    }
+    async with tiny.engine(plugins=plugins, **settings) as running:
+        ids = [running.submit(prompt, **params) for prompt, params in work()]
+        outputs = [await running.outputs(i) for i in ids]
+        assert [[t for o in found for t in o.tokens] for found in outputs] == expected
+        assert running.engine.stats().preemptions > 0
+        again = await running.outputs(running.submit(work()[0][0], **work()[0][1]))
+        assert [t for o in again for t in o.tokens] == expected[0]
+        assert again[0].cached_tokens > 0
+    most = max(o.accepted for found in outputs for o in found)
+    assert most == {"none": 0, "right": 3, "wrong": 0, "half": 1}.get(kind, most)
+
+
+async def test_rows_are_used_again(tiny: Harness) -> None:
+    """More grammars, one after the other, than the table holds at once; logprobs are the model's own."""
+    plugins = PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects={"toys": ToyPlugin()})
+    reference = Alone(tiny)
+    async with tiny.engine(plugins=plugins, **{"grammar.states": 4, "speculative.method": "pld"}) as running:
+        for first in range(20, 26):
+            spec = toy({first: 1}, dict.fromkeys(range(30, 90), 2), {first: 0, EOS: 2})
+            params = {"max_tokens": 9, "temperature": 0.0, "grammar": spec, "seed": 0}
+            outputs = await running.outputs(running.submit([9, 8], **params, logprobs=1))
+            assert [t for o in outputs for t in o.tokens] == reference.tokens([9, 8], params)
+            chosen = [lp for o in outputs for lp in o.logprobs or []]
+            assert all(lp.logprob <= lp.top[0][1] for lp in chosen)
+            assert any(lp.rank > 1 for lp in chosen)
+        held = running.submit([9, 8], max_tokens=200, grammar=toy({5: 1}, {5: 2}, {5: 0}))
+        with pytest.raises(QueueFull, match=r"grammar\.states"):
+            running.submit([9, 8], grammar=toy({6: 1}, {6: 0}))
+        running.connection.abort([held])
+        assert await running.tokens([9, 8], max_tokens=4, grammar=toy({6: 1}, {6: 0})) == [6] * 4
+        refused = [
+            ({"grammar": GrammarSpec(kind="regex", source="a*")}, "kind 'regex'; known: toy"),
+            ({"grammar": GrammarSpec(kind="toy", source="[")}, "not JSON"),
+            ({"grammar": toy({5: 0}, {})}, "State 1 of the grammar allows no token"),
+            ({"grammar": toy(*({5: 0},) * 5)}, "needs 5 states, and the table on the device has 4"),
+            ({"grammar": PAIRS, "min_tokens": 2}, "Leave min_tokens out"),
+        ]
+        for params, said in refused:
+            with pytest.raises(InvalidRequest, match=said):
+                running.submit([9, 8], **params)
+        assert running.engine.stats().refused == {"invalid_request": 5, "queue_full": 1}
+
+
+async def test_without_a_plugin_grammars_are_refused(tiny: Harness) -> None:
+    async with tiny.engine() as running:
+        with pytest.raises(InvalidRequest, match=r"No plugin here knows grammars of the kind 'toy'; known: none"):
+            running.submit([9, 8], grammar=PAIRS)
+
+
+def test_gaps_between_rows_are_found() -> None:
+    table = {n: GrammarTable.of([{0: 0}] * n, 4) for n in (2, 3, 4)}
+
+    class Sizes:
+        def compile(self, source: str) -> GrammarTable:
+            return table[int(source[0])]
+
+    store = GrammarStore(9, {"n": Sizes})
+    specs = {name: GrammarSpec(kind="n", source=name) for name in ("2a", "3a", "4a", "3b", "2b", "4b")}
+    firsts = lambda: {spec.source: held.first for spec, held in store._held.items()}  # noqa: E731
+    for name in ("2a", "3a", "4a"):
+        store.acquire(specs[name])
+    assert firsts() == {"2a": 1, "3a": 3, "4a": 6}
+    with pytest.raises(QueueFull):
+        store.acquire(specs["2b"])
+    store.release(specs["3a"])
+    store.acquire(specs["3b"])
+    assert firsts() == {"2a": 1, "4a": 6, "3b": 3}
+    store.release(specs["2a"])
+    store.release(specs["3b"])
+    store.acquire(specs["4b"])  # both have to go for it
+    assert firsts() == {"4a": 6, "4b": 1}

@@ -1,0 +1,142 @@
+"""Proposer × K × overlap depth × batch × situation, and every feature: no token changes, and every draft is accounted for.
+
+By default a covering set of cells is run, in which every pair of two axes' values occurs, each with the proposer's own drafts
+and one of the other strategies; everything by
+
+    pytest tests/speculation/test_lossless.py -m full
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from .features import FEATURES, Asked, asked, differences, plugins_with
+from .lossless import ALL, METHODS, STRATEGIES, Cell, Strategy, Subject, covering, run, subject
+from .report import PAGE, Report
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COVERING = sorted(covering(), key=lambda cell: (-cell.k, -cell.batch))
+ROWS = {
+    "Features of a request": list(FEATURES),
+    "Drafts a step": [f"K = {k}" for k in (1, 2, 3, 4, 5)],
+    "Steps launched ahead": [f"overlap depth {depth}" for depth in (0, 1, 2)],
+    "Requests at once": [f"batch {batch}" for batch in (1, 7, 32)],
+    "Situations": ["plain", "prefix hit", "preempted", "chunked prefill"],
+}
+made: dict[str, Subject] = {}
+requests_of: dict[str, list[Asked]] = {}
+report = Report()
+
+
+@pytest.fixture
+def tested(method: str, tmp_path: Path) -> Subject:
+    """Made once for each method."""
+    if method not in made:
+        made[method] = subject(tmp_path, method)
+    return made[method]
+
+
+def note(method: str, cell: Cell, equal: bool) -> None:
+    values = (f"K = {cell.k}", f"overlap depth {cell.depth}", f"batch {cell.batch}", cell.situation)
+    for section, value in zip(list(ROWS)[1:], values, strict=True):
+        report.saw(section, value, method, equal)
+
+
+async def check(tested: Subject, cell: Cell, strategy: str) -> None:
+    accepted, compared = await run(tested, cell, strategy)
+    if strategy == "wrong":
+        assert accepted == 0
+    elif strategy == "right":
+        assert accepted >= cell.batch * 8 * cell.k // (cell.k + 1) - cell.batch
+    if tested.method != "pld" and strategy in ("own", "wrong"):
+        assert compared > 5 * cell.batch * cell.k
+
+
+@pytest.mark.parametrize("number", range(len(COVERING)), ids=[str(cell) for cell in COVERING])
+@pytest.mark.parametrize("method", METHODS)
+async def test_covering_cells(tested: Subject, method: str, number: int) -> None:
+    equal = False
+    try:
+        for strategy in ("own", STRATEGIES[1 + number % 3]):
+            await check(tested, COVERING[number], strategy)
+        equal = True
+    finally:
+        note(method, COVERING[number], equal)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("cell", sorted(ALL, key=lambda cell: (-cell.k, -cell.batch)), ids=str)
+@pytest.mark.parametrize("method", METHODS)
+async def test_every_cell(tested: Subject, cell: Cell) -> None:
+    for strategy in STRATEGIES:
+        await check(tested, cell, strategy)
+
+
+def test_the_covering_set_covers() -> None:
+    assert len(COVERING) < 30
+    for axis in ("k", "depth", "batch", "situation"):
+        assert {getattr(cell, axis) for cell in COVERING} == {getattr(cell, axis) for cell in ALL}
+
+
+# ------------------------------------------------------------------------------------------------------------------ features
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("method", METHODS)
+async def test_features(tested: Subject, method: str, depth: int) -> None:
+    """All in one batch. A draft that repeats one token, stop ids and budgets inside of drafts are among them."""
+    if method not in requests_of:
+        requests_of[method] = await asked(tested)
+    work = requests_of[method]
+    wrong: dict[str, list[str]] = {name: [] for name in FEATURES}
+    for strategy in ("own", "right", "wrong at j", "repeat"):
+        doctor = Strategy(strategy, 4, [each.text for each in work])
+        settings = {
+            "speculative.method": "watched",
+            "speculative.k": 4,
+            "speculative.min_acceptance": 0.0,
+            "engine.overlap_depth": depth,
+            "scheduler.max_running": 12,
+            "model.max_model_len": 64,
+            "grammar.states": 8,
+        }
+        async with tested.model.engine(plugins=plugins_with(tested.method, doctor), **settings) as running:
+            ids = [running.submit(each.prompt, **each.params) for each in work]
+            found = [await running.outputs(i) for i in ids]
+            stats = running.engine.stats().speculative
+        assert stats is not None
+        assert stats.error is None
+        if strategy == "right":
+            assert sum(stats.accepted) > 0.6 * sum(stats.drafted)
+        for each, outputs in zip(work, found, strict=True):
+            wrong[each.feature] += [f"{strategy}: {name}" for name in differences(each, outputs)]
+    for feature, found_wrong in wrong.items():
+        report.saw("Features of a request", feature, method, not found_wrong)
+    assert not {feature: what for feature, what in wrong.items() if what}
+
+
+def test_the_requests_use_their_features() -> None:
+    """Stops end answers, budgets cut them, penalties and grammars change them."""
+    if not requests_of:
+        pytest.skip("the tests of features were not run")
+    for work in requests_of.values():
+        by = {each.feature: each for each in work}
+        ends = {feature: each.found[-1].finish_reason for feature, each in by.items()}
+        assert ends["stop id inside a draft"] == ends["min_tokens"] == "stop"
+        assert ends["max_tokens inside a draft"] == ends["greedy"] == "length"
+        assert by["logprobs"].found[0].logprobs
+        assert by["prompt_logprobs"].found[0].prompt_logprobs
+        assert len([t for o in by["min_tokens"].found for t in o.tokens]) >= 9
+
+
+def test_the_page_says_what_was_found() -> None:
+    """Last: it needs the others' findings."""
+    if not report.complete(ROWS):
+        pytest.skip("only some of the tests were run")
+    text = report.text(ROWS)
+    if os.environ.get("UPDATE_DOCS"):
+        PAGE.write_text(text, encoding="utf-8")
+    assert PAGE.read_text(encoding="utf-8") == text, "write it with UPDATE_DOCS=1"
