@@ -18,6 +18,7 @@ from .core.draft_length import DraftLength
 from .core.engine import Engine
 from .core.errors import CheckpointError, ConfigError
 from .core.executor import Executor
+from .core.handoff import HandoffContext, Handoffs
 from .core.kv.cache import KVCache
 from .core.kv.pool import KVPool
 from .core.protocols import (
@@ -32,6 +33,7 @@ from .core.protocols import (
 )
 from .core.settings import Settings
 from .core.slots import SlotTables
+from .core.transport import TransportSpec
 from .core.types import ModelInfo, ModelSpec, SpeculativeInfo
 from .hub import ModelFiles, load_config
 from .kernels import choose_ops, choose_precision
@@ -40,8 +42,11 @@ from .layers.loading import load_weights
 from .memory import plan_pages
 from .step.programs import StepPrograms
 from .step.synthetic import share_for
+from .transfer.layout import fingerprint
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .core.plugins import PluginManager
     from .core.plugins.registry import Entry
 
@@ -59,6 +64,8 @@ class LoadedModel:
     dtype: torch.dtype
     weight_bytes: int
     weight_precision: str
+    fingerprint: str = ""
+    """Of config and weights; engines that hand requests over compare it."""
 
 
 def build_engine(settings: Settings, files: ModelFiles, plugins: PluginManager, progress: Progress | None = None) -> Engine:
@@ -114,7 +121,8 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) ->
             load_weights(model, checkpoint, device)
         finally:
             checkpoint.close()
-    return LoadedModel(model, device, dtype, model.nbytes(), precision)
+    model_hash = fingerprint(config, _weight_files(files.path)) if settings.disaggregation.role != "both" else ""
+    return LoadedModel(model, device, dtype, model.nbytes(), precision, model_hash)
 
 
 def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: PluginManager) -> Engine:
@@ -150,6 +158,7 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
     if entry is not None:
         dtype = _name(loaded.dtype)
         proposer = entry.factory(ProposerContext(settings, loaded.model, tables, attention, max_drafts, pages, dtype))
+    handoffs = _handoffs(settings, loaded, plugins, pool, draft_memory.kv_layers, proposer)
     programs = StepPrograms(
         loaded.model,
         attention,
@@ -158,6 +167,7 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
         proposer_name=f"proposer {entry.name!r} of plugin {entry.plugin!r}" if entry is not None else "",
         synthetic=synthetic_share(settings, max_drafts),
         graphs=device.type == "cuda" and settings.engine.cuda_graphs and getattr(attention, "capturable", False),
+        watcher=handoffs.watcher if handoffs is not None else None,
     )
 
     kv = KVCache(pages, page_size, settings.kv.prefix_cache, listen=plugins.observers.watches_kv)
@@ -184,6 +194,7 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
         overlap_depth=settings.engine.overlap_depth,
         draft_length=drafts,
         observers=plugins.observers,
+        handoffs=handoffs,
     )
 
 
@@ -304,6 +315,35 @@ def _reader(settings: Settings, files: ModelFiles, plugins: PluginManager) -> Ca
             f"No reader can open {files.path} ({reasons}).", fix="Give a folder with .safetensors, or a .gguf."
         )
     return supported[0].factory
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return [file for pattern in ("*.safetensors", "*.gguf") for file in path.glob(pattern)]
+
+
+def _handoffs(
+    settings: Settings, loaded: LoadedModel, plugins: PluginManager, pool: KVPool, draft_layers: int, proposer: Any
+) -> Handoffs | None:
+    """What hands requests over to or from other engines; None for an engine that does all itself."""
+    chosen = settings.disaggregation
+    if chosen.role == "both":
+        return None
+    spec = TransportSpec(device=loaded.device.type)
+    transport = plugins.registry("kv_transports").require(chosen.transport, spec)
+    context = HandoffContext(
+        settings=settings,
+        role=chosen.role,
+        model=loaded.fingerprint,
+        pool=pool,
+        draft_layers=draft_layers,
+        make_transport=transport.factory,
+        page_states=tuple(getattr(proposer, "page_states", ())),
+        speculative=settings.speculative.method if proposer is not None else "none",
+    )
+    handoffs: Handoffs = plugins.registry("handoffs").get(chosen.method).factory(context)
+    return handoffs
 
 
 def _draft_memory(entry: Entry | None, spec: ModelSpec, dtype: torch.dtype) -> DraftMemory:

@@ -77,6 +77,7 @@ Deterministic = Annotated[bool | None, flag("engine.deterministic", "--determini
 Threads = Annotated[str | None, flag("engine.threads", "--threads")]
 Policy = Annotated[str | None, flag("scheduler.policy", "--scheduler")]
 KVMemory = Annotated[str | None, flag("kv.memory", "--kv-memory")]
+Role = Annotated[str | None, flag("disaggregation.role", "--role")]
 LogLevel = Annotated[str | None, flag("log.level", "--log-level")]
 
 

@@ -24,6 +24,7 @@ def serve(
     threads: options.Threads = None,
     scheduler: options.Policy = None,
     kv_memory: options.KVMemory = None,
+    role: options.Role = None,
     log_level: options.LogLevel = None,
     config: options.Config = None,
     sets: options.Sets = None,
@@ -49,6 +50,7 @@ def serve(
         "engine.threads": threads,
         "scheduler.policy": scheduler,
         "kv.memory": kv_memory,
+        "disaggregation.role": role,
         "log.level": log_level,
     }
     loaded = options.load(config, given, sets)

@@ -19,17 +19,21 @@ from typing import Any
 
 from .draft_counts import DraftCounts
 from .draft_length import DraftLength
-from .errors import ContextTooLong, InvalidRequest
+from .errors import ContextTooLong, FluentError, InvalidRequest
 from .executor import Executor
+from .handoff import Handoffs
+from .handoff_host import EngineHost
 from .kv.cache import KVCache
 from .protocols import RequestEvent, Scheduler
 from .sequence import Phase, Sequence
+from .session import refusal
 from .types import (
     MAX_STOP_IDS,
     Drafting,
     EngineStats,
     FinishReason,
     FromEngine,
+    HandoffReport,
     ModelInfo,
     Outputs,
     Request,
@@ -93,6 +97,7 @@ class Engine:
         overlap_depth: int,
         draft_length: DraftLength | None = None,
         observers: Observers | None = None,
+        handoffs: Handoffs | None = None,
     ) -> None:
         self.info = info
         self.scheduler = scheduler
@@ -105,6 +110,9 @@ class Engine:
         self._left_drafts = 0
         """Drafts that the last launched step leaves for the next to verify."""
         self.observers = observers or Observers()
+        self.handoffs = handoffs
+        """None where prefill and decode are both here."""
+        self._failure: Exception | None = None
         self.last_progress = time.monotonic()
         """When a step was last collected or the loop last idled, for the watchdog."""
         self._owners: dict[Sequence, Connection] = {}
@@ -125,8 +133,17 @@ class Engine:
 
     def submit(self, connection: Connection, request: Request) -> None:
         self._check(connection, request)
+        if request.handoff is not None:
+            if self.handoffs is None:
+                raise InvalidRequest(
+                    "The request asks for prefill and decode on different engines, but this one does both.",
+                    fix="Start it with --role prefill or --role decode.",
+                )
+            request = self.handoffs.prepare(request)
         sequence = Sequence(request, self._stop_ids(request), self._arrivals)
-        self.scheduler.add(sequence)
+        adopted = request.handoff is not None and self.handoffs is not None and self.handoffs.adopt(sequence)
+        if not adopted:
+            self.scheduler.add(sequence)
         self._arrivals += 1
         self._owners[sequence] = connection
         connection.sequences[request.id] = sequence
@@ -138,7 +155,8 @@ class Engine:
             return
         self._prompt_logprobs.pop(sequence, None)
         self._finish(sequence, "abort")
-        self.scheduler.abort(sequence)
+        if self.handoffs is None or not self.handoffs.abort(sequence):
+            self.scheduler.abort(sequence)
         self._wake.set()
 
     def _check(self, connection: Connection, request: Request) -> None:
@@ -177,22 +195,41 @@ class Engine:
     async def run(self) -> None:
         """Serve until `stop`. What a step raises ends the loop and reaches the caller: the device's state is unknown then."""
         try:
+            if self.handoffs is not None:
+                self.handoffs.start(EngineHost(self))
             while not self._stopping or self._launched:
                 await self._turn()
         finally:
             self._launched.clear()
             self.executor.close()
+            if self.handoffs is not None:
+                self.handoffs.close()
 
     def stop(self) -> None:
         """End `run` after the steps in flight."""
         self._stopping = True
         self._wake.set()
 
+    def wake(self) -> None:
+        """Let the loop turn once more."""
+        self._wake.set()
+
+    def fail(self, error: Exception) -> None:
+        """End `run` with this error."""
+        self._failure = error
+        self._wake.set()
+
     async def _turn(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self.handoffs is not None:
+            self.handoffs.turn()
         plan = None if self._stopping else self.scheduler.plan(self._steps, self._drafting())
         if plan is not None:
             self._left_drafts = plan.drafting.draft
             self._steps += 1
+            if self.handoffs is not None and plan.prefill:
+                self.handoffs.planned(plan, [self.scheduler.sequence(chunk.slot) for chunk in plan.prefill])
             self._launched.append((plan, self.executor.launch(plan)))
             for init in plan.admit:
                 self._observe("scheduled", self.scheduler.sequence(init.slot))
@@ -220,7 +257,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._launched or self.scheduler.waiting or self.scheduler.running)
+        handed_over = self.handoffs.open if self.handoffs is not None else 0
+        return bool(self._launched or self.scheduler.waiting or self.scheduler.running or handed_over)
 
     # ------------------------------------------------------------------------------------------------------------- collect
     def _collect(self, plan: StepPlan, result: StepResult) -> None:
@@ -233,13 +271,16 @@ class Engine:
             owner = self._owners.get(sequence)
             if owner is None or sequence.generation != slot.generation:
                 continue
+            report = None
+            if self.handoffs is not None and sequence.request.handoff is not None and sequence.generated == 0 and slot.tokens:
+                report = self.handoffs.drew(sequence, slot)
             output = self._advance(sequence, slot)
             if output is not None:
+                output.handoff = report
                 outputs.setdefault(owner, []).append(output)
             if slot.finished is not None:
                 finished.append(sequence)
-                del self._owners[sequence], owner.sequences[sequence.request.id]
-                self._finish(sequence, slot.finished)
+                self._retire(sequence, slot.finished)
         self.scheduler.collected(plan, finished)
         if self.draft_length is not None:
             self._learn(self.draft_length, plan, result)
@@ -247,6 +288,28 @@ class Engine:
             connection.deliver(Outputs(batch))
         self.observers.step(plan, result)
         self._flush_kv_events()
+
+    def bring(self, sequence: Sequence, result: SlotResult, report: HandoffReport) -> None:
+        """Tokens of a running request that came outside of a step."""
+        owner = self._owners[sequence]
+        output = self._advance(sequence, result)
+        if result.finished is not None:
+            self._retire(sequence, result.finished)
+        if output is not None:
+            output.handoff = report
+            owner.deliver(Outputs([output]))
+
+    def refuse(self, sequence: Sequence, error: FluentError) -> None:
+        """End a request that is not in the scheduler's hands with an error."""
+        owner = self._owners.pop(sequence)
+        del owner.sequences[sequence.request.id]
+        self._finish(sequence, "error")
+        owner.deliver(refusal(sequence.request.id, error))
+
+    def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
+        owner = self._owners.pop(sequence)
+        del owner.sequences[sequence.request.id]
+        self._finish(sequence, reason)
 
     def _learn(self, draft_length: DraftLength, plan: StepPlan, result: StepResult) -> None:
         """From a step with speculation on. What the proposer's failure left undone, the target has done already."""
@@ -314,6 +377,7 @@ class Engine:
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.preemptions,
             speculative=self.draft_counts.stats() if self.draft_counts is not None else None,
+            handoff=dict(self.handoffs.stats()) if self.handoffs is not None else {},
         )
 
     def clear_cache(self) -> None:

@@ -73,6 +73,11 @@ def fluent_kv_transports(register: Register) -> None:
 
 
 @hookspec
+def fluent_handoffs(register: Register) -> None:
+    """Give ways to hand requests over between prefill and decode engines: `register("layerwise", factory)`."""
+
+
+@hookspec
 def fluent_grammars(register: Register) -> None:
     """Give grammar engines for constrained decoding."""
 

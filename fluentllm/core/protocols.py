@@ -88,6 +88,11 @@ class Scheduler(Protocol):
         """Queue it. Raises `QueueFull`."""
         ...
 
+    def resume(self, sequence: Sequence) -> None:
+        """Queue one that has the KV of its whole prompt in pages of its own, and its first token: it enters a slot to decode,
+        without a prefill (`StepPlan.resume`). Never refused, and not kept waiting behind what waits for pages."""
+        ...
+
     def abort(self, sequence: Sequence) -> None:
         """Plan it no more; its slot and pages are released once every step that names it has been collected."""
         ...
@@ -401,6 +406,21 @@ class Proposer(Protocol):
         [B] int64. A row at position p of slot s became part of the history if p < tables.length[s]; rows of slots that had
         finished before write to page 0 (`batch.kv_rows`). One that raises, or returns other shapes, is switched off for good.
         """
+        ...
+
+
+class MovableProposer(Proposer, Protocol):
+    """A proposer that can go on with a prompt that another engine's proposer of the same kind has seen. Without this the first
+    step after such a prompt has no drafts, and a proposer with a state of its own must do without the prompt's."""
+
+    @property
+    def page_states(self) -> SequenceOf[Tensor]:
+        """Tensors [pages + 1, …], contiguous, of what it keeps for each page besides its KV layers: they are sent along."""
+        ...
+
+    def resume(self, batch: Batch, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """`draft` after a prompt that was computed elsewhere. batch: one row a slot, the last position of its prompt, whose KV
+        (draft layers included) and page states are in place; the first token is in the slot tables."""
         ...
 
 

@@ -49,6 +49,29 @@ MAX_LOGPROBS = 20
 MAX_STOP_IDS = 32
 
 
+class Handoff(Struct, frozen=True, kw_only=True):
+    """A request whose prefill and decode are on different engines: each of the two gets one with the same id."""
+
+    id: str
+    host: str = ""
+    port: int = 0
+    """Where the prefill engine takes control connections; empty, 0: it is this one."""
+
+
+class HandoffReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a handoff has to tell, once, with a request's first output."""
+
+    id: str
+    host: str = ""
+    port: int = 0
+    """Prefill: where the prompt's KV waits for a decode engine."""
+    received_bytes: int = 0
+    """Decode: written by the prefill engine for this request, repeats not counted."""
+    saved_bytes: int = 0
+    """Decode: not sent, since this engine had it cached."""
+    attempts: int = 0
+
+
 class Request(Struct, frozen=True, kw_only=True):
     """One sequence to continue. `n` choices of one HTTP request are n of these."""
 
@@ -57,6 +80,8 @@ class Request(Struct, frozen=True, kw_only=True):
     params: SamplingParams
     priority: int = 0
     """Smaller runs first."""
+    handoff: Handoff | None = None
+    """Set where the prompt is computed on one engine and continued on another."""
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True):
@@ -87,6 +112,8 @@ class RequestOutput(Struct, kw_only=True, omit_defaults=True):
     accepted: int = 0
     cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache; told once, with the first output."""
+    handoff: HandoffReport | None = None
+    """Once, with the first output, of a request that was handed over."""
 
 
 # --------------------------------------------------------------------------------------------------------------- one step
@@ -132,12 +159,15 @@ class Drafting(Struct, frozen=True):
 
 
 class StepPlan(Struct, frozen=True, kw_only=True):
-    """One step, in the order the executor applies it: admissions, page grants, the prefill program, the decode program."""
+    """One step, in the order the executor applies it: admissions, page grants, the prefill program, first drafts of prompts
+    that were computed elsewhere, the decode program."""
 
     step: int
     admit: list[SlotInit] = field(default_factory=list)
     grants: list[PageGrant] = field(default_factory=list)
     prefill: list[PrefillChunk] = field(default_factory=list)
+    resume: list[PrefillChunk] = field(default_factory=list)
+    """Slots that enter with their prompts' KV written elsewhere: the last position of each prompt. They are in `decode` too."""
     decode: list[int] = field(default_factory=list)
     """Slots that decode."""
     drafting: Drafting = Drafting()
@@ -299,6 +329,8 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     preemptions: int
     speculative: SpeculativeStats | None = None
     """None where nothing drafts."""
+    handoff: dict[str, int] = field(default_factory=dict)
+    """Counters of handoffs between prefill and decode engines; empty where there are none."""
 
 
 # ------------------------------------------------------------------------------------- frames between front end and engine

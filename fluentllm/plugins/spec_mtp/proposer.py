@@ -40,7 +40,8 @@ class MTPProposer:
         self._attention = context.attention
         shape = context.pages + 1, context.model.spec.hidden_size
         self._page_hidden = torch.zeros(shape, dtype=getattr(torch, context.dtype), device=context.tables.device)
-        """The target's hidden state at the last position of each page, so that a prefix hit can draft at once."""
+        """The target's hidden state at the last position of each page, so that a prefix hit can draft at once; of a page that a
+        prompt ends in, at the prompt's last position, for an engine that goes on with it."""
 
     def draft(self, batch: Batch, hidden: Tensor, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
         self._keep_page_ends(batch, hidden)
@@ -55,9 +56,18 @@ class MTPProposer:
         drafts = self._chain(state, slots, self._tables.page_table[slots], rows, count)
         return drafts, torch.full_like(slots, count)
 
+    @property
+    def page_states(self) -> tuple[Tensor, ...]:
+        return (self._page_hidden,)
+
+    def resume(self, batch: Batch, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return self.draft(batch, self._page_hidden[batch.kv_rows // batch.page_size], slots, count)
+
     def _keep_page_ends(self, batch: Batch, hidden: Tensor) -> None:
         """Those of wrong drafts are written too, and again when the position is; inert rows write to page 0."""
         ends = (batch.positions + 1) % batch.page_size == 0
+        if batch.query_length is None:
+            ends[batch.query_start[1:].to(torch.int64) - 1] = True
         pages = (batch.kv_rows // batch.page_size).where(ends, 0)
         self._page_hidden[pages] = hidden
 
