@@ -37,7 +37,9 @@ def plan_writes(
     `target_pages[i]` of the target's, in these layers (consecutive), all tensors.
 
     part: what this pair of ranks moves (`slices.slices_between`); None: everything, for equal pools. The layouts are those
-    of the two ranks and have been checked. tokens: of each page only the first so many (the page that a prompt ends in). Raises `PageError` for pages or layers outside of the pools, and for a page that
+    of the two ranks and have been checked. tokens: of each page only the first so many (of the page that a prompt ends in).
+
+    Raises `PageError` for pages or layers outside of the pools, and for a page that
     would be written twice.
     """
     ours, theirs = _pages(source_pages, source, "source"), _pages(target_pages, target, "target")
