@@ -64,6 +64,8 @@ class StepPrograms:
         self._uploaded: dict[int, list[int]] = {}
         """Bucket → what stands there."""
         self._watcher = watcher
+        self.prefilled = 0
+        """Tokens that prefill programs have computed."""
 
     def drop_proposer(self, reason: str) -> None:
         self.proposer = None
@@ -76,6 +78,7 @@ class StepPrograms:
         """Enqueue the plan's programs on the current stream; nothing is read back here."""
         pending: list[Pending] = []
         if plan.prefill:
+            self.prefilled += sum(chunk.count for chunk in plan.prefill)
             if self._watcher is not None:
                 self._watcher.begin(plan)
             pending.append(self._prefill(plan.prefill, plan))

@@ -61,7 +61,9 @@ class Pair:
         first = self.prefill.hand(prompt, Handoff(id=f"pull-{next(_ids)}"), **params)
         report = (await self.prefill.outputs(first))[0].handoff
         assert report is not None
-        return await self.decode.outputs(self.decode.hand(prompt, Handoff(id=report.id, host=report.host, port=report.port), **params))
+        return await self.decode.outputs(
+            self.decode.hand(prompt, Handoff(id=report.id, host=report.host, port=report.port), **params)
+        )
 
     @property
     def layout(self) -> Any:
@@ -70,7 +72,9 @@ class Pair:
 
 
 @asynccontextmanager
-async def pair(model: Harness, *, prefill: dict[str, Any] | None = None, decode: dict[str, Any] | None = None, **both: Any) -> AsyncIterator[Pair]:
+async def pair(
+    model: Harness, *, prefill: dict[str, Any] | None = None, decode: dict[str, Any] | None = None, **both: Any
+) -> AsyncIterator[Pair]:
     """Two engines with the same weights; afterwards both must be idle with nothing leaked."""
     common = {"plugins.kv_layerwise.key": KEY, **both}
     async with side(model, **{**common, **PREFILL, **(prefill or {})}) as first:

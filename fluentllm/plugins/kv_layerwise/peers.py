@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +15,10 @@ from ...transfer.messages import Describe, Message, Refuse
 
 if TYPE_CHECKING:
     from .exchange import Connection, Exchange
+
+
+MAX_FORGOTTEN = 4096
+"""Beyond it the oldest are left to the peer's own deadline."""
 
 
 class Breaker:
@@ -60,6 +65,8 @@ class PrefillPeer:
         self.connection: Connection | None = None
         self.refusal: FluentError | None = None
         """Why it cannot be used: its KV does not fit ours."""
+        self.forgotten: deque[str] = deque(maxlen=MAX_FORGOTTEN)
+        """Handoffs that it is to be told are not wanted any more."""
         self._exchange = exchange
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None

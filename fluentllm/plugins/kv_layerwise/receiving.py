@@ -202,6 +202,10 @@ class Receiver:
             self._time(incoming, GRACE, partial(self._failed, incoming, "lost", "Groups were sent that did not arrive."))
 
     def _ready(self, peer: PrefillPeer) -> None:
+        connection = peer.connection
+        while connection is not None and peer.forgotten:
+            of = attempt_of(peer.forgotten.popleft(), 0, connection.epoch, self._exchange.epoch)
+            connection.link.send(Release(of=of))
         self._exchange.host.wake()
 
     def _unreachable(self, peer: PrefillPeer, error: FluentError) -> None:
@@ -375,11 +379,12 @@ class Receiver:
         self._end_attempt(incoming, cancel=True)
 
     def _release_peer(self, incoming: Incoming) -> None:
-        """Let the prefill engine forget the prompt."""
-        connection = incoming.peer.connection
-        if connection is not None:
-            of = attempt_of(incoming.id, max(0, incoming.attempts - 1), connection.epoch, self._exchange.epoch)
-            connection.link.send(Release(of=of))
+        """Let the prefill engine forget the prompt, now or when it can be reached."""
+        incoming.peer.forgotten.append(incoming.id)
+        if incoming.peer.connection is not None:
+            self._ready(incoming.peer)
+        elif incoming.peer.breaker.state == "closed":
+            incoming.peer.connect()
 
     def _time(self, incoming: Incoming, seconds: float, call: object) -> None:
         if incoming.timer is not None:

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from .watch import Watch
 
 
+MAX_REMEMBERED = 4096
+"""Handoffs that are over; the oldest are forgotten."""
+
+
 @dataclass(slots=True)
 class Chunk:
     """Pages, counted within the prompt, that are complete when a pass is."""
@@ -91,6 +95,10 @@ class Sender:
         self._by_sequence: dict[Sequence, Outgoing] = {}
         self._early: dict[str, tuple[Connection, Reserve, asyncio.TimerHandle]] = {}
         """Asked for before the request came."""
+        self._unwanted_early: dict[str, bool] = {}
+        """Released before the request came: nobody will ask for these."""
+        self._over: dict[str, bool] = {}
+        """Released after it came, so that saying it twice means nothing."""
         self._sendings: dict[Attempt, tuple[Sending, Outgoing]] = {}
         self._doubtful: set[Attempt] = set()
         self._transfers: dict[int, Sending] = {}
@@ -102,6 +110,8 @@ class Sender:
 
     # ------------------------------------------------------------------------------------------------- from the engine
     def adopt(self, sequence: Sequence, handoff: str) -> None:
+        if self._unwanted_early.pop(handoff, False):
+            return
         tokens = sequence.tokens
         outgoing = Outgoing(handoff, sequence, len(tokens), hashlib.sha256(encode_tokens(tokens)).digest())
         if handoff in self._by_id:
@@ -166,12 +176,7 @@ class Sender:
         elif isinstance(message, Cancel):
             self._cancel(connection, message.of)
         elif isinstance(message, Release):
-            outgoing = self._by_id.get(message.of.handoff)
-            if outgoing is not None:
-                self._finish(outgoing)
-            early = self._early.pop(message.of.handoff, None)
-            if early is not None:
-                early[2].cancel()
+            self._release(message.of.handoff)
         else:
             self._counters["messages_unexpected"] += 1
 
@@ -206,6 +211,21 @@ class Sender:
         self._settle(sending)
 
     # ---------------------------------------------------------------------------------------------------------- inside
+    def _release(self, handoff: str) -> None:
+        early = self._early.pop(handoff, None)
+        if early is not None:
+            early[2].cancel()
+        outgoing = self._by_id.get(handoff)
+        if outgoing is not None:
+            self._finish(outgoing)
+            self._over[handoff] = True
+        elif handoff not in self._over:
+            self._unwanted_early[handoff] = True
+        for memory in (self._unwanted_early, self._over):
+            while len(memory) > MAX_REMEMBERED:
+                del memory[next(iter(memory))]
+        self._exchange.host.wake()
+
     def _asked(self, connection: Connection, ask: Reserve) -> None:
         exchange, of = self._exchange, ask.of
         if of.source != exchange.epoch or of.target != connection.epoch:
@@ -380,6 +400,7 @@ class Sender:
             outgoing.timer.cancel()
         if self._by_id.get(outgoing.id) is outgoing:
             del self._by_id[outgoing.id]
+        self._by_sequence.pop(outgoing.sequence, None)
         for sending, other in list(self._sendings.values()):
             if other is outgoing:
                 self._stop(sending)
