@@ -112,6 +112,8 @@ class Engine:
         self.observers = observers or Observers()
         self.handoffs = handoffs
         """None where prefill and decode are both here."""
+        self._resuming: set[Sequence] = set()
+        """Handed to the scheduler with their prompts' KV, and not planned yet."""
         self._failure: Exception | None = None
         self.last_progress = time.monotonic()
         """When a step was last collected or the loop last idled, for the watchdog."""
@@ -154,6 +156,7 @@ class Engine:
         if self._owners.pop(sequence, None) is None:
             return
         self._prompt_logprobs.pop(sequence, None)
+        self._resuming.discard(sequence)
         self._finish(sequence, "abort")
         if self.handoffs is None or not self.handoffs.abort(sequence):
             self.scheduler.abort(sequence)
@@ -231,6 +234,7 @@ class Engine:
             if self.handoffs is not None and plan.prefill:
                 self.handoffs.planned(plan, [self.scheduler.sequence(chunk.slot) for chunk in plan.prefill])
             self._launched.append((plan, self.executor.launch(plan)))
+            self._resuming.difference_update(self.scheduler.sequence(chunk.slot) for chunk in plan.resume)
             for init in plan.admit:
                 self._observe("scheduled", self.scheduler.sequence(init.slot))
         if self._launched and (plan is None or len(self._launched) > self.overlap_depth):
@@ -250,10 +254,12 @@ class Engine:
             await asyncio.sleep(0)
 
     def _drafting(self) -> Drafting:
-        """Launches chain: what a step drafts is what the next verifies."""
+        """Launches chain: what a step drafts is what the next verifies. One whose prompt came from elsewhere gets its first
+        drafts within the step that verifies them."""
         if self.draft_length is None:
             return Drafting()
-        return Drafting(self._left_drafts, self.draft_length.choose(self.scheduler.running))
+        draft = self.draft_length.choose(self.scheduler.running)
+        return Drafting(max(self._left_drafts, draft) if self._resuming else self._left_drafts, draft)
 
     @property
     def has_work(self) -> bool:
@@ -298,6 +304,11 @@ class Engine:
         if output is not None:
             output.handoff = report
             owner.deliver(Outputs([output]))
+
+    def resume(self, sequence: Sequence) -> None:
+        """The KV of its prompt is in its pages: let it decode."""
+        self._resuming.add(sequence)
+        self.scheduler.resume(sequence)
 
     def refuse(self, sequence: Sequence, error: FluentError) -> None:
         """End a request that is not in the scheduler's hands with an error."""

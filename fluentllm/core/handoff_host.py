@@ -47,7 +47,7 @@ class EngineHost:
         result = SlotResult(-1, sequence.generation, [token], finished, [logprob] if wanted and logprob is not None else None)
         engine.bring(sequence, result, report)
         if finished is None:
-            engine.scheduler.resume(sequence)
+            engine.resume(sequence)
         else:
             self.kv.release(sequence)
         engine.wake()
