@@ -185,6 +185,7 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
         page_size=page_size,
         slots=slots,
         speculative=_speculative_info(settings, max_drafts) if drafts is not None else None,
+        handoff=handoffs.door if handoffs is not None else None,
     )
     return Engine(
         info=info,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .sequence import Sequence
     from .settings import Settings
     from .transport import KVTransport, TransportContext
-    from .types import HandoffReport, Request, SlotResult, StepPlan, TokenLogprob
+    from .types import HandoffDoor, HandoffReport, Request, SlotResult, StepPlan, TokenLogprob
 
 Role = Literal["prefill", "decode", "both"]
 
@@ -104,8 +104,8 @@ class Handoffs(Protocol):
         ...
 
     @property
-    def port(self) -> int:
-        """Where peers reach us; 0 before `start` and where nobody may."""
+    def door(self) -> HandoffDoor:
+        """Where peers reach us."""
         ...
 
     def start(self, host: Host) -> None:

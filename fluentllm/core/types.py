@@ -264,6 +264,15 @@ class SpeculativeInfo(Struct, frozen=True, kw_only=True):
     """Drafts are accepted at random, for benchmarks: the answers mean nothing."""
 
 
+class HandoffDoor(Struct, frozen=True, kw_only=True):
+    """Where peers reach an engine that hands requests over."""
+
+    role: str
+    host: str = ""
+    port: int = 0
+    """0: it takes no connections, it makes them."""
+
+
 class ModelInfo(Struct, frozen=True, kw_only=True):
     """What the engine tells the front end once it can serve."""
 
@@ -280,6 +289,8 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     slots: int
     speculative: SpeculativeInfo | None = None
     """None where nothing drafts."""
+    handoff: HandoffDoor | None = None
+    """None for an engine that does all itself."""
 
 
 class KVEvent(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -35,7 +35,7 @@ class Side(Running):
     @property
     def port(self) -> int:
         assert self.engine.handoffs is not None
-        return self.engine.handoffs.port
+        return self.engine.handoffs.door.port
 
 
 class Pair:

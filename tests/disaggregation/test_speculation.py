@@ -1,4 +1,4 @@
-"""MLA with a draft layer: its KV and its states of pages go along, so that decode drafts at once, and drafts as one engine does."""
+"""MLA with a draft layer: its KV and its page states go along, so that decode drafts at once, and as one engine does."""
 
 from __future__ import annotations
 

@@ -10,8 +10,10 @@ from ...core.hookspecs import hookimpl
 from ...transfer.faults import FaultPlan
 
 if TYPE_CHECKING:
+    import typer
+
     from ...core.handoff import HandoffContext, Handoffs
-    from ...core.protocols import Register, RegisterConfig
+    from ...core.protocols import Register, RegisterConfig, RegisterRoute
 
 FLUENT_API_VERSION = 1
 
@@ -91,6 +93,18 @@ class LayerwisePlugin:
     @hookimpl
     def fluent_handoffs(self, register: Register) -> None:
         register("layerwise", _create)
+
+    @hookimpl
+    def fluent_routes(self, register: RegisterRoute) -> None:
+        from .routes import handoff
+
+        register("/handoff", handoff, summary="The engine's role, and where it takes control connections of its peers.")
+
+    @hookimpl
+    def fluent_commands(self, app: typer.Typer) -> None:
+        from .proxy import proxy_command
+
+        app.command("proxy")(proxy_command)
 
 
 def _create(context: HandoffContext) -> Handoffs:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from msgspec import structs
 
 from ...core.errors import ConfigError, FluentError, InvalidRequest
-from ...core.types import HandoffReport
+from ...core.types import HandoffDoor, HandoffReport
 from ...transfer.layout import check_compatible
 from ...transfer.link import Link
 from ...transfer.messages import Describe, Message, Refuse
@@ -53,7 +53,7 @@ class LayerwiseHandoffs:
             self.sender = None
             self.quarantine = Quarantine(self.exchange)
             self.receiver = Receiver(self.exchange, self.quarantine)
-        self._door: socket.socket | None = None
+        self._door = _listen(settings.host, settings.port) if self._sends else None
         self._server: asyncio.Server | None = None
         self._opening: asyncio.Task[None] | None = None
         self._greeting: set[asyncio.Task[None]] = set()
@@ -65,13 +65,12 @@ class LayerwiseHandoffs:
         return self.receiver.open if self.receiver is not None else 0
 
     @property
-    def port(self) -> int:
-        return int(self._door.getsockname()[1]) if self._door is not None else 0
+    def door(self) -> HandoffDoor:
+        port = int(self._door.getsockname()[1]) if self._door is not None else 0
+        return HandoffDoor(role=self.exchange.context.role, host=self._settings.host, port=port)
 
     # ------------------------------------------------------------------------------------------------------------- life
     def start(self, host: Host) -> None:
-        if self._sends:
-            self._door = _listen(self._settings.host, self._settings.port)
         self.exchange.on_group, self.exchange.on_transfer = self._group, self._transferred
         self.exchange.on_gone = self._gone
         self.exchange.start(host)
@@ -138,7 +137,8 @@ class LayerwiseHandoffs:
         if self.sender is None or handoff is None:
             return None
         self.sender.drew(sequence, result)
-        return HandoffReport(id=handoff.id, host=self._settings.host, port=self.port)
+        door = self.door
+        return HandoffReport(id=handoff.id, host=door.host, port=door.port)
 
     def turn(self) -> None:
         if self.receiver is not None:
