@@ -19,16 +19,16 @@ from typing import Any
 
 from .draft_counts import DraftCounts
 from .draft_length import DraftLength
-from .errors import ContextTooLong, FluentError, InvalidRequest
+from .errors import FluentError, InvalidRequest
 from .executor import Executor
 from .handoff import Handoffs
 from .handoff_host import EngineHost
 from .kv.cache import KVCache
 from .protocols import RequestEvent, Scheduler
+from .request_checks import check_request, stop_ids
 from .sequence import Phase, Sequence
 from .session import refusal
 from .types import (
-    MAX_STOP_IDS,
     Drafting,
     EngineStats,
     FinishReason,
@@ -134,7 +134,10 @@ class Engine:
         return Connection(self, deliver)
 
     def submit(self, connection: Connection, request: Request) -> None:
-        self._check(connection, request)
+        if request.id in connection.sequences:
+            raise InvalidRequest(f"Request id {request.id!r} is in use.", fix="Use a new id for each request.")
+        stops = stop_ids(request, self.info.spec)
+        check_request(request, stops, self.info, self.kv, 2 * self.draft_length.max_k if self.draft_length is not None else 0)
         if request.handoff is not None:
             if self.handoffs is None:
                 raise InvalidRequest(
@@ -142,7 +145,7 @@ class Engine:
                     fix="Start it with --role prefill or --role decode.",
                 )
             request = self.handoffs.prepare(request)
-        sequence = Sequence(request, self._stop_ids(request), self._arrivals)
+        sequence = Sequence(request, stops, self._arrivals)
         adopted = request.handoff is not None and self.handoffs is not None and self.handoffs.adopt(sequence)
         if not adopted:
             self.scheduler.add(sequence)
@@ -161,38 +164,6 @@ class Engine:
         if self.handoffs is None or not self.handoffs.abort(sequence):
             self.scheduler.abort(sequence)
         self._wake.set()
-
-    def _check(self, connection: Connection, request: Request) -> None:
-        """What the front end checks for its users is checked again here: nothing else guards the device."""
-        length, limit = len(request.prompt), self.info.max_model_len
-        if request.id in connection.sequences:
-            raise InvalidRequest(f"Request id {request.id!r} is in use.", fix="Use a new id for each request.")
-        if length == 0:
-            raise InvalidRequest("The prompt is empty.", fix="Send at least one token.", param="prompt")
-        if length + request.params.max_tokens > limit:
-            raise ContextTooLong(
-                f"{length} prompt tokens and {request.params.max_tokens} new ones exceed the context of {limit} tokens.",
-                fix="Shorten the prompt or lower max_tokens.",
-                param="max_tokens" if length < limit else "prompt",
-            )
-        drafts = 2 * self.draft_length.max_k if self.draft_length is not None else 0
-        if not self.kv.can_ever_fit(length + request.params.max_tokens + drafts):
-            raise ContextTooLong(
-                f"{length + request.params.max_tokens} tokens exceed the KV pool of {self.info.kv_tokens} tokens.",
-                fix="Lower max_tokens, or start the server with a larger kv.memory.",
-            )
-        bad = next((t for t in request.prompt if not 0 <= t < self.info.spec.vocab_size), None)
-        if bad is not None:
-            vocab = self.info.spec.vocab_size
-            raise InvalidRequest(f"Token id {bad} is outside the vocabulary.", fix=f"Ids are 0 … {vocab - 1}.", param="prompt")
-        if len(self._stop_ids(request)) > MAX_STOP_IDS:
-            raise InvalidRequest("Too many stop token ids.", fix=f"Send at most {MAX_STOP_IDS}.", param="stop_token_ids")
-
-    def _stop_ids(self, request: Request) -> list[int]:
-        ids = set(request.params.stop_token_ids)
-        if not request.params.ignore_eos:
-            ids.update(self.info.spec.eos_token_ids)
-        return sorted(ids)
 
     # ---------------------------------------------------------------------------------------------------------------- loop
     async def run(self) -> None:
