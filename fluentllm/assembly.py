@@ -174,6 +174,12 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
     make_scheduler = plugins.registry("schedulers").get(settings.scheduler.policy).factory
     prefill_tokens = settings.scheduler.prefill_tokens or _DEFAULT_PREFILL_TOKENS.get(device.type, 512)
     scheduler = make_scheduler(SchedulerContext(settings, kv, slots, longest, spec.eos_token_ids, max_drafts, prefill_tokens))
+    if settings.disaggregation.role == "decode" and not hasattr(scheduler, "resume"):
+        raise ConfigError(
+            f"The scheduling policy {settings.scheduler.policy!r} cannot resume prompts that were computed elsewhere.",
+            fix="Use scheduler.policy=fcfs on decode engines.",
+            param="scheduler.policy",
+        )
     info = ModelInfo(
         name=settings.model.served_name or name,
         spec=spec,

@@ -10,11 +10,18 @@ import pytest
 from engine.harness import Harness, write_tiny_llama
 
 from fluentllm.core.errors import InvalidRequest
+from fluentllm.core.hookspecs import hookimpl
+from fluentllm.core.plugins import PluginManager
+from fluentllm.core.protocols import Register
+from fluentllm.core.transport import TransportContext
 from fluentllm.core.types import Handoff
 from fluentllm.plugins.kv_layerwise.peers import Breaker
+from fluentllm.plugins.kv_layerwise.quarantine import QuarantineFull
+from fluentllm.plugins.kv_loopback.wire import LoopbackWire
 from fluentllm.transfer.layout import LayoutMismatch
+from fluentllm.transfer.polled import PolledTransport
 
-from .pair import DECODE, KEY, PREFILL, pair, side
+from .pair import DECODE, KEY, PREFILL, Pair, pair, side
 from .test_handoff import GREEDY, PROMPT, alone
 
 QUICK = {
@@ -114,8 +121,6 @@ async def test_a_prefill_engine_that_comes_back_is_another(tiny: Harness) -> Non
         async with side(
             tiny, **common, **DECODE, **{"plugins.kv_layerwise.peers": [f"127.0.0.1:{port}"], "kv.prefix_cache": False}
         ) as decode:
-            from .pair import Pair
-
             assert await Pair(first, decode).tokens(PROMPT, **GREEDY) == expected
             first.engine.stop()
             await asyncio.sleep(0.1)
@@ -204,3 +209,34 @@ def test_the_breaker_half_opens() -> None:
     assert breaker.allows()
     breaker.succeeded()
     assert (breaker.state, breaker.allows(), breaker.allows()) == ("closed", True, True)
+
+
+class Sticky:
+    """The loopback transport, as one that cannot stop a late writer."""
+
+    @hookimpl
+    def fluent_kv_transports(self, register: Register) -> None:
+        def create(context: TransportContext) -> Any:
+            wire = LoopbackWire()
+            wire.revokes = False
+            return PolledTransport(context, wire)
+
+        register("sticky", create)
+
+
+async def test_too_many_pages_in_quarantine_end_the_engine(tiny: Harness) -> None:
+    plugins = PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects={"sticky": Sticky()})
+    faulty = {"plugins.kv_layerwise.faults": {"disconnect": 1.0}}
+    settings = {"disaggregation.transport": "sticky", "plugins.kv_layerwise.key": KEY, **QUICK}
+    async with side(tiny, plugins=plugins, **{**PREFILL, **settings, **faulty}) as prefill:
+        few = {"plugins.kv_layerwise.peers": [f"127.0.0.1:{prefill.port}"], "plugins.kv_layerwise.quarantine": 0.001}
+
+        async def run() -> None:
+            async with side(tiny, plugins=plugins, **{**DECODE, **settings, **few}) as decode:
+                prefill.hand(PROMPT, Handoff(id="stuck"), **GREEDY)
+                decode.hand(PROMPT, Handoff(id="stuck", host="127.0.0.1", port=prefill.port), **GREEDY)
+                while decode.engine._failure is None:
+                    await asyncio.sleep(0.01)
+
+        with pytest.raises(QuarantineFull, match="pages are in quarantine"):
+            await asyncio.wait_for(run(), 30)

@@ -37,6 +37,12 @@ class LayerwiseSettings(Struct, kw_only=True, forbid_unknown_fields=True):
         list[str],
         Meta(description="Decode: prefill engines that requests may name, as host:port of their control connections."),
     ] = field(default_factory=list)
+    overlap: Annotated[
+        bool,
+        Meta(
+            description="Prefill: send layers while later ones compute. Off, for comparison: a prompt goes when it is computed."
+        ),
+    ] = True
     checksums: Annotated[
         bool,
         Meta(description="Check each group of layers by a CRC-32 before it is used. For networks that are not trusted to."),

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("fluentllm.proxy")
 
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
+WHOLE = {"stream": False, "stream_options": None}
+RETRIED = frozenset({502, 503})
+"""Statuses of engines that start, stop, or have died."""
+ATTEMPTS = 8
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+"""Seconds before asking again; each time twice as long."""
 HOP_HEADERS = frozenset({"content-length", "transfer-encoding", "connection", "date", "server"})
 
 
@@ -50,40 +56,62 @@ class Proxy:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def complete(self, request: Request) -> Response:
+        """An answer that has not begun when an engine fails is asked for again, of the next ones."""
+        from httpx import HTTPError
+
         body = msgspec.json.decode(await request.body())
-        prefill, decode = next(self._prefill), next(self._decode)
         path = request.url.path
-        if self._pull:
-            asked = {**body, "stream": False, "stream_options": None, "kv_transfer_params": {"do_remote_decode": True}}
-            answer = await self._client.post(prefill + path, json=asked)
-            if answer.status_code != 200:
-                return self._answer(answer)
-            extra = {"kv_transfer_params": answer.json()["kv_transfer_params"]}
-        else:
-            host, port = await self._door(prefill)
-            extra = {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": secrets.randbits(62)}
-            task = asyncio.create_task(
-                self._send_prefill(prefill + path, {**body, **extra, "stream": False, "stream_options": None})
-            )
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        return await self._stream(decode + path, {**body, **extra})
+        for attempt in range(ATTEMPTS):
+            last = attempt == ATTEMPTS - 1
+            try:
+                answer = await (self._pull_once(path, body) if self._pull else self._push_once(path, body))
+            except (HTTPError, NoDoor):
+                if last:
+                    raise
+            else:
+                if answer.status_code not in RETRIED or last:
+                    return await self._stream(answer)
+                await answer.aclose()
+            await asyncio.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt))
+        raise AssertionError("the last attempt answers or raises")
+
+    async def _push_once(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        prefill, decode = next(self._prefill), next(self._decode)
+        host, port = await self._door(prefill)
+        extra = {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": secrets.randbits(62)}
+        task = asyncio.create_task(self._send_prefill(prefill + path, {**body, **extra, **WHOLE}))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await self._open(decode + path, {**body, **extra})
+
+    async def _pull_once(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        prefill, decode = next(self._prefill), next(self._decode)
+        answer = await self._open(prefill + path, {**body, **WHOLE, "kv_transfer_params": {"do_remote_decode": True}})
+        if answer.status_code != 200:
+            return answer
+        await answer.aread()
+        return await self._open(decode + path, {**body, "kv_transfer_params": answer.json()["kv_transfer_params"]})
 
     async def forward(self, request: Request) -> Response:
         """Everything else is the same on all engines: the next decode engine answers."""
         url = next(self._decode) + request.url.path
         return self._answer(await self._client.request(request.method, url, content=await request.body()))
 
-    async def _stream(self, url: str, body: dict[str, Any]) -> Response:
-        from starlette.responses import StreamingResponse
+    async def _open(self, url: str, body: dict[str, Any]) -> httpx.Response:
+        """An answer whose body is still to come."""
+        return await self._client.send(self._client.build_request("POST", url, json=body), stream=True)
 
-        answer = await self._client.send(self._client.build_request("POST", url, json=body), stream=True)
+    async def _stream(self, answer: httpx.Response) -> Response:
+        from starlette.responses import StreamingResponse
 
         async def chunks() -> AsyncIterator[bytes]:
             # Also where the client leaves: closing the answer tells the engine.
             try:
-                async for chunk in answer.aiter_raw():
-                    yield chunk
+                if answer.is_stream_consumed:
+                    yield answer.content
+                else:
+                    async for chunk in answer.aiter_raw():
+                        yield chunk
             finally:
                 await answer.aclose()
 

@@ -218,6 +218,8 @@ class Sender:
         sending = outgoing.sending
         if sending is None or sending.over or outgoing.closed:
             return
+        if outgoing.first is None and not self._exchange.settings.overlap:
+            return
         sending.sent += [0] * (len(outgoing.chunks) - len(sending.sent))
         total, group = self._exchange.layout.layers, self._watch.group
         target = total - self._exchange.layout.draft_layers

@@ -81,7 +81,7 @@ class FcfsScheduler:
 
     def plan(self, step: int, drafting: Drafting) -> StepPlan | None:
         grants: list[PageGrant] = []
-        decode = self._plan_decode(drafting, grants)
+        decode = self._plan_decode(step, drafting, grants)
         admit: list[SlotInit] = []
         resume = self._plan_resume(step, drafting, admit, grants)
         decode += [chunk.slot for chunk in resume]
@@ -114,13 +114,14 @@ class FcfsScheduler:
             self._release(sequence)
 
     # ------------------------------------------------------------------------------------------------------------ planning
-    def _plan_decode(self, drafting: Drafting, grants: list[PageGrant]) -> list[int]:
+    def _plan_decode(self, step: int, drafting: Drafting, grants: list[PageGrant]) -> list[int]:
         slots = []
         ahead = self._ahead(drafting)
         for sequence in list(self._running):
             if not sequence.can_decode or sequence in self._leaving:
                 continue
             if self._grow(sequence, ahead, grants):
+                sequence.last_step = step  # so that making room for others does not take it out of this very plan
                 assert sequence.slot is not None
                 slots.append(sequence.slot)
         return slots
@@ -137,7 +138,7 @@ class FcfsScheduler:
             sequence = self._resuming.pop(0)
             admit.append(self._enter(sequence))
             sequence.phase = Phase.DECODE
-            sequence.last_step = step  # so that making room for others does not take it out of this very plan
+            sequence.last_step = step  # as above
             assert sequence.slot is not None
             chunks.append(PrefillChunk(sequence.slot, sequence.prompt_length - 1, 1, True))
             self._grow(sequence, self._ahead(drafting), grants)
