@@ -6,7 +6,7 @@ The steps are real ones through the real executor. They need no pool to speak of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from .core.executor import Programs
     from .core.slots import SlotTables
 
-    Make = Callable[[int], tuple[Programs, SlotTables]]
+    class Parts(Protocol):
+        @property
+        def programs(self) -> Programs: ...
+
+        @property
+        def tables(self) -> SlotTables: ...
+
+    Make = Callable[[int], Parts]
     """Pages of the pool → programs over a pool of that many and tables of their own."""
 
 EVERY_FEATURE = Feature.SAMPLING | Feature.PENALTIES | Feature.BIAS | Feature.LOGPROBS | Feature.FILTER | Feature.MIN_TOKENS
@@ -59,8 +66,8 @@ def _try(make: Make, largest: Largest, device: torch.device) -> int | torch.OutO
     """Bytes that the largest steps took and gave back, or what they failed with."""
     _give_back(device)
     try:
-        programs, tables = make(1)
-        executor = Executor(programs, tables)
+        parts = make(1)
+        executor = Executor(parts.programs, parts.tables)
         try:
             for plan in plans(largest):
                 executor.launch(plan).result()
@@ -68,7 +75,7 @@ def _try(make: Make, largest: Largest, device: torch.device) -> int | torch.OutO
             taken, _ = torch.cuda.mem_get_info(device)
         finally:
             executor.close()
-            del programs, tables, executor
+            del parts, executor
     except torch.OutOfMemoryError as error:
         return error.with_traceback(None)  # its frames hold tensors
     _give_back(device)

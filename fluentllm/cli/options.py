@@ -80,6 +80,7 @@ Speculative = Annotated[str | None, flag("speculative.method", "--speculative")]
 SpeculativeModel = Annotated[str | None, flag("speculative.model", "--speculative-model")]
 SpeculativeK = Annotated[str | None, flag("speculative.k", "--speculative-k")]
 KVMemory = Annotated[str | None, flag("kv.memory", "--kv-memory")]
+Role = Annotated[str | None, flag("disaggregation.role", "--role")]
 LogLevel = Annotated[str | None, flag("log.level", "--log-level")]
 
 

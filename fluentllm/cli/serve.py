@@ -27,6 +27,7 @@ def serve(
     speculative: options.Speculative = None,
     speculative_model: options.SpeculativeModel = None,
     speculative_k: options.SpeculativeK = None,
+    role: options.Role = None,
     log_level: options.LogLevel = None,
     config: options.Config = None,
     sets: options.Sets = None,
@@ -55,6 +56,7 @@ def serve(
         "speculative.method": speculative,
         "speculative.model": speculative_model,
         "speculative.k": speculative_k,
+        "disaggregation.role": role,
         "log.level": log_level,
     }
     loaded = options.load(config, given, sets)

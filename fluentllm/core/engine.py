@@ -19,18 +19,22 @@ from typing import Any
 
 from .draft_counts import DraftCounts
 from .draft_length import DraftLength
-from .errors import ContextTooLong, FluentError, InvalidRequest
+from .errors import FluentError, InvalidRequest
 from .executor import Executor
 from .grammars import GrammarStore
+from .handoff import Handoffs
+from .handoff_host import EngineHost
 from .kv.cache import KVCache
 from .protocols import EngineCall, RequestEvent, Scheduler
+from .request_checks import check_request, stop_ids
 from .sequence import Phase, Sequence
+from .session import refusal
 from .types import (
-    MAX_STOP_IDS,
     Drafting,
     EngineStats,
     FinishReason,
     FromEngine,
+    HandoffReport,
     ModelInfo,
     Outputs,
     Request,
@@ -96,6 +100,7 @@ class Engine:
         observers: Observers | None = None,
         calls: Mapping[str, EngineCall] | None = None,
         grammars: GrammarStore | None = None,
+        handoffs: Handoffs | None = None,
     ) -> None:
         self.info = info
         self.scheduler = scheduler
@@ -113,6 +118,11 @@ class Engine:
         """What plugins offer to front ends."""
         self.grammars = grammars or GrammarStore(0, {})
         self._refused: dict[str, int] = {}
+        self.handoffs = handoffs
+        """None where prefill and decode are both here."""
+        self._resuming: set[Sequence] = set()
+        """Handed to the scheduler with their prompts' KV, and not planned yet."""
+        self._failure: Exception | None = None
         self.last_progress = time.monotonic()
         """When a step was last collected or the loop last idled, for the watchdog."""
         self._owners: dict[Sequence, Connection] = {}
@@ -133,9 +143,7 @@ class Engine:
 
     def submit(self, connection: Connection, request: Request) -> None:
         try:
-            self._check(connection, request)
-            sequence = Sequence(request, self._stop_ids(request), self._arrivals)
-            self._enter(sequence)
+            sequence = self._admit(connection, request)
         except FluentError as error:
             self._refused[error.code] = self._refused.get(error.code, 0) + 1
             raise
@@ -145,85 +153,85 @@ class Engine:
         self._observe("queued", sequence)
         self._wake.set()
 
-    def _enter(self, sequence: Sequence) -> None:
-        grammar = sequence.request.params.grammar
+    def _admit(self, connection: Connection, request: Request) -> Sequence:
+        """Checked, and with those who will run it: the scheduler, or who waits for its prompt's KV from elsewhere."""
+        if request.id in connection.sequences:
+            raise InvalidRequest(f"Request id {request.id!r} is in use.", fix="Use a new id for each request.")
+        stops = stop_ids(request, self.info.spec)
+        check_request(request, stops, self.info, self.kv, 2 * self.draft_length.max_k if self.draft_length is not None else 0)
+        if request.handoff is not None:
+            if self.handoffs is None:
+                raise InvalidRequest(
+                    "The request asks for prefill and decode on different engines, but this one does both.",
+                    fix="Start it with --role prefill or --role decode.",
+                )
+            request = self.handoffs.prepare(request)
+        sequence = Sequence(request, stops, self._arrivals)
+        grammar = request.params.grammar
         if grammar is not None:
             self.grammars.acquire(grammar)
         try:
-            self.scheduler.add(sequence)
+            adopted = request.handoff is not None and self.handoffs is not None and self.handoffs.adopt(sequence)
+            if not adopted:
+                self.scheduler.add(sequence)
         except FluentError:
             if grammar is not None:
                 self.grammars.release(grammar)
             raise
+        return sequence
 
     def abort(self, sequence: Sequence) -> None:
         if self._owners.pop(sequence, None) is None:
             return
         self._prompt_logprobs.pop(sequence, None)
+        self._resuming.discard(sequence)
         self._finish(sequence, "abort")
-        self.scheduler.abort(sequence)
+        if self.handoffs is None or not self.handoffs.abort(sequence):
+            self.scheduler.abort(sequence)
         self._wake.set()
-
-    def _check(self, connection: Connection, request: Request) -> None:
-        """What the front end checks for its users is checked again here: nothing else guards the device."""
-        length, limit = len(request.prompt), self.info.max_model_len
-        if request.id in connection.sequences:
-            raise InvalidRequest(f"Request id {request.id!r} is in use.", fix="Use a new id for each request.")
-        if length == 0:
-            raise InvalidRequest("The prompt is empty.", fix="Send at least one token.", param="prompt")
-        if length + request.params.max_tokens > limit:
-            raise ContextTooLong(
-                f"{length} prompt tokens and {request.params.max_tokens} new ones exceed the context of {limit} tokens.",
-                fix="Shorten the prompt or lower max_tokens.",
-                param="max_tokens" if length < limit else "prompt",
-            )
-        drafts = 2 * self.draft_length.max_k if self.draft_length is not None else 0
-        if not self.kv.can_ever_fit(length + request.params.max_tokens + drafts):
-            raise ContextTooLong(
-                f"{length + request.params.max_tokens} tokens exceed the KV pool of {self.info.kv_tokens} tokens.",
-                fix="Lower max_tokens, or start the server with a larger kv.memory.",
-            )
-        bad = next((t for t in request.prompt if not 0 <= t < self.info.spec.vocab_size), None)
-        if bad is not None:
-            vocab = self.info.spec.vocab_size
-            raise InvalidRequest(f"Token id {bad} is outside the vocabulary.", fix=f"Ids are 0 … {vocab - 1}.", param="prompt")
-        if request.params.grammar is not None and request.params.min_tokens:
-            raise InvalidRequest(
-                "min_tokens forbids the end where the grammar may allow nothing else.",
-                fix="Leave min_tokens out, and let the grammar ask for as much.",
-                param="min_tokens",
-            )
-        if len(self._stop_ids(request)) > MAX_STOP_IDS:
-            raise InvalidRequest("Too many stop token ids.", fix=f"Send at most {MAX_STOP_IDS}.", param="stop_token_ids")
-
-    def _stop_ids(self, request: Request) -> list[int]:
-        ids = set(request.params.stop_token_ids)
-        if not request.params.ignore_eos:
-            ids.update(self.info.spec.eos_token_ids)
-        return sorted(ids)
 
     # ---------------------------------------------------------------------------------------------------------------- loop
     async def run(self) -> None:
         """Serve until `stop`. What a step raises ends the loop and reaches the caller: the device's state is unknown then."""
         try:
+            if self.handoffs is not None:
+                self.handoffs.start(EngineHost(self))
             while not self._stopping or self._launched:
                 await self._turn()
         finally:
             self._launched.clear()
             self.executor.close()
+            if self.handoffs is not None:
+                self.handoffs.close()
 
     def stop(self) -> None:
         """End `run` after the steps in flight."""
         self._stopping = True
         self._wake.set()
 
+    def wake(self) -> None:
+        """Let the loop turn once more."""
+        self._wake.set()
+
+    def fail(self, error: Exception) -> None:
+        """End `run` with this error."""
+        self._failure = error
+        self._wake.set()
+
     async def _turn(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self.handoffs is not None:
+            self.handoffs.turn()
         plan = None if self._stopping else self.scheduler.plan(self._steps, self._drafting())
         if plan is not None:
             self._left_drafts = plan.drafting.draft
             self.grammars.prepare(plan, self.scheduler)
             self._steps += 1
+            if self.handoffs is not None and plan.prefill:
+                self.handoffs.planned(plan, [self.scheduler.sequence(chunk.slot) for chunk in plan.prefill])
             self._launched.append((plan, self.executor.launch(plan)))
+            self._resuming.difference_update(self.scheduler.sequence(chunk.slot) for chunk in plan.resume)
             for init in plan.admit:
                 self._observe("scheduled", self.scheduler.sequence(init.slot))
         if self._launched and (plan is None or len(self._launched) > self.overlap_depth):
@@ -243,14 +251,17 @@ class Engine:
             await asyncio.sleep(0)
 
     def _drafting(self) -> Drafting:
-        """Launches chain: what a step drafts is what the next verifies."""
+        """Launches chain: what a step drafts is what the next verifies. One whose prompt came from elsewhere gets its first
+        drafts within the step that verifies them."""
         if self.draft_length is None:
             return Drafting()
-        return Drafting(self._left_drafts, self.draft_length.choose(self.scheduler.running))
+        draft = self.draft_length.choose(self.scheduler.running)
+        return Drafting(max(self._left_drafts, draft) if self._resuming else self._left_drafts, draft)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._launched or self.scheduler.waiting or self.scheduler.running)
+        handed_over = self.handoffs.open if self.handoffs is not None else 0
+        return bool(self._launched or self.scheduler.waiting or self.scheduler.running or handed_over)
 
     # ------------------------------------------------------------------------------------------------------------- collect
     def _collect(self, plan: StepPlan, result: StepResult) -> None:
@@ -263,13 +274,16 @@ class Engine:
             owner = self._owners.get(sequence)
             if owner is None or sequence.generation != slot.generation:
                 continue
+            report = None
+            if self.handoffs is not None and sequence.request.handoff is not None and sequence.generated == 0 and slot.tokens:
+                report = self.handoffs.drew(sequence, slot)
             output = self._advance(sequence, slot)
             if output is not None:
+                output.handoff = report
                 outputs.setdefault(owner, []).append(output)
             if slot.finished is not None:
                 finished.append(sequence)
-                del self._owners[sequence], owner.sequences[sequence.request.id]
-                self._finish(sequence, slot.finished)
+                self._retire(sequence, slot.finished)
         self.scheduler.collected(plan, finished)
         if self.draft_length is not None:
             self._learn(self.draft_length, plan, result)
@@ -277,6 +291,33 @@ class Engine:
             connection.deliver(Outputs(batch))
         self.observers.step(plan, result)
         self._flush_kv_events()
+
+    def bring(self, sequence: Sequence, result: SlotResult, report: HandoffReport) -> None:
+        """Tokens of a running request that came outside of a step."""
+        owner = self._owners[sequence]
+        output = self._advance(sequence, result)
+        if result.finished is not None:
+            self._retire(sequence, result.finished)
+        if output is not None:
+            output.handoff = report
+            owner.deliver(Outputs([output]))
+
+    def resume(self, sequence: Sequence) -> None:
+        """The KV of its prompt is in its pages: let it decode."""
+        self._resuming.add(sequence)
+        self.scheduler.resume(sequence)
+
+    def refuse(self, sequence: Sequence, error: FluentError) -> None:
+        """End a request that is not in the scheduler's hands with an error."""
+        owner = self._owners.pop(sequence)
+        del owner.sequences[sequence.request.id]
+        self._finish(sequence, "error")
+        owner.deliver(refusal(sequence.request.id, error))
+
+    def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
+        owner = self._owners.pop(sequence)
+        del owner.sequences[sequence.request.id]
+        self._finish(sequence, reason)
 
     def _learn(self, draft_length: DraftLength, plan: StepPlan, result: StepResult) -> None:
         """From a step with speculation on. What the proposer's failure left undone, the target has done already."""
@@ -347,6 +388,7 @@ class Engine:
             preemptions=self.scheduler.preemptions,
             refused=dict(self._refused),
             speculative=self.draft_counts.stats() if self.draft_counts is not None else None,
+            handoff=dict(self.handoffs.stats()) if self.handoffs is not None else {},
         )
 
     def clear_cache(self) -> None:

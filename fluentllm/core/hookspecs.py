@@ -74,6 +74,11 @@ def fluent_kv_transports(register: Register) -> None:
 
 
 @hookspec
+def fluent_handoffs(register: Register) -> None:
+    """Give ways to hand requests over between prefill and decode engines: `register("layerwise", factory)`."""
+
+
+@hookspec
 def fluent_grammars(register: Register) -> None:
     """Give compilers of grammars, by the kind that a request asks for: `register("regex", factory, supports=...)`."""
 

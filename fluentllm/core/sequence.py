@@ -14,6 +14,7 @@ from .types import Feature, FinishReason, Request, SamplingParams
 
 class Phase(Enum):
     WAITING = "waiting"
+    """For a slot and pages, or for KV from elsewhere."""
     PREFILL = "prefill"
     DECODE = "decode"
     FINISHED = "finished"

@@ -125,6 +125,17 @@ class GrammarSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     ] = None
 
 
+class DisaggregationSettings(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Prefill and decode on different engines; how is the method's own affair, at `plugins.kv_layerwise`."""
+
+    role: Annotated[
+        Literal["prefill", "decode", "both"],
+        _help("prefill: compute prompts for others; decode: continue what others computed; both: an engine that does all."),
+    ] = "both"
+    method: Annotated[str, _help("Who hands requests over, by the name a plugin gave it.")] = "layerwise"
+    transport: Annotated[str, _help("What moves KV, by the name a plugin gave it: nixl, mooncake, loopback.")] = "nixl"
+
+
 class LogSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     level: Annotated[Literal["debug", "info", "warning", "error"], _help("Least severity that is printed.")] = "info"
     requests: Annotated[bool, _help("One line for each finished request.")] = False
@@ -148,6 +159,7 @@ class Settings(Struct, kw_only=True, forbid_unknown_fields=True):
     attention: AttentionSettings = field(default_factory=AttentionSettings)
     speculative: SpeculativeSettings = field(default_factory=SpeculativeSettings)
     grammar: GrammarSettings = field(default_factory=GrammarSettings)
+    disaggregation: DisaggregationSettings = field(default_factory=DisaggregationSettings)
     log: LogSettings = field(default_factory=LogSettings)
     plugins: PluginSettings = field(default_factory=PluginSettings)
     plugin: dict[str, Any] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from .detokenizer import Detokenizer, StopStrings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..core.types import RequestOutput, TokenLogprob
+    from ..core.types import HandoffReport, RequestOutput, TokenLogprob
     from .tokenizer import Tokenizer
 
 
@@ -56,6 +56,8 @@ class Delta(Struct, gc=False):
     drafted: int = 0
     """Drafts that were verified since the last delta."""
     accepted: int = 0
+    handoff: HandoffReport | None = None
+    """With the first delta, of a request that was handed over."""
 
 
 class Choice:
@@ -134,9 +136,11 @@ class Choice:
                 text += self._detokenizer.flush()
             new_tokens = len(output.tokens) + self._untold
             self._untold = 0
-            return Delta(
+            delta = Delta(
                 self.index, text, tokens, None, reason, stop, new_tokens, cached, output.prompt_logprobs, drafted, accepted
             )
+            delta.handoff = output.handoff
+            return delta
         pieces = []
         new_tokens = len(output.tokens)
         for position, token in enumerate(tokens):
@@ -160,9 +164,11 @@ class Choice:
         text = "".join(pieces)
         self._given += len(text)
         infos = self._ready_infos(reason is not None, cut=isinstance(stop, str)) if self._logprobs else None
-        return Delta(
+        delta = Delta(
             self.index, text, tokens, infos, reason, stop, new_tokens, cached, output.prompt_logprobs, drafted, accepted
         )
+        delta.handoff = output.handoff
+        return delta
 
     def _release(self, text: str) -> str:
         self._seen += len(text)

@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from ..core.errors import ContextTooLong, EngineDied, EngineUnavailable, InvalidRequest
-from ..core.types import Request, SamplingParams, SpeculativeInfo
+from ..core.types import Handoff, HandoffReport, Request, SamplingParams, SpeculativeInfo
 from .choices import Choice, Delta, Ending, TokenInfo
 from .detokenizer import Detokenizer
 from .merge import merge
@@ -54,6 +54,8 @@ class Job(Struct, kw_only=True):
     n: int = 1
     stop: tuple[str, ...] = ()
     priority: int = 0
+    handoff: Handoff | None = None
+    """Set where prompts are computed on one engine and continued on another; each choice's has a number of its own."""
 
 
 class Completion(Struct, kw_only=True):
@@ -72,6 +74,7 @@ class Completion(Struct, kw_only=True):
     drafted: int = 0
     """Drafts that were verified."""
     accepted: int = 0
+    handoff: HandoffReport | None = None
 
 
 class Usage(Struct):
@@ -84,11 +87,18 @@ class Usage(Struct):
     accepted: int = 0
     speculative: SpeculativeInfo | None = None
     """Who drafts, if anything does."""
+    received_bytes: int = 0
+    """KV that came from the engine that computed the prompts."""
+    saved_bytes: int = 0
+    """KV that did not have to."""
 
     def add(self, delta: Delta | Completion, n: int) -> None:
         self.completion_tokens += delta.new_tokens
         self.drafted += delta.drafted
         self.accepted += delta.accepted
+        if delta.handoff is not None:
+            self.received_bytes += delta.handoff.received_bytes
+            self.saved_bytes += delta.handoff.saved_bytes
         if delta.cached_tokens and delta.index % n == 0:
             self.cached_tokens += delta.cached_tokens
 
@@ -196,6 +206,7 @@ class Generation:
         default_max_tokens: int | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        handoff: Handoff | None = None,
     ) -> Job:
         """Check everything that can be checked before the engine sees it.
 
@@ -224,6 +235,7 @@ class Generation:
             n=options.n or 1,
             stop=options.stop_strings(),
             priority=options.priority or 0,
+            handoff=handoff,
         )
 
     def stream(self, job: Job) -> AsyncGenerator[Delta, None]:
@@ -256,6 +268,7 @@ class Generation:
                 result.cached_tokens += delta.cached_tokens
                 result.drafted += delta.drafted
                 result.accepted += delta.accepted
+                result.handoff = result.handoff or delta.handoff
                 if delta.logprobs is not None:
                     result.logprobs = (result.logprobs or []) + delta.logprobs
                 if delta.prompt_logprobs is not None:
@@ -272,7 +285,11 @@ class Generation:
         if which:
             params = msgspec.structs.replace(params, seed=choice_seed(params.seed, which))
         choice = Choice(index, self.tokenizer, job.stop, min_tokens=params.min_tokens, logprobs=params.logprobs is not None)
-        return Request(id=f"{job.id}-{index}", prompt=job.prompts[number], params=params, priority=job.priority), choice
+        handoff = job.handoff and msgspec.structs.replace(job.handoff, id=f"{job.handoff.id}/{index}")
+        request = Request(
+            id=f"{job.id}-{index}", prompt=job.prompts[number], params=params, priority=job.priority, handoff=handoff
+        )
+        return request, choice
 
     async def _choice(self, job: Job, index: int) -> AsyncGenerator[Delta, None]:
         request, choice = self._begin(job, index)

@@ -49,7 +49,7 @@ class DraftLayer(Protocol):
 
 
 class ChainProposer:
-    """Implements `core.protocols.Proposer` with a `DraftLayer`."""
+    """Implements `core.protocols.MovableProposer` with a `DraftLayer`."""
 
     def __init__(self, context: ProposerContext, layer: DraftLayer) -> None:
         self._layer = layer
@@ -57,10 +57,20 @@ class ChainProposer:
         self._attention = context.attention
         shape = context.pages + 1, layer.width
         self._page_states = torch.zeros(shape, dtype=getattr(torch, context.dtype), device=context.tables.device)
-        """The target's state at the last position of each page, so that a prefix hit can draft at once."""
+        """The target's state at the last position of each page, so that a prefix hit can draft at once; of a page that a prompt
+        ends in, at the prompt's last position, for an engine that goes on with it."""
 
     def draft(self, batch: Batch, hidden: Tensor, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        states = self._layer.target_states(batch, hidden)
+        return self._draft(batch, self._layer.target_states(batch, hidden), slots, count)
+
+    @property
+    def page_states(self) -> tuple[Tensor, ...]:
+        return (self._page_states,)
+
+    def resume(self, batch: Batch, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return self._draft(batch, self._page_states[batch.kv_rows // batch.page_size], slots, count)
+
+    def _draft(self, batch: Batch, states: Tensor, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
         self._keep_page_ends(batch, states)
         if batch.query_length is None:
             rows, states = shifted_chunks(batch, self._page_states, states)
@@ -77,6 +87,8 @@ class ChainProposer:
     def _keep_page_ends(self, batch: Batch, states: Tensor) -> None:
         """Those of wrong drafts are written too, and again when the position is; inert rows write to page 0."""
         ends = (batch.positions + 1) % batch.page_size == 0
+        if batch.query_length is None:
+            ends[batch.query_start[1:].to(torch.int64) - 1] = True
         pages = (batch.kv_rows // batch.page_size).where(ends, 0)
         self._page_states[pages] = states
 

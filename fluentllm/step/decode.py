@@ -7,6 +7,8 @@ append to history, lengths and counts → draft for the next step
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -89,6 +91,8 @@ class Target(Protocol):
 
     model: Model
     attention: AttentionBackend
+    prefill_attention: AttentionBackend
+    """The same, or its twin that tells who follows prefill passes layer by layer."""
     tables: SlotTables
     proposer: Proposer | None
     synthetic: float | None
@@ -112,10 +116,14 @@ def decode(slots: Tensor, drafting: Drafting, features: int, target: Target) -> 
 def draft(batch: Batch, hidden: Tensor, slots: Tensor, count: int, target: Target) -> None:
     """Let the proposer see the pass, and leave its drafts in the slots that got tokens. One that fails is dropped: what the
     target computes needs no drafts."""
-    if target.proposer is None:
-        return
+    if target.proposer is not None:
+        propose(partial(target.proposer.draft, batch, hidden), slots, count, target)
+
+
+def propose(call: Callable[[Tensor, int], tuple[Tensor, Tensor]], slots: Tensor, count: int, target: Target) -> None:
+    """Leave the drafts of `call(slots, count)` in the slots; drop a proposer that fails."""
     try:
-        drafts, valid = target.proposer.draft(batch, hidden, slots, count)
+        drafts, valid = call(slots, count)
         wrong = wrong_drafts(drafts, valid, slots, count)
     except Exception as error:
         log.debug("the proposer failed", exc_info=True)

@@ -61,7 +61,7 @@ def prefill(
     tables, model = target.tables, target.model
     batch = prefill_batch(chunks, tables)
     batch.features = features
-    hidden = model.forward(batch, target.attention)
+    hidden = model.forward(batch, target.prefill_attention)
     prompt_logprobs = [
         _prompt_logprobs(hidden[end - chunk.count : end], chunk, tables, model) if chunk.prompt_logprobs is not None else None
         for chunk, end in zip(chunks, accumulate(chunk.count for chunk in chunks), strict=True)

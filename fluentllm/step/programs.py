@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.executor import Pending, SlotRows
 from ..core.graphs import Graphs
+from ..core.handoff import PassWatcher, watched
 from ..core.protocols import AttentionBackend, Model, Proposer
 from ..core.slots import SlotTables
 from ..core.staging import to_host, upload
@@ -23,6 +24,7 @@ from .commit import OUT_OF_BUDGET, RUNNING, STOPPED, Committed
 from .decode import decode
 from .logprobs import Logprobs, keep_top
 from .prefill import prefill
+from .resume import resume
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class StepPrograms:
         capture decode programs (CUDA)."""
         self.model = model
         self.attention = attention
+        self.prefill_attention = attention
         self.tables = tables
         self.proposer = proposer
         self.synthetic = synthetic
@@ -59,6 +62,14 @@ class StepPrograms:
         """Bucket → its static input."""
         self._uploaded: dict[int, list[int]] = {}
         """Bucket → what stands there."""
+        self._watcher: PassWatcher | None = None
+        self.prefilled = 0
+        """Tokens that prefill programs have computed."""
+
+    def watch(self, watcher: PassWatcher) -> None:
+        """Let `watcher` follow prefill passes, layer by layer."""
+        self._watcher = watcher
+        self.prefill_attention = watched(self.attention, watcher)
 
     def drop_proposer(self, reason: str) -> None:
         self.proposer = None
@@ -71,7 +82,14 @@ class StepPrograms:
         """Enqueue the plan's programs on the current stream; nothing is read back here."""
         pending: list[Pending] = []
         if plan.prefill:
+            self.prefilled += sum(chunk.count for chunk in plan.prefill)
+            if self._watcher is not None:
+                self._watcher.begin(plan)
             pending.append(self._prefill(plan.prefill, plan))
+            if self._watcher is not None:
+                self._watcher.end()
+        if plan.resume:
+            resume(plan.resume, plan.drafting.verify, plan.features, self)
         if plan.decode:
             pending.append(self._decode(plan))
         return pending

@@ -31,12 +31,15 @@ def plan_writes(
     source_pages: Sequence[int] | np.ndarray,
     target_pages: Sequence[int] | np.ndarray,
     part: Slice | None = None,
+    tokens: int | None = None,
 ) -> np.ndarray:
     """Writes, int64 [N, 3] (local offset, remote offset, bytes), that copy `source_pages[i]` of the source's pool to
     `target_pages[i]` of the target's, in these layers (consecutive), all tensors.
 
     part: what this pair of ranks moves (`slices.slices_between`); None: everything, for equal pools. The layouts are those
-    of the two ranks and have been checked. Raises `PageError` for pages or layers outside of the pools, and for a page that
+    of the two ranks and have been checked. tokens: of each page only the first so many (of the page that a prompt ends in).
+
+    Raises `PageError` for pages or layers outside of the pools, and for a page that
     would be written twice.
     """
     ours, theirs = _pages(source_pages, source, "source"), _pages(target_pages, target, "target")
@@ -53,18 +56,35 @@ def plan_writes(
     order = np.argsort(ours, kind="stable")
     ours, theirs = ours[order], theirs[order]
     pairs = zip(source.tensors(), target.tensors(), strict=True)
-    return np.concatenate([_tensor_writes(a, b, layers, ours, theirs, part) for a, b in pairs])
+    count = source.page_size if tokens is None else tokens
+    return np.concatenate([_tensor_writes(a, b, layers, ours, theirs, part, count) for a, b in pairs])
 
 
-def _tensor_writes(a: Region, b: Region, layers: range, ours: np.ndarray, theirs: np.ndarray, part: Slice) -> np.ndarray:
+def plan_state_writes(
+    source: KVLayout, target: KVLayout, source_pages: Sequence[int] | np.ndarray, target_pages: Sequence[int] | np.ndarray
+) -> np.ndarray:
+    """The same for what proposers keep for each page (`KVLayout.states`)."""
+    ours, theirs = _pages(source_pages, source, "source"), _pages(target_pages, target, "target")
+    pairs = zip(source.states(), target.states(), strict=True)
+    whole = Slice(0, 0, 0, 0, 1)
+    rows = [_tensor_writes(a, b, range(1), ours, theirs, whole, 1) for a, b in pairs if len(ours)]
+    return np.concatenate([np.empty((0, 3), dtype=np.int64), *rows])
+
+
+def _tensor_writes(
+    a: Region, b: Region, layers: range, ours: np.ndarray, theirs: np.ndarray, part: Slice, count: int
+) -> np.ndarray:
     whole = part.heads == a.heads == b.heads
-    if whole:
+    if whole and count < a.page_size:
+        starts_a, starts_b = ours * a.page_bytes, theirs * b.page_bytes
+        lengths = np.full(len(ours), count * a.token_bytes, dtype=np.int64)
+    elif whole:
         first = np.flatnonzero(np.concatenate(([True], (np.diff(ours) != 1) | (np.diff(theirs) != 1))))
         counts = np.diff(np.append(first, len(ours)))
         starts_a, starts_b = ours[first] * a.page_bytes, theirs[first] * b.page_bytes
         lengths = counts * a.page_bytes
     else:
-        tokens = np.arange(a.page_size, dtype=np.int64)
+        tokens = np.arange(count, dtype=np.int64)
         starts_a = (ours[:, None] * a.page_bytes + tokens * a.token_bytes).ravel() + part.source_head * a.head_bytes
         starts_b = (theirs[:, None] * b.page_bytes + tokens * b.token_bytes).ravel() + part.target_head * b.head_bytes
         lengths = np.full(len(starts_a), part.heads * a.head_bytes, dtype=np.int64)

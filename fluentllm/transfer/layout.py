@@ -61,6 +61,10 @@ class KVLayout(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     rope_dim: Count = 0
     tp_size: Size = 1
     tp_rank: Count = 0
+    proposer: Text = "none"
+    """Whose draft layers and page states these are."""
+    page_states: Annotated[tuple[Size, ...], Meta(max_length=8)] = ()
+    """Bytes that a proposer keeps for each page, in tensors [pages, bytes] behind the pool's."""
 
     def __post_init__(self) -> None:
         """Raises `ValueError`, which decoding turns into a `ValidationError`."""
@@ -94,9 +98,22 @@ class KVLayout(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             offset += region.size
         return tuple(regions)
 
+    def states(self) -> tuple[Region, ...]:
+        """What the proposer keeps for each page, registered behind `tensors`; a page counts as one token of one layer."""
+        regions, offset = [], sum(region.size for region in self.tensors())
+        for width in self.page_states:
+            regions.append(Region(offset, 1, self.pages, 1, 1, width))
+            offset += regions[-1].size
+        return tuple(regions)
+
     def bytes_per_page(self) -> int:
         """Over all layers and tensors, of this rank."""
         return sum(region.layers * region.page_bytes for region in self.tensors())
+
+    def bytes_of(self, tokens: int) -> int:
+        """That a prompt of so many tokens takes, page states and all: what a handoff sends of it."""
+        token = self.bytes_per_page() // self.page_size
+        return tokens * token + -(-tokens // self.page_size) * sum(self.page_states)
 
 
 class Region(Struct, frozen=True):
@@ -128,7 +145,15 @@ class Region(Struct, frozen=True):
 
 
 def layout_of(
-    pool: KVPool, model: str, *, draft_layers: int = 0, heads: int | None = None, tp_size: int = 1, tp_rank: int = 0
+    pool: KVPool,
+    model: str,
+    *,
+    draft_layers: int = 0,
+    heads: int | None = None,
+    tp_size: int = 1,
+    tp_rank: int = 0,
+    proposer: str = "none",
+    page_states: tuple[int, ...] = (),
 ) -> KVLayout:
     """Of a rank's pool, whose spec counts the rank's own heads. heads: KV heads of the whole model, where ranks share them.
     Register `memory_of(pool)` for it."""
@@ -148,6 +173,8 @@ def layout_of(
         rope_dim=spec.rope_dim,
         tp_size=tp_size,
         tp_rank=tp_rank,
+        proposer=proposer,
+        page_states=page_states,
     )
 
 
@@ -159,6 +186,7 @@ def memory_of(pool: KVPool) -> list[Any]:
 MUST_EQUAL = (
     *("version", "model", "kind", "dtype", "page_size", "layers", "draft_layers"),
     *("heads", "head_dim", "v_head_dim", "latent_dim", "rope_dim"),
+    *("proposer", "page_states"),
 )
 """Pages, and how the heads are spread over ranks, may differ."""
 

@@ -14,8 +14,9 @@ from msgspec import Meta, Struct
 from .layout import KVLayout
 
 MAX_PAGES = 2**17
-MAX_GROUPS = 1024
-"""Groups of layers in one handoff."""
+MAX_GROUPS = 2**20
+"""Groups in one attempt: of layers, for each chunk of the prompt."""
+MAX_LAYERS = 1024
 
 Number = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
@@ -44,6 +45,7 @@ class Describe(_Message, tag="describe"):
 
     engine: Id
     epoch: Number
+    """Of its transport."""
     layout: KVLayout
     transport: Annotated[bytes, Meta(max_length=64 * 1024)]
     """`KVTransport.metadata`."""
@@ -68,23 +70,24 @@ class Reserve(_Message, tag="reserve"):
     """Leading pages that decode has already."""
     pages: Pages
     """For the rest of the prompt."""
-    result_offset: Number
-    """Where the last hidden state goes, bytes in the registered memory."""
     deadline: Annotated[float, Meta(ge=0, le=86400)]
     """Seconds from receipt until decode gives up."""
     checksums: bool = False
 
 
 class Group(Struct, frozen=True, array_like=True, tag="group", forbid_unknown_fields=True):
-    """Prefill to decode, as the transport's notification: these layers' KV of these pages is written."""
+    """Prefill to decode, as the transport's notification: these layers' KV of these pages is written. The size of a group
+    follows the network, so their number is not known before; decode has everything when each layer of each page has come."""
 
     of: Attempt
     group: Annotated[int, Meta(ge=0, lt=MAX_GROUPS)]
-    groups: Annotated[int, Meta(ge=1, le=MAX_GROUPS)]
+    """Counts within the attempt."""
     first_page: Annotated[int, Meta(ge=0, le=MAX_PAGES)]
     """Index into `Reserve.pages`: a chunked prefill sends the groups of each chunk."""
     page_count: Annotated[int, Meta(ge=0, le=MAX_PAGES)]
-    last_chunk: bool
+    first_layer: Annotated[int, Meta(ge=0, lt=MAX_LAYERS)]
+    layer_count: Annotated[int, Meta(ge=0, le=MAX_LAYERS)]
+    """Draft layers come last; with the very last layer the proposer's page states come."""
     rank: Annotated[int, Meta(ge=0, lt=1024)] = 0
     """Which rank of the source wrote it."""
     bytes: Number = 0
@@ -99,9 +102,6 @@ class FirstToken(_Message, tag="first_token"):
     logprob: float | None = None
     rank: Number = 0
     top: Annotated[list[tuple[Number, float]], Meta(max_length=20)] = []
-    hidden_bytes: Number = 0
-    """Of the last hidden state at `Reserve.result_offset`; 0: none was sent."""
-    finished: Annotated[str, Meta(max_length=16)] | None = None
     cached_tokens: Number = 0
     """Of the prompt, that prefill had in its own cache."""
 
@@ -117,6 +117,8 @@ class Drained(_Message, tag="drained"):
     """Prefill to decode: nothing of this attempt is under way, and nothing more will be."""
 
     of: Attempt
+    groups: Number = 0
+    """How many were sent."""
 
 
 class Release(_Message, tag="release"):

@@ -34,9 +34,9 @@ MESSAGES = [
     Describe(engine="prefill-0", epoch=5, layout=LAYOUT, transport=b"\x00\xff"),
     Refuse(code="kv_layout_mismatch", reason="why", of=OF),
     Refuse(code="x", reason=""),
-    Reserve(of=OF, prompt_tokens=100, prompt_hash=bytes(32), held_pages=1, pages=[3, 4], result_offset=9, deadline=5.0),
-    Group(OF, 0, 4, 0, 2, True, 1, 4096, 2**32 - 1),
-    FirstToken(of=OF, token=7, logprob=-0.5, rank=1, top=[(7, -0.5)], hidden_bytes=8),
+    Reserve(of=OF, prompt_tokens=100, prompt_hash=bytes(32), held_pages=1, pages=[3, 4], deadline=5.0),
+    Group(OF, 0, 0, 2, 3, 4, 1, 4096, 2**32 - 1),
+    FirstToken(of=OF, token=7, logprob=-0.5, rank=1, top=[(7, -0.5)]),
     Cancel(of=OF, reason="the client left"),
     Drained(of=OF),
     Release(of=OF),
@@ -206,10 +206,10 @@ def test_a_deep_body_is_an_error_of_ours() -> None:
         Cancel(of=Attempt("", 0, 0, 0)),
         Cancel(of=Attempt("x" * 129, 0, 0, 0)),
         Cancel(of=OF, reason="x" * 5000),
-        Reserve(of=OF, prompt_tokens=1, prompt_hash=b"", held_pages=0, pages=[0], result_offset=0, deadline=1),
-        Reserve(of=OF, prompt_tokens=1, prompt_hash=b"", held_pages=0, pages=[1], result_offset=0, deadline=1e9),
-        Group(OF, 0, 0, 0, 0, False),
-        Group(OF, 5000, 5000, 0, 0, False),
+        Reserve(of=OF, prompt_tokens=1, prompt_hash=b"", held_pages=0, pages=[0], deadline=1),
+        Reserve(of=OF, prompt_tokens=1, prompt_hash=b"", held_pages=0, pages=[1], deadline=1e9),
+        Group(OF, 0, 0, 0, 0, 5000),
+        Group(OF, 2**20, 0, 0, 0, 0),
     ],
 )
 def test_bounds_hold_on_receipt(message: object) -> None:
@@ -221,12 +221,12 @@ def test_bounds_hold_on_receipt(message: object) -> None:
 
 def test_large_frames_are_refused_on_both_sides() -> None:
     one, two = connected()
-    big = Reserve(of=OF, prompt_tokens=1, prompt_hash=b"", held_pages=0, pages=[2**30] * 300_000, result_offset=0, deadline=1)
+    big = Reserve(of=OF, prompt_tokens=1, prompt_hash=b"", held_pages=0, pages=[2**30] * 300_000, deadline=1)
     with pytest.raises(FrameError, match="the most is"):
         one.seal(big)
     with pytest.raises(FrameError):
         two.open(bytes(MAX_FRAME + 1))
-    most = Reserve(of=OF, prompt_tokens=1, prompt_hash=b"", held_pages=0, pages=[2**30] * 2**17, result_offset=0, deadline=1)
+    most = Reserve(of=OF, prompt_tokens=1, prompt_hash=b"", held_pages=0, pages=[2**30] * 2**17, deadline=1)
     assert two.open(one.seal(most)) == most
 
 

@@ -103,6 +103,18 @@ class KVCache:
             sequence.cached_tokens = cached
         return True
 
+    def expect(self, sequence: Sequence, tokens: int, label: str) -> Lease | None:
+        """As `admit` and `reserve(tokens)`, for a sequence whose tokens' KV a remote writer brings. Returns the writer's lease,
+        over the pages of these tokens that the tree did not have; None, and nothing changed, if pages are short."""
+        if not self.admit(sequence, len(sequence.tokens)):
+            return None
+        if self.reserve(sequence, tokens) is None:
+            self.release(sequence)
+            return None
+        lease = self.allocator.lease("remote", label)
+        self.allocator.share(lease, sequence.pages[sequence.published : self.pages_for(len(sequence.tokens))])
+        return lease
+
     def reserve(self, sequence: Sequence, tokens: int) -> list[int] | None:
         """Make sure that there are pages for `tokens` tokens. Returns the new ones, which are at the end of
         `sequence.pages` now; None, and nothing changed, if pages are short."""

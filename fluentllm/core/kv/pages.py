@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-LeaseKind = Literal["request", "tree", "step", "remote"]
-"""Who holds pages: a running request, the radix tree, a step in flight, a writer on another machine."""
+LeaseKind = Literal["request", "tree", "step", "remote", "sending"]
+"""Who holds pages: a running request, the radix tree, a step in flight, a writer on another machine, a handoff that sends
+them there."""
 
 
 class IntegrityError(RuntimeError):

@@ -45,7 +45,8 @@ REGISTRIES: dict[str, tuple[str, str | None]] = {
     "schedulers": ("scheduling policy", "scheduler.policy"),
     "attention": ("attention backend", "attention.backend"),
     "proposers": ("proposer of drafts", None),
-    "kv_transports": ("KV transport", None),
+    "kv_transports": ("KV transport", "disaggregation.transport"),
+    "handoffs": ("way to hand requests over", "disaggregation.method"),
     "grammars": ("grammar engine", None),
 }
 """Kind → what one is called, and the setting that chooses it. The hook is `fluent_<kind>`."""
@@ -125,7 +126,7 @@ class PluginManager:
 
     # -------------------------------------------------------------------------------------------------- what plugins gave
     def registry(self, kind: str) -> Registry:
-        """`models`, `weights`, `schedulers`, `attention`, `proposers`, `kv_transports` or `grammars`."""
+        """`models`, `weights`, `schedulers`, `attention`, `proposers`, `kv_transports`, `handoffs` or `grammars`."""
         return self._registries[kind]
 
     def routes(self) -> Sequence[Route]:

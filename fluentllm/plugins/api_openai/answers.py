@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from fluentllm.core.types import Stage
+
+from .handoff import KVTransferParams
 
 FinishReason = Literal["stop", "length"]
 
@@ -27,12 +29,21 @@ class CompletionTokensDetails(Struct, kw_only=True, omit_defaults=True):
     """Drafts were accepted at random, for a benchmark: the answer means nothing."""
 
 
+class KVTransferUsage(Struct, kw_only=True):
+    """Of a request whose prompt was computed on another engine."""
+
+    received_bytes: int
+    saved_bytes: int
+    """Not sent, since this engine had them cached."""
+
+
 class UsageBody(Struct, kw_only=True, omit_defaults=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails | None = None
+    kv_transfer: KVTransferUsage | None = None
 
 
 class TopLogprob(Struct, kw_only=True):
@@ -75,6 +86,8 @@ class ChatCompletion(Struct, kw_only=True):
     choices: list[ChatChoice]
     usage: UsageBody
     object: Literal["chat.completion"] = "chat.completion"
+    kv_transfer_params: KVTransferParams | UnsetType = UNSET
+    """Of a prefill engine: what the router passes on to a decode engine."""
 
 
 class AnswerDelta(Struct, kw_only=True, omit_defaults=True):
@@ -125,6 +138,8 @@ class TextCompletion(Struct, kw_only=True):
     choices: list[TextChoice]
     usage: UsageBody | None = None
     object: Literal["text_completion"] = "text_completion"
+    kv_transfer_params: KVTransferParams | UnsetType = UNSET
+    """Of a prefill engine: what the router passes on to a decode engine."""
 
 
 class ModelCard(Struct, kw_only=True):

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import UNSET
 
 from fluentllm.core.errors import InvalidRequest
 from fluentllm.frontend.generation import Usage, new_id
@@ -15,6 +16,7 @@ from .answers import AnswerMessage, ChatChoice, ChatChunk, ChatCompletion
 from .bodies import check_model, read
 from .chunks import chat_splicer, usage_body
 from .common import check_common, services_of, wants_usage
+from .handoff import handoff_of, transfer_params
 from .logprobs import chat_logprobs
 from .messages import to_template
 from .openapi import documented
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from fluentllm.frontend.choices import Delta
-    from fluentllm.frontend.generation import Generation, Job
+    from fluentllm.frontend.generation import Job
     from fluentllm.frontend.services import Services
 
 
@@ -40,11 +42,12 @@ async def chat_completions(request: Request) -> Response | EventStream[Any]:
     return await unless_left(request.receive, _answer(body, services))
 
 
-async def _job(body: ChatRequest, generation: Generation) -> Job:
+async def _job(body: ChatRequest, services: Services) -> Job:
+    generation, handoff = services.generation, handoff_of(body, services)
     logprobs = _logprobs(body)
     options = msgspec.structs.replace(body, max_tokens=_max_tokens(body))
     prompt = await generation.encode_chat(to_template(body.messages, generation.template))
-    return generation.job([prompt], options, id=new_id("chatcmpl"), logprobs=logprobs)
+    return generation.job([prompt], options, id=new_id("chatcmpl"), logprobs=logprobs, handoff=handoff)
 
 
 def _logprobs(body: ChatRequest) -> int | None:
@@ -71,11 +74,13 @@ def _max_tokens(body: ChatRequest) -> int | None:
 
 async def _answer(body: ChatRequest, services: Services) -> Response:
     generation = services.generation
-    job = await _job(body, generation)
+    job = await _job(body, services)
     usage = Usage(prompt_tokens=len(job.prompts[0]), speculative=generation.info.speculative)
     choices = []
+    report = None
     for done in await generation.complete(job):
         usage.add(done, job.n)
+        report = report or done.handoff
         choices.append(
             ChatChoice(
                 index=done.index,
@@ -85,13 +90,20 @@ async def _answer(body: ChatRequest, services: Services) -> Response:
             )
         )
     return json_response(
-        ChatCompletion(id=job.id, created=int(time.time()), model=services.model, choices=choices, usage=usage_body(usage))
+        ChatCompletion(
+            id=job.id,
+            created=int(time.time()),
+            model=services.model,
+            choices=choices,
+            usage=usage_body(usage),
+            kv_transfer_params=transfer_params(report) or UNSET,
+        )
     )
 
 
 async def _events(body: ChatRequest, services: Services) -> Events[Any]:
     generation = services.generation
-    job = await _job(body, generation)
+    job = await _job(body, services)
     usage = Usage(prompt_tokens=len(job.prompts[0]), speculative=generation.info.speculative)
     with_usage = wants_usage(body)
     splicer = chat_splicer(id=job.id, created=int(time.time()), model=services.model, choices=job.n, with_usage=with_usage)

@@ -12,7 +12,7 @@ import msgspec
 
 from fluentllm.frontend.responses import DONE
 
-from .answers import CompletionTokensDetails, PromptTokensDetails, UsageBody
+from .answers import CompletionTokensDetails, KVTransferUsage, PromptTokensDetails, UsageBody
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,7 +79,14 @@ def usage_body(usage: Usage) -> UsageBody:
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
         completion_tokens_details=_drafts(usage),
+        kv_transfer=_transferred(usage),
     )
+
+
+def _transferred(usage: Usage) -> KVTransferUsage | None:
+    if not usage.received_bytes and not usage.saved_bytes:
+        return None
+    return KVTransferUsage(received_bytes=usage.received_bytes, saved_bytes=usage.saved_bytes)
 
 
 def _drafts(usage: Usage) -> CompletionTokensDetails | None:

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec import UNSET
 
 from fluentllm.core.errors import InvalidRequest
 from fluentllm.frontend.generation import Usage, new_id
@@ -15,6 +16,7 @@ from .answers import TextChoice, TextCompletion
 from .bodies import check_model, read
 from .chunks import text_splicer, usage_body
 from .common import check_common, services_of, wants_usage
+from .handoff import handoff_of, transfer_params
 from .logprobs import prompt_infos, text_logprobs
 from .openapi import documented
 from .schema import CompletionRequest
@@ -71,7 +73,8 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     )
 
 
-async def _job(body: CompletionRequest, prompts: list[str | list[int]], generation: Generation) -> Job:
+async def _job(body: CompletionRequest, prompts: list[str | list[int]], services: Services) -> Job:
+    generation, handoff = services.generation, handoff_of(body, services)
     encoded = [await generation.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     return generation.job(
         encoded,
@@ -80,6 +83,7 @@ async def _job(body: CompletionRequest, prompts: list[str | list[int]], generati
         default_max_tokens=DEFAULT_MAX_TOKENS,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
+        handoff=handoff,
     )
 
 
@@ -112,22 +116,31 @@ class _Writer:
 
 async def _answer(body: CompletionRequest, prompts: list[str | list[int]], services: Services) -> Response:
     generation = services.generation
-    job = await _job(body, prompts, generation)
+    job = await _job(body, prompts, services)
     writer = _Writer(body, job, generation)
     usage = Usage(prompt_tokens=sum(map(len, job.prompts)), speculative=generation.info.speculative)
     choices = []
+    report = None
     for done in await generation.complete(job):
+        report = report or done.handoff
         text, logprobs = writer.write(done, first=True)
         usage.add(done, job.n)
         choices.append(TextChoice(index=done.index, text=text, finish_reason=done.finish_reason, logprobs=logprobs))
     return json_response(
-        TextCompletion(id=job.id, created=int(time.time()), model=services.model, choices=choices, usage=usage_body(usage))
+        TextCompletion(
+            id=job.id,
+            created=int(time.time()),
+            model=services.model,
+            choices=choices,
+            usage=usage_body(usage),
+            kv_transfer_params=transfer_params(report) or UNSET,
+        )
     )
 
 
 async def _events(body: CompletionRequest, prompts: list[str | list[int]], services: Services) -> Events[Delta]:
     generation = services.generation
-    job = await _job(body, prompts, generation)
+    job = await _job(body, prompts, services)
     writer = _Writer(body, job, generation)
     usage = Usage(prompt_tokens=sum(map(len, job.prompts)), speculative=generation.info.speculative)
     with_usage = wants_usage(body)

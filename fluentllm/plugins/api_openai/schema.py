@@ -13,6 +13,8 @@ from msgspec import Meta, Struct
 from fluentllm.core.types import MAX_LOGPROBS
 from fluentllm.frontend.sampling import SamplingOptions
 
+from .handoff import DisaggregatedParams, KVTransferParams, Port
+
 IGNORED = {
     "user": "Names an end user of the caller's, for OpenAI's abuse monitoring.",
     "safety_identifier": "The same, hashed.",
@@ -91,6 +93,13 @@ class GenerationRequest(SamplingOptions, kw_only=True, forbid_unknown_fields=Tru
     model: Annotated[str, Meta(description="The served model's name; may be left out.")] | None = None
     stream: Annotated[bool, Meta(description="Send the answer as server-sent events while it is generated.")] | None = None
     stream_options: StreamOptions | None = None
+    bootstrap_host: Annotated[str, Meta(description="Where the prefill engine takes control connections.")] | None = None
+    bootstrap_port: Port | None = None
+    bootstrap_room: (
+        Annotated[int, Meta(ge=0, description="Names a request that goes to a prefill and a decode engine at once.")] | None
+    ) = None
+    kv_transfer_params: KVTransferParams | None = None
+    disaggregated_params: DisaggregatedParams | None = None
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None

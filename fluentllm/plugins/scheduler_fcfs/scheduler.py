@@ -34,6 +34,8 @@ class FcfsScheduler:
         self._prefill_tokens = context.prefill_tokens
         self._max_drafts = context.max_drafts
         self._waiting: list[Sequence] = []
+        self._resuming: list[Sequence] = []
+        """They have their prompts' KV in pages of their own, and wait for a slot."""
         self._running: list[Sequence] = []
         self._leaving: dict[Sequence, bool] = {}
         """Sequence → whether it waits again once released (preempted) or is done with."""
@@ -45,7 +47,7 @@ class FcfsScheduler:
     # ------------------------------------------------------------------------------------------------------------ protocol
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._resuming)
 
     @property
     def running(self) -> int:
@@ -65,16 +67,24 @@ class FcfsScheduler:
             )
         insort(self._waiting, sequence, key=_order)
 
+    def resume(self, sequence: Sequence) -> None:
+        insort(self._resuming, sequence, key=_order)
+
     def abort(self, sequence: Sequence) -> None:
-        if sequence.slot is None:
+        if sequence in self._resuming:
+            self._resuming.remove(sequence)
+            self._kv.release(sequence)
+        elif sequence.slot is None:
             self._waiting.remove(sequence)
         else:
             self._leave(sequence, again=False)
 
     def plan(self, step: int, drafting: Drafting) -> StepPlan | None:
         grants: list[PageGrant] = []
-        decode = self._plan_decode(drafting, grants)
+        decode = self._plan_decode(step, drafting, grants)
         admit: list[SlotInit] = []
+        resume = self._plan_resume(step, drafting, admit, grants)
+        decode += [chunk.slot for chunk in resume]
         prefill = self._plan_prefill(admit)
         if not decode and not prefill:
             return None
@@ -83,6 +93,7 @@ class FcfsScheduler:
             admit=admit,
             grants=grants,
             prefill=prefill,
+            resume=resume,
             decode=decode,
             drafting=drafting,
             features=self._features(decode, prefill),
@@ -103,17 +114,35 @@ class FcfsScheduler:
             self._release(sequence)
 
     # ------------------------------------------------------------------------------------------------------------ planning
-    def _plan_decode(self, drafting: Drafting, grants: list[PageGrant]) -> list[int]:
+    def _plan_decode(self, step: int, drafting: Drafting, grants: list[PageGrant]) -> list[int]:
         slots = []
-        # A draft layer writes KV for the newest token too, even while nothing is drafted.
-        ahead = drafting.verify + max(drafting.draft, min(self._max_drafts, 1))
+        ahead = self._ahead(drafting)
         for sequence in list(self._running):
             if not sequence.can_decode or sequence in self._leaving:
                 continue
             if self._grow(sequence, ahead, grants):
+                sequence.last_step = step  # so that making room for others does not take it out of this very plan
                 assert sequence.slot is not None
                 slots.append(sequence.slot)
         return slots
+
+    def _ahead(self, drafting: Drafting) -> int:
+        """Tokens past its end that a step may write KV for."""
+        # A draft layer writes KV for the newest token too, even while nothing is drafted.
+        return drafting.verify + max(drafting.draft, min(self._max_drafts, 1))
+
+    def _plan_resume(self, step: int, drafting: Drafting, admit: list[SlotInit], grants: list[PageGrant]) -> list[PrefillChunk]:
+        """Their pages were reserved with their prompts', so they need a slot and no more."""
+        chunks = []
+        while self._resuming and self._free_slots:
+            sequence = self._resuming.pop(0)
+            admit.append(self._enter(sequence))
+            sequence.phase = Phase.DECODE
+            sequence.last_step = step  # as above
+            assert sequence.slot is not None
+            chunks.append(PrefillChunk(sequence.slot, sequence.prompt_length - 1, 1, True))
+            self._grow(sequence, self._ahead(drafting), grants)
+        return chunks
 
     def _named(self, plan: StepPlan) -> Iterator[tuple[Sequence, int]]:
         """Whom a plan names, each with the most tokens that the step can bring it."""

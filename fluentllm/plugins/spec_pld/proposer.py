@@ -24,7 +24,17 @@ class PromptLookup:
         self._sizes = shortest, longest
 
     def draft(self, batch: Batch, hidden: Tensor, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return self._look_up(slots, count)
+
+    def _look_up(self, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
         tables = self._tables
         if not count:
             return slots.new_empty(len(slots), 0), slots.new_zeros(len(slots))
         return prompt_lookup(tables.history[slots], tables.length[slots], count, *self._sizes)
+
+    @property
+    def page_states(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def resume(self, batch: Batch, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return self._look_up(slots, count)

@@ -135,7 +135,7 @@ class Leases(RuleBasedStateMachine):
         open_leases = [lease for lease in self.model if not lease.quarantined]
         return data.draw(st.sampled_from(open_leases)) if open_leases else None
 
-    @rule(kind=st.sampled_from(["request", "tree", "step", "remote"]))
+    @rule(kind=st.sampled_from(["request", "tree", "step", "remote", "sending"]))
     def open(self, kind: str) -> None:
         if len(self.model) < 6:
             self.model[self.pages.lease(kind, kind)] = set()
@@ -195,13 +195,14 @@ class Leases(RuleBasedStateMachine):
     def counts(self) -> None:
         self.pages.check()
         held = set().union(*self.model.values()) if self.model else set()
-        by_kind = {kind: set() for kind in ("request", "tree", "step", "remote")}
+        by_kind = {kind: set() for kind in ("request", "tree", "step", "remote", "sending")}
         for lease, pages in self.model.items():
             assert lease.pages == pages
             by_kind[lease.kind] |= pages
         assert self.pages.free == self.TOTAL - len(held)
         assert {kind: self.pages.leased(kind) for kind in by_kind} == {kind: len(pages) for kind, pages in by_kind.items()}
-        assert self.pages.evictable == len(by_kind["tree"] - by_kind["request"] - by_kind["step"] - by_kind["remote"])
+        others = set().union(*(pages for kind, pages in by_kind.items() if kind != "tree"))
+        assert self.pages.evictable == len(by_kind["tree"] - others)
         assert self.pages.quarantined == len(set().union(*(p for lease, p in self.model.items() if lease.quarantined)))
 
 

@@ -1,0 +1,249 @@
+"""Chaos: engines are killed, the transport drops, delays, repeats and spoils, clients leave; the answers stay right.
+
+    python benchmarks/disaggregation/chaos.py [--requests 1000] [--kill-every 15] [--json FILE]
+
+Two prefill and two decode engines, processes of their own over NIXL, behind `fluent proxy`. While requests run, the engine
+process of one after another is killed with SIGKILL; its supervisor starts it again. A tenth of the clients leave in the
+middle. At least 99 % of the others must get the answer of one engine; at the end all engines must be idle, with free + cached
+pages = total, no page in quarantine, nothing open, no zombie, no more file descriptors than before; memory is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from cluster import API_KEY, HEADERS, SMALL, Cluster, Engine, machine
+
+FAULTS = {
+    "drop": 0.01,
+    "delay": 0.05,
+    "duplicate": 0.03,
+    "reorder": 0.05,
+    "corrupt": 0.02,
+    "corrupt_note": 0.01,
+    "disconnect": 0.003,
+}
+SETTINGS: dict[str, Any] = {
+    "model": SMALL,
+    "kv.memory": "64MiB",
+    "engine.deterministic": True,
+    "engine.max_restarts": 10_000,
+    "plugins.kv_layerwise.transfer_timeout": 10.0,
+    "plugins.kv_layerwise.wait_timeout": 10.0,
+    "plugins.kv_layerwise.keep_timeout": 10.0,
+    "plugins.kv_layerwise.drain_timeout": 2.0,
+    "plugins.kv_layerwise.breaker_seconds": 2.0,
+}
+DEADLINE = 180.0
+"""Seconds after which a request counts as hung."""
+
+
+def jobs(count: int) -> list[dict[str, Any]]:
+    draw = random.Random(0)
+    shared = [draw.randrange(3, 500) for _ in range(64)]
+    return [
+        {
+            "prompt": shared[: draw.randrange(0, 64)] + [draw.randrange(3, 500) for _ in range(draw.randrange(1, 200))],
+            "max_tokens": draw.randrange(1, 24),
+            "temperature": draw.choice([0, 0.9]),
+            "seed": number,
+            "ignore_eos": True,
+        }
+        for number in range(count)
+    ]
+
+
+async def references(engine: Engine, bodies: list[dict[str, Any]]) -> list[str]:
+    gate = asyncio.Semaphore(8)
+    async with httpx.AsyncClient(headers=HEADERS, timeout=300) as client:
+
+        async def one(body: dict[str, Any]) -> str:
+            async with gate:
+                answer = await client.post(f"{engine.url}/v1/completions", json=body)
+                answer.raise_for_status()
+                return str(answer.json()["choices"][0]["text"])
+
+        return list(await asyncio.gather(*map(one, bodies)))
+
+
+class Run:
+    """All requests through the proxy."""
+
+    def __init__(self, url: str, bodies: list[dict[str, Any]], expected: list[str], parallel: int) -> None:
+        self.url, self.bodies, self.expected = url, bodies, expected
+        self.gate = asyncio.Semaphore(parallel)
+        self.right = self.wrong = self.failed = self.hung = self.left = 0
+        self.errors: list[str] = []
+
+    async def all(self) -> None:
+        async with httpx.AsyncClient(timeout=DEADLINE, limits=httpx.Limits(max_connections=None)) as client:
+            await asyncio.gather(*(self._one(client, number) for number in range(len(self.bodies))))
+
+    async def _one(self, client: httpx.AsyncClient, number: int) -> None:
+        async with self.gate:
+            if number % 10 == 9:
+                await self._leave(client, self.bodies[number])
+                return
+            try:
+                answer = await client.post(f"{self.url}/v1/completions", json=self.bodies[number])
+            except httpx.TimeoutException:
+                self.hung += 1
+            except httpx.HTTPError as error:
+                self.failed += 1
+                self.errors.append(f"{type(error).__name__}: {error}")
+            else:
+                self._judge(number, answer)
+
+    def _judge(self, number: int, answer: httpx.Response) -> None:
+        if answer.status_code != 200:
+            self.failed += 1
+            self.errors.append(f"{answer.status_code} {answer.text[:300]}")
+        elif answer.json()["choices"][0]["text"] == self.expected[number]:
+            self.right += 1
+        else:
+            self.wrong += 1
+
+    async def _leave(self, client: httpx.AsyncClient, body: dict[str, Any]) -> None:
+        self.left += 1
+        with contextlib.suppress(httpx.HTTPError, TimeoutError):
+            async with (
+                asyncio.timeout(random.random() * 0.3),
+                client.stream("POST", f"{self.url}/v1/completions", json={**body, "stream": True}) as answer,
+            ):
+                async for _ in answer.aiter_bytes():
+                    pass
+
+
+async def kill(engines: list[Engine], every: float, kills: list[str]) -> None:
+    """One engine process after another, for as long as it is let."""
+    while every:
+        for engine in engines:
+            await asyncio.sleep(every)
+            process = engine.engine_process()
+            if process is not None:
+                process.kill()
+                kills.append(engine.url)
+
+
+def start_proxy(prefill: list[Engine], decode: list[Engine]) -> tuple[subprocess.Popen[str], str]:
+    words = [w for e in prefill for w in ("--prefill", e.url)] + [w for e in decode for w in ("--decode", e.url)]
+    command = [sys.executable, "-m", "fluentllm.cli", "proxy", *words, "--port", "0", "--api-key", API_KEY]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        found = re.search(r"http://[\d.]+:\d+", line)
+        if found:
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            return process, found[0]
+    raise RuntimeError("the proxy did not start")
+
+
+def state(engine: Engine) -> dict[str, Any] | None:
+    with contextlib.suppress(httpx.HTTPError):
+        return engine.state()["stats"]
+    return None
+
+
+def settle(engine: Engine, seconds: float = 60) -> dict[str, Any]:
+    """Its statistics once it is idle, or as they are when the time is up."""
+    deadline = time.monotonic() + seconds
+    while True:
+        stats = state(engine)
+        if stats is not None:
+            handoff = stats["handoff"]
+            if not (stats["waiting"] or stats["running"] or handoff["open"] or handoff.get("quarantined_pages")):
+                return stats
+        if time.monotonic() > deadline:
+            return stats or {}
+        time.sleep(0.2)
+
+
+def leaks(engine: Engine, before: int) -> list[str]:
+    """What is not as it should be, after everything."""
+    stats = settle(engine)
+    if not stats:
+        return ["it does not answer"]
+    found = []
+    handoff = stats["handoff"]
+    if stats["pages_free"] + stats["pages_cached"] != stats["pages_total"]:
+        found.append(f"{stats['pages_free']} pages free and {stats['pages_cached']} cached, of {stats['pages_total']}")
+    if stats["waiting"] or stats["running"] or handoff["open"] or handoff.get("quarantined_pages"):
+        found.append(f"not idle: {stats}")
+    process = psutil.Process(engine.process.pid)
+    zombies = [child.pid for child in process.children(recursive=True) if child.status() == psutil.STATUS_ZOMBIE]
+    if zombies:
+        found.append(f"zombies: {zombies}")
+    if process.num_fds() > before + 2:
+        found.append(f"{process.num_fds()} file descriptors in the supervisor, {before} at the start")
+    return found
+
+
+async def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--parallel", type=int, default=12)
+    parser.add_argument("--kill-every", type=float, default=15.0, help="Seconds between two kills; 0 kills nobody.")
+    parser.add_argument("--engines", type=int, default=2, help="Of each role.")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    bodies = jobs(options.requests)
+    with Cluster() as cluster:
+        faults = {"plugins.kv_layerwise.faults": {"seed": 1, **FAULTS}}
+        prefill = [cluster.start("prefill", **SETTINGS, **faults) for _ in range(options.engines)]
+        peers = [engine.control for engine in prefill]
+        decode = [
+            cluster.start("decode", peers=peers, **SETTINGS, **{"plugins.kv_layerwise.checksums": True})
+            for _ in range(options.engines)
+        ]
+        expected = await references(prefill[0], bodies)
+        fds = {engine.url: psutil.Process(engine.process.pid).num_fds() for engine in cluster.engines}
+        proxy, url = start_proxy(prefill, decode)
+        run, kills, counters = Run(url, bodies, expected, options.parallel), [], {}
+        killer = asyncio.create_task(kill([prefill[0], decode[0], prefill[-1], decode[-1]], options.kill_every, kills))
+        started = time.monotonic()
+        try:
+            await run.all()
+        finally:
+            killer.cancel()
+            proxy.terminate()
+        seconds = time.monotonic() - started
+        problems = {}
+        for engine in cluster.engines:
+            found = await asyncio.to_thread(leaks, engine, fds[engine.url])
+            if found:
+                problems[engine.url] = found
+            stats = state(engine)
+            counters[engine.url] = {} if stats is None else {k: v for k, v in stats["handoff"].items() if v}
+            memory = engine.engine_process()
+            counters[engine.url]["resident_mb"] = memory.memory_info().rss // 2**20 if memory else 0
+    asked = len(bodies) - run.left
+    share = run.right / asked
+    print(
+        f"{run.right} of {asked} right ({share:.2%}), {run.wrong} wrong, {run.failed} failed, {run.hung} hung; {run.left} left"
+    )
+    print(f"{len(kills)} kills in {seconds:.0f} s; leaks: {problems or 'none'}")
+    for name, found in counters.items():
+        print(f"  {name}: {found}")
+    for error in run.errors[:5]:
+        print(f"  error: {error}")
+    if options.json:
+        report = {"machine": machine(), "share": share, "kills": len(kills), "seconds": seconds, "counters": counters}
+        options.json.write_text(json.dumps({**report, "wrong": run.wrong, "hung": run.hung, "leaks": problems}, indent=1))
+    return int(share < 0.99 or bool(run.wrong or run.hung or problems))
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))

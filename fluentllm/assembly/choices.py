@@ -1,0 +1,124 @@
+"""From settings to values: lengths, dtypes, speculation; refused where they cannot work with the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..core.draft_length import DraftLength
+from ..core.draft_watchdog import AcceptanceWatch
+from ..core.errors import CheckpointError, ConfigError
+from ..core.protocols import DraftMemory, DraftTarget
+from ..core.types import SpeculativeInfo
+from ..step.synthetic import share_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..core.plugins import PluginManager
+    from ..core.plugins.registry import Entry
+    from ..core.settings import Settings
+    from ..core.types import ModelSpec
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
+DEFAULT_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
+
+
+def draft_length(settings: Settings) -> DraftLength | None:
+    """None if speculation is off, by its method or a k of 0. Raises `ConfigError` for a fixed k beyond `max_k`."""
+    wanted = settings.speculative
+    if wanted.method == "none":
+        return None
+    if wanted.k != "auto" and not 0 <= wanted.k <= wanted.max_k:
+        raise ConfigError(
+            f"speculative.k is {wanted.k}, and speculative.max_k {wanted.max_k}.",
+            fix=f"Use auto or 0 … {wanted.max_k}, or raise max_k.",
+            param="speculative.k",
+        )
+    if wanted.k == 0:
+        return None
+    # Acceptance at random says nothing of the proposer.
+    least = wanted.min_acceptance if wanted.synthetic_acceptance is None else 0.0
+    return DraftLength(wanted.k, wanted.max_k, AcceptanceWatch(least, f"proposer {wanted.method!r}"))
+
+
+def check_speculation(settings: Settings, spec: ModelSpec, plugins: PluginManager, target: DraftTarget) -> None:
+    """Before anything is loaded. Raises `ConfigError` for what cannot work with this model."""
+    drafts = draft_length(settings)
+    synthetic_share(settings, drafts.max_k if drafts is not None else 0)
+    if drafts is not None:
+        draft_memory(plugins.registry("proposers").require(settings.speculative.method, spec), target)
+
+
+def synthetic_share(settings: Settings, max_drafts: int) -> float | None:
+    """Share of drafts to accept at random; None: by the rules. Raises `ConfigError` for a length that so few drafts cannot
+    have."""
+    length = settings.speculative.synthetic_acceptance
+    if length is None:
+        return None
+    if length > max_drafts + 1:
+        raise ConfigError(
+            f"speculative.synthetic_acceptance is {length}, but {max_drafts} drafts and the target's own are {max_drafts + 1}.",
+            fix="Lower it, raise speculative.k or max_k, or choose a speculative.method.",
+            param="speculative.synthetic_acceptance",
+        )
+    return share_for(length, max_drafts)
+
+
+def speculative_info(settings: Settings, max_drafts: int) -> SpeculativeInfo:
+    chosen = settings.speculative
+    return SpeculativeInfo(method=chosen.method, k=chosen.k, max_k=max_drafts, synthetic_acceptance=chosen.synthetic_acceptance)
+
+
+def positions_ahead(settings: Settings) -> int:
+    """How far behind the end of the longest context drafts may stand."""
+    drafts = draft_length(settings)
+    return 2 * drafts.max_k + 1 if drafts is not None else 0
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return dtype_named(name)
+
+
+def choose_page_size(settings: Settings, spec: ModelSpec) -> int:
+    return settings.kv.page_size or (64 if spec.kv.kind == "mla" else 16)
+
+
+def max_model_len(settings: Settings, spec: ModelSpec) -> int:
+    wanted = settings.model.max_model_len
+    if wanted is None:
+        return spec.max_position
+    if wanted > spec.max_position:
+        raise ConfigError(
+            f"model.max_model_len is {wanted}, but the checkpoint's context is {spec.max_position} tokens.",
+            fix=f"Use at most {spec.max_position}.",
+        )
+    return wanted
+
+
+def dtype_named(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {name!r} is not available here.", fix=f"Use one of {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def architecture_of(config: Any) -> str:
+    names = config.get("architectures") or []
+    if not names:
+        raise CheckpointError(
+            "config.json names no architecture.", fix='Add "architectures": ["LlamaForCausalLM"] or the like.'
+        )
+    return str(names[0])
+
+
+def draft_memory(entry: Entry | None, target: DraftTarget) -> DraftMemory:
+    ask: Callable[[DraftTarget], DraftMemory] | None = getattr(entry.factory, "memory", None) if entry is not None else None
+    return ask(target) if ask is not None else DraftMemory()

@@ -1,0 +1,165 @@
+"""What a step runs on: slot tables, KV pools, attention backends, proposer, programs, for any size of the pool.
+
+Made twice on a GPU: with next to no pool, to measure what the largest steps take beside it, and with the pool that fits then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from msgspec import structs
+
+from ..core.errors import ConfigError
+from ..core.kv.pool import KVPool
+from ..core.protocols import AttentionContext, AttentionSpec, DraftMemory, ProposerContext
+from ..core.slots import SlotTables
+from ..step.programs import StepPrograms
+from .choices import choose_page_size, dtype_named, name_of, synthetic_share
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..core.plugins import PluginManager
+    from ..core.plugins.registry import Entry
+    from ..core.protocols import AttentionBackend, Proposer
+    from ..core.settings import Settings
+    from ..core.types import KVSpec
+    from .loading import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    slots: int
+    context: int
+    """Tokens of the longest sequence."""
+    drafts: int
+    grammar_states: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """For one size of the pool."""
+
+    programs: StepPrograms
+    tables: SlotTables
+    pool: KVPool
+
+
+class PartsMaker:
+    """`make(pages)`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        loaded: LoadedModel,
+        plugins: PluginManager,
+        sizes: Sizes,
+        proposer: Entry | None,
+        draft_memory: DraftMemory,
+        draft_model: Any,
+    ) -> None:
+        """`proposer`: who drafts, None for nobody; with its memory and its own model."""
+        spec = loaded.model.spec
+        self.page_size = choose_page_size(settings, spec)
+        self.kv_dtype = loaded.dtype if settings.kv.dtype == "auto" else dtype_named(settings.kv.dtype)
+        self.kv_spec = structs.replace(spec.kv, layers=spec.kv.layers + draft_memory.kv_layers)
+        self._settings, self._loaded, self._plugins, self._sizes = settings, loaded, plugins, sizes
+        self._proposer, self._draft_kv, self._draft_model = proposer, draft_memory.kv, draft_model
+        self._draft_bytes = draft_memory.bytes_per_page
+        self._attention_spec = AttentionSpec(
+            model=spec,
+            device=loaded.device.type,
+            dtype=name_of(loaded.dtype),
+            kv_dtype=name_of(self.kv_dtype),
+            page_size=self.page_size,
+            deterministic=settings.engine.deterministic,
+        )
+        # Refused before anything is allocated.
+        attention_for(settings, self._attention_spec, plugins)
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page, over all pools and what a proposer keeps."""
+        pools = [kv for kv in (self.kv_spec, self._draft_kv) if kv is not None]
+        return self._draft_bytes + sum(KVPool.bytes_per_page(kv, self.page_size, self.kv_dtype) for kv in pools)
+
+    def tables(self, device: torch.device) -> SlotTables:
+        sizes = self._sizes
+        return SlotTables(
+            sizes.slots,
+            sizes.context,
+            self.page_size,
+            self._loaded.model.spec.vocab_size,
+            device,
+            max_drafts=sizes.drafts,
+            grammar_states=sizes.grammar_states,
+        )
+
+    def make(self, pages: int) -> Parts:
+        settings, loaded = self._settings, self._loaded
+        tables = self.tables(loaded.device)
+        pool = self._pool(self.kv_spec, pages)
+        attention = draft_attention = self._attention(self._attention_spec, pool)
+        if self._draft_kv is not None:
+            draft_spec = replace(self._attention_spec, model=structs.replace(loaded.model.spec, kv=self._draft_kv))
+            draft_attention = self._attention(draft_spec, self._pool(self._draft_kv, pages), or_any=True)
+        capturable = all(getattr(backend, "capturable", False) for backend in (attention, draft_attention))
+        entry = self._proposer
+        programs = StepPrograms(
+            loaded.model,
+            attention,
+            tables,
+            self._make_proposer(tables, draft_attention, pages),
+            proposer_name=f"proposer {entry.name!r} of plugin {entry.plugin!r}" if entry is not None else "",
+            synthetic=synthetic_share(settings, self._sizes.drafts),
+            graphs=loaded.device.type == "cuda" and settings.engine.cuda_graphs and capturable,
+        )
+        return Parts(programs, tables, pool)
+
+    def _make_proposer(self, tables: SlotTables, attention: AttentionBackend, pages: int) -> Proposer | None:
+        if self._proposer is None:
+            return None
+        context = ProposerContext(
+            self._settings,
+            self._loaded.model,
+            tables,
+            attention,
+            self._sizes.drafts,
+            pages,
+            name_of(self._loaded.dtype),
+            self._draft_model,
+        )
+        made: Proposer = self._proposer.factory(context)
+        return made
+
+    def _pool(self, kv: KVSpec, pages: int) -> KVPool:
+        return KVPool(kv, pages, self.page_size, self.kv_dtype, self._loaded.device)
+
+    def _attention(self, spec: AttentionSpec, pool: KVPool, *, or_any: bool = False) -> AttentionBackend:
+        factory = attention_for(self._settings, spec, self._plugins, or_any=or_any)
+        made: AttentionBackend = factory(AttentionContext(spec, pool, self._settings))
+        return made
+
+
+def attention_for(
+    settings: Settings, spec: AttentionSpec, plugins: PluginManager, *, or_any: bool = False
+) -> Callable[[AttentionContext], Any]:
+    """`or_any`: where the one that was asked for cannot do it, take another that can."""
+    registry = plugins.registry("attention")
+    name = settings.attention.backend
+    if name != "auto":
+        entry = registry.get(name)
+        reason = entry.supports(spec)
+        if reason is not None and not or_any:
+            raise ConfigError(
+                f"attention.backend {name!r} cannot serve this model: {reason}.", fix="Use attention.backend=auto."
+            )
+        if reason is None:
+            return entry.factory
+    supported = registry.supported(spec)
+    if not supported:
+        raise ConfigError(f"No attention backend supports this model: {registry.why_not(spec)}.", fix="Run `fluent doctor`.")
+    # The plain backend serves everything; one of its own device comes first.
+    return min(supported, key=lambda entry: entry.name == "torch").factory

@@ -1,0 +1,58 @@
+"""What plugins' objects promise: the typed half of the contract whose other half is `hookspecs`.
+
+Torch-free: tensors and modules appear in annotations only. A factory is called once, at assembly; the engine then calls
+plain bound methods of what it returned.
+"""
+
+from .attention import AttentionBackend, AttentionContext, AttentionSpec, FusedGQA, FusedMLA
+from .drafting import DraftContext, DraftMemory, DraftTarget, MovableProposer, Proposer, ProposerContext, ProposerFactory
+from .grammars import GrammarCompiler, GrammarContext
+from .models import BuildContext, Checkpoint, Model, ModelFamily, PackedTensor, StreamingCheckpoint, WeightsContext, WeightSlot
+from .observers import RequestEvent
+from .registration import (
+    EngineCall,
+    Register,
+    RegisterCall,
+    RegisterConfig,
+    RegisterModel,
+    RegisterRoute,
+    RegisterWeights,
+    Supports,
+)
+from .scheduling import Scheduler, SchedulerContext
+
+__all__ = [
+    "AttentionBackend",
+    "AttentionContext",
+    "AttentionSpec",
+    "BuildContext",
+    "Checkpoint",
+    "DraftContext",
+    "DraftMemory",
+    "DraftTarget",
+    "EngineCall",
+    "FusedGQA",
+    "FusedMLA",
+    "GrammarCompiler",
+    "GrammarContext",
+    "Model",
+    "ModelFamily",
+    "MovableProposer",
+    "PackedTensor",
+    "Proposer",
+    "ProposerContext",
+    "ProposerFactory",
+    "Register",
+    "RegisterCall",
+    "RegisterConfig",
+    "RegisterModel",
+    "RegisterRoute",
+    "RegisterWeights",
+    "RequestEvent",
+    "Scheduler",
+    "SchedulerContext",
+    "StreamingCheckpoint",
+    "Supports",
+    "WeightSlot",
+    "WeightsContext",
+]

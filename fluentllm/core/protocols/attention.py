@@ -1,0 +1,131 @@
+"""Attention backends: they write KV and attend over it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..batch import Batch
+    from ..kv.pool import KVPool
+    from ..settings import Settings
+    from ..types import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What `supports` and the factory of an attention backend are asked about."""
+
+    model: ModelSpec
+    device: str
+    """`cpu`, `cuda`."""
+    dtype: str
+    kv_dtype: str
+    page_size: int
+    deterministic: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionContext:
+    spec: AttentionSpec
+    pool: KVPool
+    settings: Settings
+
+
+class AttentionBackend(Protocol):
+    """Writes KV to the pool's pages and attends over them. `layer` counts KV layers, 0 … kv.layers - 1.
+
+    A backend whose decode neither waits for the device nor depends on lengths that only the host knows says so by
+    `capturable = True`: decode programs are then captured in CUDA graphs.
+    """
+
+    capturable: bool = False
+
+    def begin(self, batch: Batch) -> None:
+        """Once a forward pass, before its first layer: plan what all layers share."""
+        ...
+
+    def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
+        """q [T, H, D], k [T, Hkv, D], v [T, Hkv, Dv], rotary applied → [T, H, Dv]."""
+        ...
+
+    def mla(
+        self,
+        layer: int,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        up_k: Tensor,
+        up_v: Tensor,
+        batch: Batch,
+        scale: float,
+    ) -> Tensor:
+        """q_nope [T, H, nope], q_rope [T, H, rope], latent [T, C] (normed, scaled), k_rope [T, rope] (rotary applied),
+        up_k [H, nope, C], up_v [H, Dv, C] (the two halves of kv_b) → [T, H, Dv]. The backend chooses the absorbed or the
+        expanded form."""
+        ...
+
+
+class FusedGQA(AttentionBackend):
+    """A backend that takes the QKV product as it comes; derive from it to be given it. Layers ask with `isinstance`."""
+
+    @abstractmethod
+    def gqa_from_product(
+        self,
+        layer: int,
+        qkv: Tensor,
+        heads: int,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        scale: float,
+        *,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        interleaved: bool,
+    ) -> Tensor:
+        """`gqa` from qkv [T, (H + 2 Hkv) · D]: norms of queries and keys (weights [D], or neither), rotary (`rope` are cos and
+        sin of the rows, as `layers.rotary.Rotary.rows` gives them) and the KV write are the backend's → [T, H, D]."""
+        ...
+
+
+class FusedMLA(AttentionBackend):
+    """The same for MLA, in two calls around the query's up projection."""
+
+    @abstractmethod
+    def mla_append(
+        self,
+        layer: int,
+        down: Tensor,
+        q_weight: Tensor | None,
+        kv_weight: Tensor,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        *,
+        eps: float,
+        latent_scale: float,
+        interleaved: bool,
+    ) -> Tensor | None:
+        """down [T, Q + C + R], of the down projections: query latent (Q = 0 without `q_weight` [Q]), KV latent, rotary key.
+        Norms (kv_weight [C]), scale of the KV latent, rotary and the KV write → the normed query latent [T, Q], or None."""
+        ...
+
+    @abstractmethod
+    def mla_from_query(
+        self,
+        layer: int,
+        q: Tensor,
+        rope: tuple[Tensor, Tensor],
+        up_k: Tensor,
+        up_v: Tensor,
+        batch: Batch,
+        scale: float,
+        *,
+        interleaved: bool,
+    ) -> Tensor:
+        """q [T, H, nope + rope], not rotated yet, which may be overwritten; after `mla_append` of the layer → [T, H, Dv]."""
+        ...

@@ -1,0 +1,383 @@
+"""The prefill side: a prompt is computed here, and its KV written to a decode engine's pages as layers become complete.
+
+A handoff begins with the request and is *asked for* by decode (`Reserve`), before, while or after the prompt is computed; each
+ask is an attempt. What is complete and has not been sent goes, whenever a group of layers is complete or an ask comes. The
+handoff ends when decode releases it, when its client leaves before it is computed, or when nobody asks for it in time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...core.kv.events import encode_tokens
+from ...core.transport import TransportError
+from ...transfer.descriptors import PageError, plan_state_writes, plan_writes
+from ...transfer.messages import Cancel, Drained, Failed, FirstToken, Group, Message, Refuse, Release, Reserve
+from .outgoing import Chunk, Outgoing, Sending
+from .watch import Progress
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Sequence as SequenceOf
+
+    from ...core.sequence import Sequence
+    from ...core.transport import TransferDone
+    from ...core.types import SlotResult, StepPlan
+    from ...transfer.messages import Attempt
+    from .exchange import Connection, Exchange
+    from .watch import Watch
+
+
+MAX_REMEMBERED = 4096
+"""Handoffs that are over; the oldest are forgotten."""
+
+
+class Sender:
+    """All handoffs that leave this engine. `watch` follows the passes."""
+
+    def __init__(self, exchange: Exchange, watch: Watch) -> None:
+        self._exchange, self._watch = exchange, watch
+        self._counters = exchange.counters
+        self._by_id: dict[str, Outgoing] = {}
+        self._by_sequence: dict[Sequence, Outgoing] = {}
+        self._early: dict[str, tuple[Connection, Reserve, asyncio.TimerHandle]] = {}
+        """Asked for before the request came."""
+        self._unwanted_early: dict[str, bool] = {}
+        """Released before the request came: nobody will ask for these."""
+        self._over: dict[str, bool] = {}
+        """Released after it came, so that saying it twice means nothing."""
+        self._sendings: dict[Attempt, tuple[Sending, Outgoing]] = {}
+        self._doubtful: set[Attempt] = set()
+        self._transfers: dict[int, Sending] = {}
+        self._last_done = 0.0
+
+    @property
+    def open(self) -> int:
+        return len(self._by_id) + len(self._sendings) + len(self._early)
+
+    # ------------------------------------------------------------------------------------------------- from the engine
+    def adopt(self, sequence: Sequence, handoff: str) -> None:
+        if self._unwanted_early.pop(handoff, False):
+            return
+        tokens = sequence.tokens
+        outgoing = Outgoing(handoff, sequence, len(tokens), hashlib.sha256(encode_tokens(tokens)).digest())
+        if handoff in self._by_id:
+            self._finish(self._by_id[handoff])
+        self._by_id[handoff] = self._by_sequence[sequence] = outgoing
+        early = self._early.pop(handoff, None)
+        if early is not None:
+            connection, ask, timer = early
+            timer.cancel()
+            self._begin(outgoing, connection, ask)
+
+    def planned(self, plan: StepPlan, sequences: SequenceOf[Sequence]) -> None:
+        size = self._exchange.layout.page_size
+        found = []
+        for chunk, sequence in zip(plan.prefill, sequences, strict=True):
+            outgoing = self._by_sequence.get(sequence)
+            total = 0 if outgoing is None else -(-outgoing.tokens // size)
+            if outgoing is None or (outgoing.chunks and outgoing.chunks[-1].end == total):
+                continue  # not ours, or it comes back after a preemption: what is needed is known already
+            if outgoing.lease is None:
+                allocator = self._exchange.host.kv.allocator
+                outgoing.pages = sequence.pages[:total]
+                outgoing.lease = allocator.lease("sending", outgoing.id)
+                allocator.share(outgoing.lease, outgoing.pages)
+            first = outgoing.chunks[-1].end if outgoing.chunks else 0
+            end = total if chunk.last else (chunk.start + chunk.count) // size
+            progress = Progress()
+            outgoing.chunks.append(Chunk(first, end, progress))
+            found.append(progress)
+        if found:
+            self._watch.group = self._exchange.pacing.group(self._layer_bytes(plan))
+            self._watch.expect(plan.step, found)
+
+    def drew(self, sequence: Sequence, result: SlotResult) -> None:
+        outgoing = self._by_sequence.pop(sequence, None)
+        if outgoing is None:
+            return
+        outgoing.computing = False
+        logprob = result.logprobs[0] if result.logprobs else None
+        known = (logprob.logprob, logprob.rank, logprob.top) if logprob is not None else (None, 0, [])
+        outgoing.first = (result.tokens[0], *known)
+        if not outgoing.closed:
+            outgoing.timer = self._exchange.after(self._exchange.settings.keep_timeout, self._unwanted, outgoing)
+            self._advance(outgoing)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Its client left before it was computed."""
+        outgoing = self._by_sequence.pop(sequence, None)
+        if outgoing is not None:
+            self._fail(outgoing, "client_left", "The client of the prefill engine left.")
+            self._finish(outgoing)
+
+    def advanced(self) -> None:
+        """Some pass has come further."""
+        for outgoing in list(self._by_id.values()):
+            self._advance(outgoing)
+
+    # --------------------------------------------------------------------------------------------------- from the peer
+    def message(self, connection: Connection, message: Message) -> None:
+        if isinstance(message, Reserve):
+            self._asked(connection, message)
+        elif isinstance(message, Cancel):
+            self._cancel(connection, message.of)
+        elif isinstance(message, Release):
+            self._release(message.of.handoff)
+        else:
+            self._counters["messages_unexpected"] += 1
+
+    def gone(self, connection: Connection) -> None:
+        """Its transfers end by themselves; the prompt is kept for a while, since the peer may come back and ask again."""
+        for sending, outgoing in list(self._sendings.values()):
+            if sending.connection is connection:
+                self._stop(sending)
+                if outgoing.sending is sending:
+                    outgoing.sending = None
+        for handoff, (other, _, timer) in list(self._early.items()):
+            if other is connection:
+                timer.cancel()
+                del self._early[handoff]
+
+    def transferred(self, done: TransferDone) -> None:
+        sending = self._transfers.pop(done.transfer, None)
+        if sending is None:
+            return
+        now = time.perf_counter()
+        submitted = sending.transfers.pop(done.transfer)
+        if done.status == "done":
+            self._counters["sent_bytes"] += done.size
+            self._exchange.pacing.sent(done.size, now - max(submitted, self._last_done))
+            self._last_done = now
+        elif done.status == "failed":
+            self._counters["transfers_failed"] += 1
+            sending.doubtful = True
+            if not sending.over:
+                sending.connection.link.send(Failed(of=sending.of, code="transfer", reason=str(done.error or "unknown")[:1000]))
+                self._stop(sending)
+        self._settle(sending)
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+    def _release(self, handoff: str) -> None:
+        early = self._early.pop(handoff, None)
+        if early is not None:
+            early[2].cancel()
+        outgoing = self._by_id.get(handoff)
+        if outgoing is not None:
+            self._finish(outgoing)
+            self._over[handoff] = True
+        elif handoff not in self._over:
+            self._unwanted_early[handoff] = True
+        for memory in (self._unwanted_early, self._over):
+            while len(memory) > MAX_REMEMBERED:
+                del memory[next(iter(memory))]
+        self._exchange.host.wake()
+
+    def _asked(self, connection: Connection, ask: Reserve) -> None:
+        exchange, of = self._exchange, ask.of
+        if of.source != exchange.epoch or of.target != connection.epoch:
+            connection.link.send(Refuse(of=of, code="epoch", reason="The ask is for another life of this engine."))
+            self._counters["messages_stale"] += 1
+            return
+        outgoing = self._by_id.get(of.handoff)
+        if outgoing is not None:
+            self._begin(outgoing, connection, ask)
+            return
+        earlier = self._early.pop(of.handoff, None)
+        if earlier is not None:
+            earlier[2].cancel()
+        timer = exchange.after(min(exchange.settings.wait_timeout, ask.deadline), self._request_never_came, of.handoff)
+        self._early[of.handoff] = (connection, ask, timer)
+
+    def _begin(self, outgoing: Outgoing, connection: Connection, ask: Reserve) -> None:
+        size = self._exchange.layout.page_size
+        missing = -(-outgoing.tokens // size) - ask.held_pages
+        if ask.prompt_tokens != outgoing.tokens or ask.prompt_hash != outgoing.digest or missing != len(ask.pages):
+            connection.link.send(
+                Refuse(of=ask.of, code="prompt", reason="The two halves of the request have different prompts.")
+            )
+            self._counters["prompts_differ"] += 1
+            return
+        if ask.of in self._sendings or ask.of in self._doubtful:
+            self._counters["messages_repeated"] += 1
+            return
+        if outgoing.sending is not None:
+            self._stop(outgoing.sending)
+        sending = Sending(ask.of, ask, connection)
+        outgoing.sending = sending
+        self._sendings[ask.of] = (sending, outgoing)
+        self._exchange.transport.expect(len(self._sendings))
+        self._advance(outgoing)
+
+    def _advance(self, outgoing: Outgoing) -> None:
+        """Send what is complete."""
+        sending = outgoing.sending
+        if sending is None or sending.over or outgoing.closed:
+            return
+        if outgoing.first is None and not self._exchange.settings.overlap:
+            return
+        sending.sent += [0] * (len(outgoing.chunks) - len(sending.sent))
+        total, group = self._exchange.layout.layers, self._watch.group
+        target = total - self._exchange.layout.draft_layers
+        try:
+            number = 0
+            while number < len(outgoing.chunks):
+                chunk, sent = outgoing.chunks[number], sending.sent[number]
+                ready = total if chunk.progress.ended else min(chunk.progress.layers, target)
+                last = number
+                if ready == total and sent == 0:
+                    # Chunks that are complete go together.
+                    while (
+                        last + 1 < len(outgoing.chunks)
+                        and outgoing.chunks[last + 1].progress.ended
+                        and not sending.sent[last + 1]
+                    ):
+                        last += 1
+                if ready > sent and (ready == total or ready - sent >= group):
+                    self._send(outgoing, sending, range(chunk.first, outgoing.chunks[last].end), range(sent, ready))
+                    for which in range(number, last + 1):
+                        sending.sent[which] = ready
+                number = last + 1
+        except (TransportError, PageError) as error:
+            sending.connection.link.send(Failed(of=sending.of, code=error.code, reason=str(error)[:1000]))
+            self._stop(sending)
+            self._settle(sending)
+            return
+        self._tell_first(outgoing, sending)
+        sending.over |= sending.told and all(sent == total for sent in sending.sent)
+        self._settle(sending)
+
+    def _send(self, outgoing: Outgoing, sending: Sending, pages: range, layers: range) -> None:
+        """Pages counted within the prompt; those that decode has are left out."""
+        exchange, ask = self._exchange, sending.ask
+        pages = range(max(pages.start, ask.held_pages), pages.stop)
+        if not pages:
+            return
+        started = time.perf_counter()
+        source = outgoing.pages[pages.start : pages.stop]
+        target = ask.pages[pages.start - ask.held_pages : pages.stop - ask.held_pages]
+        ours, theirs, size = exchange.layout, sending.connection.layout, exchange.layout.page_size
+        # Of the page that the prompt ends in, only the prompt's part: decode may write behind it by the time that a late
+        # repeat of these bytes arrives.
+        tokens = outgoing.tokens - (len(outgoing.pages) - 1) * size if pages.stop == len(outgoing.pages) else size
+        whole = len(source) - (tokens < size)
+        rows = [plan_writes(ours, theirs, layers, source[:whole], target[:whole])]
+        if tokens < size:
+            rows.append(plan_writes(ours, theirs, layers, source[whole:], target[whole:], tokens=tokens))
+        if layers.stop == ours.layers:
+            rows.append(plan_state_writes(ours, theirs, source, target))
+        writes = np.concatenate(rows)
+        group = Group(
+            of=sending.of,
+            group=sending.groups,
+            first_page=pages.start - ask.held_pages,
+            page_count=len(pages),
+            first_layer=layers.start,
+            layer_count=len(layers),
+            bytes=int(writes[:, 2].sum()),
+            checksum=exchange.checksum(source, layers, tokens) if ask.checksums else None,
+        )
+        number = exchange.submit(sending.connection, writes, group)
+        sending.groups += 1
+        sending.transfers[number] = time.perf_counter()
+        self._transfers[number] = sending
+        self._counters["groups_sent"] += 1
+        self._counters["writes_sent"] += len(writes)
+        exchange.pacing.posted(time.perf_counter() - started)
+
+    def _tell_first(self, outgoing: Outgoing, sending: Sending) -> None:
+        if outgoing.first is None or sending.told:
+            return
+        sending.told = True
+        token, logprob, rank, top = outgoing.first
+        sending.connection.link.send(
+            FirstToken(
+                of=sending.of,
+                token=token,
+                logprob=logprob,
+                rank=rank,
+                top=top,
+                cached_tokens=outgoing.sequence.cached_tokens,
+            )
+        )
+
+    def _stop(self, sending: Sending) -> None:
+        sending.over = True
+        for number in sending.transfers:
+            self._exchange.transport.cancel(number)
+
+    def _settle(self, sending: Sending) -> None:
+        """Say so when nothing of an attempt is under way, and nothing more will be."""
+        if not sending.over or sending.transfers or sending.of not in self._sendings:
+            return
+        _, outgoing = self._sendings.pop(sending.of)
+        self._exchange.transport.expect(len(self._sendings))
+        if sending.doubtful:
+            self._doubtful.add(sending.of)
+        else:
+            sending.connection.link.send(Drained(of=sending.of, groups=sending.groups))
+        self._free(outgoing)
+
+    def _cancel(self, connection: Connection, of: Attempt) -> None:
+        found = self._sendings.get(of)
+        if found is not None:
+            self._counters["attempts_cancelled"] += 1
+            sending, outgoing = found
+            if outgoing.sending is sending:
+                outgoing.sending = None
+            self._stop(sending)
+            self._settle(sending)
+            return
+        early = self._early.get(of.handoff)
+        if early is not None and early[1].of == of:
+            early[2].cancel()
+            del self._early[of.handoff]
+        if of not in self._doubtful and of.source == self._exchange.epoch:
+            connection.link.send(Drained(of=of))
+
+    def _fail(self, outgoing: Outgoing, code: str, reason: str) -> None:
+        sending = outgoing.sending
+        if sending is not None and not sending.over:
+            sending.connection.link.send(Failed(of=sending.of, code=code, reason=reason))
+
+    def _finish(self, outgoing: Outgoing) -> None:
+        """Nobody wants it any more."""
+        if outgoing.closed:
+            return
+        outgoing.closed = True
+        if outgoing.timer is not None:
+            outgoing.timer.cancel()
+        if self._by_id.get(outgoing.id) is outgoing:
+            del self._by_id[outgoing.id]
+        self._by_sequence.pop(outgoing.sequence, None)
+        for sending, other in list(self._sendings.values()):
+            if other is outgoing:
+                self._stop(sending)
+                self._settle(sending)
+        self._free(outgoing)
+
+    def _free(self, outgoing: Outgoing) -> None:
+        """Its pages, once no transfer reads them and no ask may come."""
+        busy = any(other is outgoing for _, other in self._sendings.values())
+        if outgoing.closed and not busy and outgoing.lease is not None:
+            self._exchange.host.kv.allocator.release(outgoing.lease)
+            outgoing.lease = None
+            self._exchange.host.wake()
+
+    def _unwanted(self, outgoing: Outgoing) -> None:
+        self._counters["deadline_keep"] += 1
+        self._finish(outgoing)
+
+    def _request_never_came(self, handoff: str) -> None:
+        connection, ask, _ = self._early.pop(handoff)
+        self._counters["deadline_request"] += 1
+        connection.link.send(Refuse(of=ask.of, code="unknown", reason="No request with this handoff came."))
+        self._exchange.host.wake()
+
+    def _layer_bytes(self, plan: StepPlan) -> int:
+        layout = self._exchange.layout
+        return sum(chunk.count for chunk in plan.prefill) * layout.bytes_per_page() // (layout.page_size * layout.layers)

@@ -1,0 +1,75 @@
+"""MLA with a draft layer: its KV and its page states go along, so that decode drafts at once, and as one engine does."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine.harness import Harness
+from speculation import mtp
+
+from .pair import pair
+from .test_handoff import ALONE, FALLBACKS
+
+PROMPTS = [[(11 * i + 5 * p) % 150 + 3 for i in range(length)] for p, length in enumerate((1, 8, 9, 21, 40))]
+"""Pages have 8 tokens."""
+PARAMS: list[dict[str, Any]] = [{"max_tokens": 14}, {"max_tokens": 14, "temperature": 0.8, "seed": 3}]
+
+
+@pytest.fixture(scope="module")
+def longcat(tmp_path_factory: pytest.TempPathFactory) -> Harness:
+    folder: Path = mtp.write_checkpoint(tmp_path_factory.mktemp("handoff-mtp"), mtp.CONFIGS["longcat"])
+    return Harness(
+        folder,
+        **{
+            "model.load_format": "safetensors",
+            "engine.deterministic": True,
+            "kv.page_size": 8,
+            "speculative.method": "mtp",
+            "speculative.k": 3,
+            "disaggregation.role": "prefill",
+            "disaggregation.transport": "loopback",
+        },
+    )
+
+
+async def test_tokens_and_drafts_are_those_of_one_engine(longcat: Harness) -> None:
+    jobs = [(prompt, params) for prompt in PROMPTS for params in PARAMS]
+    async with longcat.engine(**ALONE) as engine:
+        expected = [await engine.outputs(engine.submit(prompt, **params)) for prompt, params in jobs]
+    async with pair(longcat, **{"scheduler.prefill_tokens": 16}) as both:
+        for (prompt, params), whole in zip(jobs, expected, strict=True):
+            outputs = await both.outputs(prompt, **params)
+            report = outputs[0].handoff
+            assert report is not None
+            assert report.received_bytes == both.layout.bytes_of(len(prompt)) - report.saved_bytes
+            # Step by step: the same tokens, the same drafts, the same of them accepted, from the first decode on.
+            steps = [(output.tokens, output.drafted, output.accepted) for output in outputs]
+            assert steps == [(output.tokens, output.drafted, output.accepted) for output in whole]
+            assert steps[1][1] == 3
+        stats = both.decode.stats
+        assert {name: stats.get(name, 0) for name in FALLBACKS} == dict.fromkeys(FALLBACKS, 0)
+        assert both.decode.engine.executor.programs.prefilled == 0  # type: ignore[attr-defined]
+
+
+async def test_many_at_once(longcat: Harness) -> None:
+    jobs = [(prompt, params) for prompt in PROMPTS for params in PARAMS]
+    async with longcat.engine(**ALONE) as engine:
+        expected = [await engine.tokens(prompt, **params) for prompt, params in jobs]
+    async with pair(longcat, **{"scheduler.prefill_tokens": 16}) as both:
+        assert await asyncio.gather(*(both.tokens(prompt, **params) for prompt, params in jobs)) == expected
+
+
+async def test_a_turn_after_a_turn(longcat: Harness) -> None:
+    """The second prompt's prefix, answer and all, is decode's own work; the page states of both engines meet in it."""
+    async with longcat.engine(**ALONE) as engine:
+        first = await engine.tokens(PROMPTS[4], **PARAMS[0])
+        second = [*PROMPTS[4], *first, 5, 6, 7, 8, 9]
+        whole = await engine.outputs(engine.submit(second, **PARAMS[0]))
+    async with pair(longcat) as both:
+        await both.outputs(PROMPTS[4], **PARAMS[0])
+        outputs = await both.outputs(second, **PARAMS[0])
+        assert [(o.tokens, o.drafted, o.accepted) for o in outputs] == [(o.tokens, o.drafted, o.accepted) for o in whole]
+        assert outputs[0].cached_tokens == 48
