@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +128,22 @@ class Run:
                     pass
 
 
-async def kill(engines: list[Engine], every: float, kills: list[str]) -> None:
-    """One engine process after another, for as long as it is let."""
+async def kill(engines: list[Engine], every: float, kills: list[str], counted: Counter[str]) -> None:
+    """One engine process after another, for as long as it is let. What it has counted is kept."""
     while every:
         for engine in engines:
             await asyncio.sleep(every)
             process = engine.engine_process()
             if process is not None:
+                stats = await asyncio.to_thread(state, engine)
+                counted.update({} if stats is None else plain(stats["handoff"]))
                 process.kill()
                 kills.append(engine.url)
+
+
+def plain(counters: dict[str, int]) -> dict[str, int]:
+    """Without those that say how things are now."""
+    return {name: count for name, count in counters.items() if count and name not in ("open", "quarantined_pages")}
 
 
 def start_proxy(prefill: list[Engine], decode: list[Engine]) -> tuple[subprocess.Popen[str], str]:
@@ -211,8 +219,9 @@ async def main() -> int:
         expected = await references(prefill[0], bodies)
         fds = {engine.url: psutil.Process(engine.process.pid).num_fds() for engine in cluster.engines}
         proxy, url = start_proxy(prefill, decode)
-        run, kills, counters = Run(url, bodies, expected, options.parallel), [], {}
-        killer = asyncio.create_task(kill([prefill[0], decode[0], prefill[-1], decode[-1]], options.kill_every, kills))
+        run, kills, counted = Run(url, bodies, expected, options.parallel), [], Counter()
+        victims = [prefill[0], decode[0], prefill[-1], decode[-1]]
+        killer = asyncio.create_task(kill(victims, options.kill_every, kills, counted))
         started = time.monotonic()
         try:
             await run.all()
@@ -220,27 +229,28 @@ async def main() -> int:
             killer.cancel()
             proxy.terminate()
         seconds = time.monotonic() - started
-        problems = {}
+        problems, resident = {}, []
         for engine in cluster.engines:
             found = await asyncio.to_thread(leaks, engine, fds[engine.url])
             if found:
                 problems[engine.url] = found
             stats = state(engine)
-            counters[engine.url] = {} if stats is None else {k: v for k, v in stats["handoff"].items() if v}
+            counted.update({} if stats is None else plain(stats["handoff"]))
             memory = engine.engine_process()
-            counters[engine.url]["resident_mb"] = memory.memory_info().rss // 2**20 if memory else 0
+            resident.append(memory.memory_info().rss // 2**20 if memory else 0)
     asked = len(bodies) - run.left
     share = run.right / asked
     print(
         f"{run.right} of {asked} right ({share:.2%}), {run.wrong} wrong, {run.failed} failed, {run.hung} hung; {run.left} left"
     )
     print(f"{len(kills)} kills in {seconds:.0f} s; leaks: {problems or 'none'}")
-    for name, found in counters.items():
-        print(f"  {name}: {found}")
+    print(f"MB resident of each engine: {resident}; counted, over all lives of all engines:")
+    for name, count in sorted(counted.items()):
+        print(f"  {name:32} {count:,}")
     for error in run.errors[:5]:
         print(f"  error: {error}")
     if options.json:
-        report = {"machine": machine(), "share": share, "kills": len(kills), "seconds": seconds, "counters": counters}
+        report = {"machine": machine(), "share": share, "kills": len(kills), "seconds": seconds, "counted": counted}
         options.json.write_text(json.dumps({**report, "wrong": run.wrong, "hung": run.hung, "leaks": problems}, indent=1))
     return int(share < 0.99 or bool(run.wrong or run.hung or problems))
 

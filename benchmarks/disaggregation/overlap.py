@@ -25,7 +25,7 @@ FIXED = {"kv.prefix_cache": False, "scheduler.prefill_tokens": 4096}
 
 def second_token(prefill: Engine, decode: Engine, tokens: list[int], pool: ThreadPoolExecutor) -> float:
     """Seconds to the second token: the first is prefill's, and comes along."""
-    body = both(prefill, {"prompt": tokens, "max_tokens": 3, "temperature": 0, "ignore_eos": True})
+    body = both(prefill, {"prompt": tokens, "max_tokens": 3, "temperature": 0, "ignore_eos": True, "logprobs": 0})
     started = time.perf_counter()
     other = pool.submit(httpx.post, f"{prefill.url}/v1/completions", json=body, headers=HEADERS, timeout=120)
     seen = 0

@@ -88,7 +88,10 @@ class FaultyTransport:
         self._turn = threading.Condition(self._lock)
         self._numbers = 0
         self._outer: dict[int, int | None] = {}
-        """The inner transport's number → ours; None for a second copy, of which nobody hears."""
+        """The inner transport's number → ours; None for what stands in for a dropped one, of which nobody hears."""
+        self._copies: dict[int, int] = {}
+        """Our number → copies under way: a transfer is over when all of them are, since they read its memory."""
+        self._worst: dict[int, TransferDone] = {}
         self._inner_of: dict[int, int] = {}
         self._held: list[_Held] = []
         self._events: deque[TransportEvent] = deque()
@@ -197,11 +200,9 @@ class FaultyTransport:
             found = []
             for event in self._inner.poll():
                 if isinstance(event, TransferDone):
-                    number = self._outer.pop(event.transfer, None)
-                    if number is None:
-                        continue
-                    self._inner_of.pop(number, None)
-                    found.append(replace(event, transfer=number))
+                    over = self._copy_over(event)
+                    if over is not None:
+                        found.append(over)
                     continue
                 if isinstance(event, PeerGone):
                     found += self._last_of(event)
@@ -219,6 +220,23 @@ class FaultyTransport:
         self._inner.close()
 
     # -------------------------------------------------------------------------------------------------------------- helpers
+    def _copy_over(self, event: TransferDone) -> TransferDone | None:
+        """What to tell of a transfer whose last copy this was."""
+        number = self._outer.pop(event.transfer, None)
+        if number is None:
+            return None
+        worst = self._worst.get(number)
+        if worst is None or (worst.status != "failed" and event.status == "failed"):
+            worst = replace(event, transfer=number)
+        self._copies[number] -= 1
+        if self._copies[number]:
+            self._worst[number] = worst
+            return None
+        del self._copies[number]
+        self._worst.pop(number, None)
+        self._inner_of.pop(number, None)
+        return worst
+
     def _last_of(self, gone: PeerGone) -> list[TransportEvent]:
         """What is held for the peer fails first."""
         peer, cut = gone.peer, gone.peer.number in self._broken
@@ -246,8 +264,10 @@ class FaultyTransport:
         number = self._inner.submit(held.peer, held.rows, held.note)
         self._outer[number] = held.number
         self._inner_of[held.number] = number
+        self._copies[held.number] = 1
         for _ in range(held.copies - 1):
-            self._outer[self._inner.submit(held.peer, held.rows, held.note)] = None
+            self._outer[self._inner.submit(held.peer, held.rows, held.note)] = held.number
+            self._copies[held.number] += 1
 
     def _send_late(self, held: _Held) -> None:
         try:

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from fluentllm.transfer.descriptors import PageError, plan_writes
+from fluentllm.transfer.descriptors import PageError, plan_state_writes, plan_writes
 from fluentllm.transfer.layout import KVLayout
 
 SOURCE = KVLayout(model="m", kind="gqa", dtype="uint8", page_size=2, pages=12, layers=4, heads=2, head_dim=3, v_head_dim=1)
 TARGET = msgspec.structs.replace(SOURCE, pages=10)
 
 
-def page_by_page(source: KVLayout, target: KVLayout, layers: range, ours: list[int], theirs: list[int]) -> set[tuple[int, int]]:
+def page_by_page(
+    source: KVLayout, target: KVLayout, layers: range, ours: list[int], theirs: list[int], tokens: int | None = None
+) -> set[tuple[int, int]]:
     """(local, remote) of every byte, one page, layer and tensor after another."""
     found = set()
     for a, b in zip(source.tensors(), target.tensors(), strict=True):
@@ -24,7 +26,7 @@ def page_by_page(source: KVLayout, target: KVLayout, layers: range, ours: list[i
             for mine, other in zip(ours, theirs, strict=True):
                 start = a.offset + layer * a.layer_bytes + mine * a.page_bytes
                 end = b.offset + layer * b.layer_bytes + other * b.page_bytes
-                found |= {(start + byte, end + byte) for byte in range(a.page_bytes)}
+                found |= {(start + byte, end + byte) for byte in range((tokens or a.page_size) * a.token_bytes)}
     return found
 
 
@@ -40,12 +42,25 @@ def as_bytes(rows: np.ndarray) -> list[tuple[int, int]]:
         )
     ),
     layers=st.tuples(st.integers(0, 4), st.integers(0, 4)).map(lambda pair: range(min(pair), max(pair))),
+    tokens=st.sampled_from([None, 1, 2]),
 )
-def test_the_same_bytes_as_page_by_page(pages: tuple[list[int], list[int]], layers: range) -> None:
+def test_the_same_bytes_as_page_by_page(pages: tuple[list[int], list[int]], layers: range, tokens: int | None) -> None:
     ours, theirs = pages
-    found = as_bytes(plan_writes(SOURCE, TARGET, layers, ours, theirs))
+    found = as_bytes(plan_writes(SOURCE, TARGET, layers, ours, theirs, tokens=tokens))
     assert len(found) == len(set(found)), "a byte is written twice"
-    assert set(found) == page_by_page(SOURCE, TARGET, layers, ours, theirs)
+    assert set(found) == page_by_page(SOURCE, TARGET, layers, ours, theirs, tokens)
+
+
+def test_states_of_pages_lie_behind_the_pool() -> None:
+    source, target = (msgspec.structs.replace(layout, page_states=(5, 3)) for layout in (SOURCE, TARGET))
+    rows = plan_state_writes(source, target, [3, 4, 9], [1, 2, 7])
+    behind = source.pages * source.bytes_per_page(), target.pages * target.bytes_per_page()
+    expected = []
+    for width, ours, theirs in ((5, *behind), (3, behind[0] + 5 * source.pages, behind[1] + 5 * target.pages)):
+        expected += [[ours + 3 * width, theirs + width, 2 * width], [ours + 9 * width, theirs + 7 * width, width]]
+    assert rows.tolist() == expected
+    assert plan_state_writes(SOURCE, TARGET, [3], [1]).shape == (0, 3)
+    assert source.bytes_of(5) == 5 * source.bytes_per_page() // 2 + 3 * 8
 
 
 def test_contiguous_pages_are_one_write() -> None:

@@ -165,7 +165,12 @@ class Exchange:
             self.on_group(connection, message)
 
     def after(self, seconds: float, call: Callable[..., None], *arguments: Any) -> asyncio.TimerHandle:
-        return self.loop.call_later(seconds, call, *arguments)
+        """As `loop.call_later`, but nothing is called once this is closed."""
+        return self.loop.call_later(seconds, self._fire, call, arguments)
+
+    def _fire(self, call: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        if not self._closed:
+            call(*arguments)
 
     def checksum(self, pages: Sequence[int], layers: range, tokens: int) -> int:
         return self.memory.checksum(pages, layers, tokens, layers.stop == self.layout.layers)

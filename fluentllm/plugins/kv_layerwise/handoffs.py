@@ -117,6 +117,8 @@ class LayerwiseHandoffs:
         if sequence.request.params.prompt_logprobs is not None:
             # They come from computing the prompt, so it is computed here.
             self.exchange.counters["local_prompt_logprobs"] += 1
+            if self.receiver is not None:
+                self.receiver.decline(handoff.id, handoff.host, handoff.port)
             return False
         assert self.receiver is not None
         self.receiver.adopt(sequence, handoff.id, handoff.host, handoff.port)

@@ -63,16 +63,6 @@ class Incoming:
     timer: asyncio.TimerHandle | None = None
 
 
-@dataclass(slots=True, eq=False)
-class Draining:
-    """An attempt that is over here, and maybe not there."""
-
-    of: Attempt
-    connection: Connection
-    lease: Lease
-    timer: asyncio.TimerHandle | None = None
-
-
 class Receiver:
     """All handoffs that come to this engine."""
 
@@ -84,12 +74,11 @@ class Receiver:
             peer.on_ready, peer.on_failed, peer.on_message = self._ready, self._unreachable, self._message
         self._all: dict[Sequence, Incoming] = {}
         self._receiving: dict[Attempt, Incoming] = {}
-        self._draining: dict[Attempt, Draining] = {}
-        quarantine.busy = lambda: bool(self._receiving or self._draining)
+        quarantine.receiving = lambda: bool(self._receiving)
 
     @property
     def open(self) -> int:
-        return len(self._all) + len(self._draining) + self._quarantine.leases
+        return len(self._all) + self._quarantine.open
 
     def close(self) -> None:
         for peer in self._peers.values():
@@ -112,6 +101,10 @@ class Receiver:
         incoming = Incoming(handoff, sequence, self.peer_of(host, port))
         self._all[sequence] = incoming
         self._wait(incoming)
+
+    def decline(self, handoff: str, host: str, port: int) -> None:
+        """It is computed here: the prefill engine need not keep it."""
+        self._forget(self.peer_of(host, port), handoff)
 
     def abort(self, sequence: Sequence) -> bool:
         incoming = self._all.pop(sequence, None)
@@ -160,8 +153,7 @@ class Receiver:
             if peer.connection is connection:
                 peer.connection = None
                 peer.breaker.failed()
-        for draining in [item for item in self._draining.values() if item.connection is connection]:
-            self._not_drained(draining)
+        self._quarantine.gone(connection)
         for incoming in [item for item in self._receiving.values() if item.connection is connection]:
             self._failed(incoming, "connection", str(error), report=False)
 
@@ -186,13 +178,6 @@ class Receiver:
             self._failed(incoming, message.code, message.reason, retry=retry)
 
     def _drained(self, of: Attempt, message: Drained) -> None:
-        draining = self._draining.pop(of, None)
-        if draining is not None:
-            if draining.timer is not None:
-                draining.timer.cancel()
-            self._exchange.host.kv.allocator.release(draining.lease)
-            self._settled()
-            return
         if self._quarantine.drained(of):
             return
         incoming = self._receiving.get(of)
@@ -331,31 +316,11 @@ class Receiver:
         if incoming.drained:
             self._exchange.host.kv.allocator.release(lease)
         else:
-            draining = Draining(of, connection, lease)
-            self._draining[of] = draining
-            if connection.link.closed:
-                self._not_drained(draining)
-            else:
-                draining.timer = self._exchange.after(self._exchange.settings.drain_timeout, self._drain_late, draining)
-                if cancel:
-                    connection.link.send(Cancel(of=of))
+            self._quarantine.drain(of, connection, lease)
+            if cancel:
+                connection.link.send(Cancel(of=of))
         if not keep:
             self._exchange.host.give_up(incoming.sequence)
-        self._settled()
-
-    def _drain_late(self, draining: Draining) -> None:
-        self._counters["deadline_drain"] += 1
-        self._not_drained(draining)
-
-    def _not_drained(self, draining: Draining) -> None:
-        if draining.timer is not None:
-            draining.timer.cancel()
-        self._draining.pop(draining.of, None)
-        self._quarantine.add(draining.of, draining.lease)
-        self._settled()
-
-    def _settled(self) -> None:
-        """Something is over: pages may be free, and the memory registered anew."""
         self._quarantine.try_to_end()
         self._exchange.host.wake()
 
@@ -380,11 +345,14 @@ class Receiver:
 
     def _release_peer(self, incoming: Incoming) -> None:
         """Let the prefill engine forget the prompt, now or when it can be reached."""
-        incoming.peer.forgotten.append(incoming.id)
-        if incoming.peer.connection is not None:
-            self._ready(incoming.peer)
-        elif incoming.peer.breaker.state == "closed":
-            incoming.peer.connect()
+        self._forget(incoming.peer, incoming.id)
+
+    def _forget(self, peer: PrefillPeer, handoff: str) -> None:
+        peer.forgotten.append(handoff)
+        if peer.connection is not None:
+            self._ready(peer)
+        elif peer.breaker.state == "closed":
+            peer.connect()
 
     def _time(self, incoming: Incoming, seconds: float, call: object) -> None:
         if incoming.timer is not None:

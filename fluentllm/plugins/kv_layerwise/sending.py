@@ -51,7 +51,7 @@ class Sender:
         self._over: dict[str, bool] = {}
         """Released after it came, so that saying it twice means nothing."""
         self._sendings: dict[Attempt, tuple[Sending, Outgoing]] = {}
-        self._doubtful: set[Attempt] = set()
+        self._doubtful: dict[Attempt, bool] = {}
         self._transfers: dict[int, Sending] = {}
         self._last_done = 0.0
 
@@ -317,7 +317,9 @@ class Sender:
         _, outgoing = self._sendings.pop(sending.of)
         self._exchange.transport.expect(len(self._sendings))
         if sending.doubtful:
-            self._doubtful.add(sending.of)
+            self._doubtful[sending.of] = True
+            if len(self._doubtful) > MAX_REMEMBERED:
+                del self._doubtful[next(iter(self._doubtful))]
         else:
             sending.connection.link.send(Drained(of=sending.of, groups=sending.groups))
         self._free(outgoing)
