@@ -34,7 +34,8 @@ from .core.settings import Settings
 from .core.slots import SlotTables
 from .core.types import ModelInfo, ModelSpec, SpeculativeInfo
 from .hub import ModelFiles, load_config
-from .kernels import choose_ops, choose_precision
+from .hub.cache import cache_folder
+from .kernels import choose_ops, choose_precision, load_library
 from .kernels.fixed_order import slowdown
 from .layers.loading import load_weights
 from .memory import plan_pages
@@ -44,6 +45,7 @@ from .step.synthetic import share_for
 if TYPE_CHECKING:
     from .core.plugins import PluginManager
     from .core.plugins.registry import Entry
+    from .kernels.native.library import Library
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
@@ -58,6 +60,8 @@ class LoadedModel:
     dtype: torch.dtype
     weight_bytes: int
     weight_precision: str
+    library: Library | None = None
+    """C kernels."""
 
 
 def build_engine(settings: Settings, files: ModelFiles, plugins: PluginManager, progress: Progress | None = None) -> Engine:
@@ -98,10 +102,11 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) ->
     spec: ModelSpec = family.spec(config)
     check_speculation(settings, spec, plugins)
     precision = choose_precision(settings.model.weight_precision, device, dtype, settings.engine.deterministic)
+    library = choose_library(settings, device)
     context = BuildContext(
         device=device,
         dtype=dtype,
-        ops=choose_ops(device, settings.engine.deterministic),
+        ops=choose_ops(device, settings.engine.deterministic, library),
         weight_precision=precision,
         max_positions=max_model_len(settings, spec) + positions_ahead(settings),
     )
@@ -113,7 +118,7 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager) ->
             load_weights(model, checkpoint, device)
         finally:
             checkpoint.close()
-    return LoadedModel(model, device, dtype, model.nbytes(), precision)
+    return LoadedModel(model, device, dtype, model.nbytes(), precision, library)
 
 
 def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: PluginManager) -> Engine:
@@ -143,7 +148,7 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
         deterministic=settings.engine.deterministic,
     )
     backend = _attention(settings, attention_spec, plugins)
-    attention = backend(AttentionContext(attention_spec, pool, settings))
+    attention = backend(AttentionContext(attention_spec, pool, settings, loaded.library))
 
     proposer = None
     if entry is not None:
@@ -167,6 +172,7 @@ def assemble(settings: Settings, name: str, loaded: LoadedModel, plugins: Plugin
         max_model_len=longest,
         device=str(device),
         dtype=_name(loaded.dtype),
+        weight_precision=loaded.weight_precision,
         memory={"weights": loaded.weight_bytes, "kv_pool": page_bytes * (pages + 1), "slots": tables.nbytes()},
         kv_tokens=pages * page_size,
         page_size=page_size,
@@ -197,6 +203,15 @@ def choose_device(name: str) -> torch.device:
             f"engine.device is {name!r}, but PyTorch sees no GPU.", fix="Use --device cpu, or run `fluent doctor`."
         )
     return device
+
+
+def choose_library(settings: Settings, device: torch.device) -> Library | None:
+    """The C kernels, where they have something to do; compiled now if they were not yet."""
+    return load_library(cache_folder() / "kernels") if wants_library(settings, device) else None
+
+
+def wants_library(settings: Settings, device: torch.device) -> bool:
+    return device.type == "cpu" and settings.engine.native and not settings.engine.deterministic
 
 
 def draft_length(settings: Settings) -> DraftLength | None:

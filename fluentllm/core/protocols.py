@@ -251,6 +251,8 @@ class AttentionContext:
     spec: AttentionSpec
     pool: KVPool
     settings: Settings
+    library: Any = None
+    """`fluentllm.kernels.native.library.Library`: the C kernels of a CPU, where they are wanted and can be had."""
 
 
 class AttentionBackend(Protocol):

@@ -56,6 +56,10 @@ class EngineSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     overlap_depth: Annotated[int, _help("Steps launched ahead of what has been read.", "steps", ge=0, le=2)] = 1
     deterministic: Annotated[bool, _help("Fixed-order arithmetic: a token does not depend on what else runs. Slower.")] = False
     threads: Annotated[Annotated[int, Meta(ge=1)] | None, _help("CPU threads of the executor; all cores if null.")] = None
+    native: Annotated[
+        bool,
+        _help("On a CPU use C kernels, compiled at the first start where a C compiler is found; torch's operations if false."),
+    ] = True
     max_restarts: Annotated[int, _help("Restarts of a process in ten minutes; one crash more ends the server.", ge=0)] = 5
     hang_timeout: Annotated[float, _help("A step that takes longer is a hang: the engine is restarted.", "seconds", gt=0)] = (
         300.0
