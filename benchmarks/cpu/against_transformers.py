@@ -16,6 +16,7 @@ import json
 import os
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +34,9 @@ from fluentllm.local import LocalEngine
 from fluentllm.plugins.weights_gguf.checkpoint import GGUFCheckpoint
 
 ROUNDS = 3
-PAUSE = 0.0
-"""Seconds before each run."""
+FIFO = "--fifo"
+PAUSE = {False: 0.0, True: 2.0}
+"""Seconds before each run, by `--fifo`."""
 
 
 def transformers_model(dtype: torch.dtype) -> LlamaForCausalLM:
@@ -57,7 +59,7 @@ def tpot(run: Callable[[int], None], steps: int) -> float:
     firsts, alls = [], []
     for number in range(ROUNDS + 1):
         for new, times in ((1, firsts), (steps + 1, alls)):
-            time.sleep(PAUSE)
+            time.sleep(PAUSE[FIFO in sys.argv])
             started = time.perf_counter()
             run(new)
             if number:
@@ -88,7 +90,7 @@ def time_ours(batches: list[int], context: int, steps: int, settings: dict[str, 
         COPIES.wait()
         rows = []
         for batch in batches:
-            time.sleep(PAUSE)
+            time.sleep(PAUSE[FIFO in sys.argv])
             rows += offline.latency(local, [batch], context, steps, rounds=ROUNDS, tell=lambda line: None)
     return {row["batch"]: row["tpot_ms"] / 1e3 for row in rows}
 
@@ -112,12 +114,10 @@ def main() -> None:
     parser.add_argument("--batch", default="1,8")
     parser.add_argument("--ctx", type=int, default=128)
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--fifo", action="store_true", help="run before all other processes (root, Linux), with pauses")
+    parser.add_argument(FIFO, action="store_true", help="run before all other processes (root, Linux), with pauses")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.fifo:
-        global PAUSE
-        PAUSE = 2.0
         torch.ones(1 << 22).sum()  # starts the workers; threads that start later are scheduled like this one
         run_before_others()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f} at the start")
@@ -145,7 +145,8 @@ def main() -> None:
         best = max(batch / results[f"transformers {dtype}"][batch] for dtype in ("float32", "bfloat16"))
         print(f"batch {batch}: {batch / results['fluentllm'][batch] / best:.2f} × transformers' better figure")
     if args.json:
-        figures = {"ctx": args.ctx, "steps": args.steps, "tpot_s": results, "load": os.getloadavg(), "fifo": args.fifo, **report.environment()}
+        run = {"ctx": args.ctx, "steps": args.steps, "fifo": args.fifo, "load": os.getloadavg()}
+        figures = {**run, "tpot_s": results, **report.environment()}
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
