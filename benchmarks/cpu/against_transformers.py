@@ -118,7 +118,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.fifo:
-        torch.ones(1 << 22).sum()  # starts the workers; threads that start later are scheduled like this one
+        # Threads that start later are scheduled like this one. Nothing may compute here before: OpenMP gives each thread that
+        # does workers of its own, and with more workers than cores none of them spins, which doubles the time of our steps.
         run_before_others()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f} at the start")
     batches = [int(part) for part in args.batch.split(",")]

@@ -69,12 +69,12 @@ class Connection:
         """Queue a request. Raises `ContextTooLong`, `InvalidRequest`, `QueueFull`; then nothing is kept of it."""
         self._engine.submit(self, request)
 
-    def abort(self, ids: list[str]) -> None:
+    def abort(self, ids: list[str], reason: FinishReason = "abort") -> None:
         """Stop these; no more output comes for them. Unknown ids are ignored: they may just have finished."""
         for request_id in ids:
             sequence = self.sequences.pop(request_id, None)
             if sequence is not None:
-                self._engine.abort(sequence)
+                self._engine.abort(sequence, reason)
 
     def close(self) -> None:
         self.abort(list(self.sequences))
@@ -133,11 +133,11 @@ class Engine:
         self._observe("queued", sequence)
         self._wake.set()
 
-    def abort(self, sequence: Sequence) -> None:
+    def abort(self, sequence: Sequence, reason: FinishReason = "abort") -> None:
         if self._owners.pop(sequence, None) is None:
             return
         self._prompt_logprobs.pop(sequence, None)
-        self._finish(sequence, "abort")
+        self._finish(sequence, reason)
         self.scheduler.abort(sequence)
         self._wake.set()
 
