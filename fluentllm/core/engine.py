@@ -22,6 +22,7 @@ from .draft_length import DraftLength
 from .errors import ContextTooLong, InvalidRequest
 from .executor import Executor
 from .kv.cache import KVCache
+from .plugins.observers import Observers
 from .protocols import RequestEvent, Scheduler
 from .sequence import Phase, Sequence
 from .types import (
@@ -43,18 +44,6 @@ from .types import (
 log = logging.getLogger(__name__)
 
 Deliver = Callable[[FromEngine], None]
-
-
-class Observers:
-    """Who watches; this one has nobody. The plugin manager gives a filled one."""
-
-    watches_kv = False
-
-    def step(self, plan: StepPlan, result: StepResult) -> None: ...
-
-    def request(self, event: RequestEvent) -> None: ...
-
-    def kv_events(self, events: Any) -> None: ...
 
 
 class Connection:

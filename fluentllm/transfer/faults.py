@@ -194,7 +194,7 @@ class FaultyTransport:
 
     def poll(self) -> list[TransportEvent]:
         with self._lock:
-            found = []
+            found: list[TransportEvent] = []
             for event in self._inner.poll():
                 if isinstance(event, TransferDone):
                     number = self._outer.pop(event.transfer, None)

@@ -13,7 +13,8 @@ from fluentllm.core.errors import ContextTooLong, InvalidRequest, QueueFull
 from fluentllm.core.hookspecs import hookimpl
 from fluentllm.core.plugins import PluginManager
 from fluentllm.core.protocols import RequestEvent
-from fluentllm.core.types import KVEvent, StepPlan, StepResult
+from fluentllm.core.session import Session
+from fluentllm.core.types import Abort, Generate, KVEvent, Request, SamplingParams, StepPlan, StepResult
 
 from .harness import Harness, Running
 

@@ -67,8 +67,8 @@ class TorchAttention:
     # ------------------------------------------------------------------------------------------------------------------ gqa
     def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
         if self._paged is not None and batch.query_length is not None:
-            pools = self._pages[layer]
-            return self._paged(q, k, v, pools, batch.kv_rows, batch.page_table, batch.positions, scale)
+            pool_k, pool_v = self._pages[layer]
+            return self._paged(q, k, v, (pool_k, pool_v), batch.kv_rows, batch.page_table, batch.positions, scale)
         k_rows, v_rows = self._rows[layer]
         if self._converts:
             k, v = k.to(self._kv_dtype), v.to(self._kv_dtype)
@@ -142,13 +142,13 @@ class TorchAttention:
             (known,) = self._known(layer, plan, (new,))
             return mla_absorbed(q_nope, q_rope, known, up_k, up_v, plan.mask, scale)
         out = q_nope.new_empty(q_nope.shape[0], q_nope.shape[1], up_v.shape[1])
-        for plan in self._prefill:
-            part = slice(plan.start, plan.stop)
-            if plan.pages is None:
-                known = latent[part], k_rope[part]
+        for chunk in self._prefill:
+            part = slice(chunk.start, chunk.stop)
+            if chunk.pages is None:
+                keys, rope = latent[part], k_rope[part]
             else:
-                known = self._sequence(self._pages[layer][0], plan).split((latent.shape[1], k_rope.shape[1]), -1)
-            out[part] = mla_expanded(q_nope[part], q_rope[part], *known, up_k, up_v, plan.mask, scale)
+                keys, rope = self._sequence(self._pages[layer][0], chunk).split((latent.shape[1], k_rope.shape[1]), -1)
+            out[part] = mla_expanded(q_nope[part], q_rope[part], keys, rope, up_k, up_v, chunk.mask, scale)
         return out
 
     # ----------------------------------------------------------------------------------------------------------------- pages
