@@ -2,6 +2,9 @@
 
     python benchmarks/cpu/against_transformers.py --batch 1,8 --ctx 128 --steps 64 --json FILE
 
+`--fifo` (root, Linux) is for a machine that others use: all threads of this process run before theirs, the same for every
+contender, with pauses in which the others run.
+
 TPOT is (time for steps + 1 new tokens − time for 1) / steps, the median of three rounds after a warm-up; every prompt is
 fresh and random. llama.cpp (`pip install llama-cpp-python`) runs the same GGUF, one stream.
 """
@@ -10,23 +13,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from ops import run_before_others
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fluentllm.bench import offline, report
 from fluentllm.core.config import load
 from fluentllm.hub import load_config, resolve
+from fluentllm.kernels.copies import COPIES
 from fluentllm.local import LocalEngine
 from fluentllm.plugins.weights_gguf.checkpoint import GGUFCheckpoint
 
 ROUNDS = 3
+FIFO = "--fifo"
+PAUSE = {False: 0.0, True: 2.0}
+"""Seconds before each run, by `--fifo`."""
 
 
 def transformers_model(dtype: torch.dtype) -> LlamaForCausalLM:
@@ -49,6 +59,7 @@ def tpot(run: Callable[[int], None], steps: int) -> float:
     firsts, alls = [], []
     for number in range(ROUNDS + 1):
         for new, times in ((1, firsts), (steps + 1, alls)):
+            time.sleep(PAUSE[FIFO in sys.argv])
             started = time.perf_counter()
             run(new)
             if number:
@@ -76,7 +87,11 @@ def time_transformers(dtype: torch.dtype, batches: list[int], context: int, step
 
 def time_ours(batches: list[int], context: int, steps: int, settings: dict[str, Any]) -> dict[int, float]:
     with LocalEngine(load(None, {"model.name": "smollm2", **settings}, {}).settings) as local:
-        rows = offline.latency(local, batches, context, steps, rounds=ROUNDS, tell=lambda line: None)
+        COPIES.wait()
+        rows = []
+        for batch in batches:
+            time.sleep(PAUSE[FIFO in sys.argv])
+            rows += offline.latency(local, [batch], context, steps, rounds=ROUNDS, tell=lambda line: None)
     return {row["batch"]: row["tpot_ms"] / 1e3 for row in rows}
 
 
@@ -99,13 +114,20 @@ def main() -> None:
     parser.add_argument("--batch", default="1,8")
     parser.add_argument("--ctx", type=int, default=128)
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument(FIFO, action="store_true", help="run before all other processes (root, Linux), with pauses")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.fifo:
+        # Threads that start later are scheduled like this one. Nothing may compute here before: OpenMP gives each thread that
+        # does workers of its own, and with more workers than cores none of them spins, which doubles the time of our steps.
+        run_before_others()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f} at the start")
     batches = [int(part) for part in args.batch.split(",")]
 
     work = (batches, args.ctx, args.steps)
     contenders: dict[str, Callable[[], dict[int, float]]] = {
         "fluentllm": lambda: time_ours(*work, {}),
+        "fluentllm, torch's operations": lambda: time_ours(*work, {"engine.native": False}),
         "fluentllm float32": lambda: time_ours(*work, {"model.weight_precision": "float32"}),
         "transformers float32": lambda: time_transformers(torch.float32, *work),
         "transformers bfloat16": lambda: time_transformers(torch.bfloat16, *work),
@@ -116,15 +138,16 @@ def main() -> None:
         try:
             results[name] = measure()
         except ImportError as error:
-            print(f"{name:24} not measured: {error}")
+            print(f"{name:30} not measured: {error}")
             continue
         speeds = "  ".join(f"batch {b}: {s * 1e3:7.2f} ms, {b / s:7.1f} tok/s" for b, s in results[name].items())
-        print(f"{name:24} {speeds}", flush=True)
+        print(f"{name:30} {speeds}", flush=True)
     for batch in batches:
         best = max(batch / results[f"transformers {dtype}"][batch] for dtype in ("float32", "bfloat16"))
         print(f"batch {batch}: {batch / results['fluentllm'][batch] / best:.2f} × transformers' better figure")
     if args.json:
-        figures = {"ctx": args.ctx, "steps": args.steps, "tpot_s": results, **report.environment()}
+        run = {"ctx": args.ctx, "steps": args.steps, "fifo": args.fifo, "load": os.getloadavg()}
+        figures = {**run, "tpot_s": results, **report.environment()}
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -4,7 +4,7 @@ The one room that knows which plugin objects the settings ask for.
 """
 
 from ..devices import choose_device
-from .choices import choose_dtype, choose_page_size, draft_length
+from .choices import choose_dtype, choose_library, choose_page_size, draft_length, wants_library
 from .engine import assemble, build_engine
 from .loading import LoadedModel, load_model
 
@@ -14,7 +14,9 @@ __all__ = [
     "build_engine",
     "choose_device",
     "choose_dtype",
+    "choose_library",
     "choose_page_size",
     "draft_length",
     "load_model",
+    "wants_library",
 ]

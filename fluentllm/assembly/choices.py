@@ -11,6 +11,8 @@ from ..core.draft_watchdog import AcceptanceWatch
 from ..core.errors import CheckpointError, ConfigError
 from ..core.protocols import DraftMemory, DraftTarget
 from ..core.types import SpeculativeInfo
+from ..hub.cache import cache_folder
+from ..kernels import load_library
 from ..step.synthetic import share_for
 
 if TYPE_CHECKING:
@@ -20,10 +22,20 @@ if TYPE_CHECKING:
     from ..core.plugins.registry import Entry
     from ..core.settings import Settings
     from ..core.types import ModelSpec
+    from ..kernels.native.library import Library
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
 DEFAULT_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
+
+
+def choose_library(settings: Settings, device: torch.device) -> Library | None:
+    """The C kernels, where they have something to do; compiled now if they were not yet."""
+    return load_library(cache_folder() / "kernels") if wants_library(settings, device) else None
+
+
+def wants_library(settings: Settings, device: torch.device) -> bool:
+    return device.type == "cpu" and settings.engine.native and not settings.engine.deterministic
 
 
 def draft_length(settings: Settings) -> DraftLength | None:

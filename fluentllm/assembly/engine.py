@@ -140,6 +140,7 @@ def assemble(
         max_model_len=longest,
         device=str(device),
         dtype=name_of(loaded.dtype),
+        weight_precision=loaded.weight_precision,
         memory=memory,
         kv_tokens=pages * maker.page_size,
         page_size=maker.page_size,

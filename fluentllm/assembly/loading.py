@@ -16,7 +16,7 @@ from ..kernels import choose_ops, choose_precision
 from ..layers.loading import load_weights
 from ..memory import weights_too_large
 from ..transfer.layout import fingerprint
-from .choices import architecture_of, check_speculation, choose_dtype, max_model_len, positions_ahead
+from .choices import architecture_of, check_speculation, choose_dtype, choose_library, max_model_len, positions_ahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..core.settings import Settings
     from ..core.types import ModelSpec
     from ..hub import ModelFiles
+    from ..kernels.native.library import Library
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class LoadedModel:
     path: Path
     fingerprint: str = ""
     """Of config and weights; engines that hand requests over compare it."""
+    library: Library | None = None
+    """C kernels."""
 
 
 def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager, timeline: Timeline | None = None) -> LoadedModel:
@@ -56,10 +59,11 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager, ti
     spec: ModelSpec = family.spec(config)
     check_speculation(settings, spec, plugins, DraftTarget(settings, spec, dtype.itemsize, files.path))
     precision = choose_precision(settings.model.weight_precision, device, dtype, settings.engine.deterministic)
+    library = choose_library(settings, device)
     context = BuildContext(
         device=device,
         dtype=dtype,
-        ops=choose_ops(device, settings.engine.deterministic),
+        ops=choose_ops(device, settings.engine.deterministic, library),
         weight_precision=precision,
         max_positions=max_model_len(settings, spec) + positions_ahead(settings),
     )
@@ -79,7 +83,7 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager, ti
         slots = _slots_without_memory(family, config, context) if model is None else list(model.weight_slots())
         raise weights_too_large(slots, device, dtype, error) from None
     model_hash = fingerprint(config, _weight_files(files.path)) if settings.disaggregation.role != "both" else ""
-    return LoadedModel(model, device, dtype, model.nbytes(), precision, context, files.path, model_hash)
+    return LoadedModel(model, device, dtype, model.nbytes(), precision, context, files.path, model_hash, library)
 
 
 def _slots_without_memory(family: Any, config: Any, context: BuildContext) -> list[WeightSlot] | None:

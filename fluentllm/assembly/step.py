@@ -139,7 +139,7 @@ class PartsMaker:
 
     def _attention(self, spec: AttentionSpec, pool: KVPool, *, or_any: bool = False) -> AttentionBackend:
         factory = attention_for(self._settings, spec, self._plugins, or_any=or_any)
-        made: AttentionBackend = factory(AttentionContext(spec, pool, self._settings))
+        made: AttentionBackend = factory(AttentionContext(spec, pool, self._settings, self._loaded.library))
         return made
 
 

@@ -14,6 +14,8 @@ import typer
 from . import options, output
 
 if TYPE_CHECKING:
+    import torch
+
     from fluentllm.core.plugins import PluginManager
     from fluentllm.core.settings import Settings
     from fluentllm.core.types import ModelSpec
@@ -119,8 +121,27 @@ def _choices(settings: Settings, plugins: PluginManager) -> list[dict[str, str]]
         _choice("engine.device", settings.engine.device, str(device), there),
         _choice("model.dtype", settings.model.dtype, str(dtype).removeprefix("torch."), f"the default on {device.type}"),
         _choice("model.weight_precision", settings.model.weight_precision, precision, f"the default on {device.type}"),
+        _kernels(settings, device),
         _choice("scheduler.policy", settings.scheduler.policy, settings.scheduler.policy, ""),
     ]
+
+
+def _kernels(settings: Settings, device: torch.device) -> dict[str, str]:
+    """C kernels or torch's operations. Compiles the kernels, if they can be had and were not yet."""
+    from fluentllm.assembly import wants_library
+    from fluentllm.hub.cache import cache_folder
+    from fluentllm.kernels.native.library import NotAvailable, find_compiler, load
+
+    try:
+        if wants_library(settings, device):
+            load(cache_folder() / "kernels")
+            uses, why = "C kernels", f"compiled by {find_compiler()}"
+        else:
+            uses = "torch's operations" if device.type == "cpu" else "GPU kernels"
+            why = "as set" if not settings.engine.native else "C kernels are for a CPU, and not for deterministic mode"
+    except NotAvailable as reason:
+        uses, why = "torch's operations", str(reason).splitlines()[0]
+    return {"setting": "engine.native", "set_to": str(settings.engine.native).lower(), "uses": uses, "because": why}
 
 
 def _model(settings: Settings, plugins: PluginManager) -> tuple[ModelSpec | None, dict[str, Any]]:

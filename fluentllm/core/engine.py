@@ -25,6 +25,7 @@ from .grammars import GrammarStore
 from .handoff import Handoffs
 from .handoff_host import EngineHost
 from .kv.cache import KVCache
+from .plugins.observers import Observers
 from .protocols import EngineCall, RequestEvent, Scheduler
 from .request_checks import check_request, stop_ids
 from .sequence import Phase, Sequence
@@ -50,18 +51,6 @@ log = logging.getLogger(__name__)
 Deliver = Callable[[FromEngine], None]
 
 
-class Observers:
-    """Who watches; this one has nobody. The plugin manager gives a filled one."""
-
-    watches_kv = False
-
-    def step(self, plan: StepPlan, result: StepResult) -> None: ...
-
-    def request(self, event: RequestEvent) -> None: ...
-
-    def kv_events(self, events: Any) -> None: ...
-
-
 class Connection:
     """One client of the engine: its requests, and where their tokens go."""
 
@@ -74,12 +63,12 @@ class Connection:
         """Queue a request. Raises `ContextTooLong`, `InvalidRequest`, `QueueFull`; then nothing is kept of it."""
         self._engine.submit(self, request)
 
-    def abort(self, ids: list[str]) -> None:
+    def abort(self, ids: list[str], reason: FinishReason = "abort") -> None:
         """Stop these; no more output comes for them. Unknown ids are ignored: they may just have finished."""
         for request_id in ids:
             sequence = self.sequences.pop(request_id, None)
             if sequence is not None:
-                self._engine.abort(sequence)
+                self._engine.abort(sequence, reason)
 
     def close(self) -> None:
         self.abort(list(self.sequences))
@@ -180,12 +169,12 @@ class Engine:
             raise
         return sequence
 
-    def abort(self, sequence: Sequence) -> None:
+    def abort(self, sequence: Sequence, reason: FinishReason = "abort") -> None:
         if self._owners.pop(sequence, None) is None:
             return
         self._prompt_logprobs.pop(sequence, None)
         self._resuming.discard(sequence)
-        self._finish(sequence, "abort")
+        self._finish(sequence, reason)
         if self.handoffs is None or not self.handoffs.abort(sequence):
             self.scheduler.abort(sequence)
         self._wake.set()

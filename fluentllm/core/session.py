@@ -14,6 +14,7 @@ from .types import (
     ControlCall,
     ControlReply,
     EngineStats,
+    FinishReason,
     FromEngine,
     Generate,
     ModelInfo,
@@ -36,8 +37,8 @@ class EngineConnection(Protocol):
         """Raises `QueueFull`, `ContextTooLong`, `InvalidRequest`."""
         ...
 
-    def abort(self, ids: list[str]) -> None:
-        """Ids that are not running are ignored."""
+    def abort(self, ids: list[str], reason: FinishReason = "abort") -> None:
+        """Ids that are not running are ignored. `reason`: what observers are told."""
         ...
 
     def close(self) -> None:
@@ -91,7 +92,7 @@ class Session:
         if isinstance(message, Generate):
             self._submit(message.request)
         elif isinstance(message, Abort):
-            self._connection.abort(message.ids)
+            self._connection.abort(message.ids, message.reason)
         else:
             self._control(message)
 

@@ -61,6 +61,10 @@ class EngineSettings(Struct, kw_only=True, forbid_unknown_fields=True):
         _help("How much of a GPU's memory may be in use, by weights, the largest step, the KV pool and others.", gt=0, le=1),
     ] = 0.9
     threads: Annotated[Annotated[int, Meta(ge=1)] | None, _help("CPU threads of the executor; all cores if null.")] = None
+    native: Annotated[
+        bool,
+        _help("On a CPU use C kernels, compiled at the first start where a C compiler is found; torch's operations if false."),
+    ] = True
     max_restarts: Annotated[int, _help("Restarts of a process in ten minutes; one crash more ends the server.", ge=0)] = 5
     hang_timeout: Annotated[float, _help("A step that takes longer is a hang: the engine is restarted.", "seconds", gt=0)] = (
         300.0

@@ -57,6 +57,10 @@ class EngineClient(Protocol):
         there is none, `EngineDied` if it ends meanwhile."""
         ...
 
+    def complete(self, request_id: str) -> None:
+        """Its reader has all of the text and leaves: the request ends as `stop`, not as `abort`. Unknown ids are ignored."""
+        ...
+
     async def stats(self) -> EngineStats:
         """Raises `EngineUnavailable`."""
         ...
@@ -100,9 +104,12 @@ class _Client(ABC):
                     if not running:
                         return
         finally:
-            self._inbox.drop(request.id)
-            if running:
+            if self._inbox.drop(request.id) and running:
                 self._send(Abort(ids=[request.id]))
+
+    def complete(self, request_id: str) -> None:
+        if self._inbox.drop(request_id):
+            self._send(Abort(ids=[request_id], reason="stop"))
 
     async def stats(self) -> EngineStats:
         self._check()

@@ -296,6 +296,8 @@ class Generation:
         async with aclosing(self.client.submit(request)) as outputs:
             async for output in outputs:
                 delta = choice.take(output)
+                if delta.finish_reason is not None and output.finish_reason is None:
+                    self.client.complete(request.id)  # a stop string, which the engine knows nothing of
                 yield delta
                 if delta.finish_reason is not None:
                     return

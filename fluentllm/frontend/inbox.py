@@ -73,8 +73,9 @@ class Inbox:
         stream = self._streams[request.id] = Stream()
         return stream
 
-    def drop(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
+    def drop(self, request_id: str) -> bool:
+        """Whether it was open."""
+        return self._streams.pop(request_id, None) is not None
 
     def receive(self, message: FromEngine) -> None:
         streams = self._streams

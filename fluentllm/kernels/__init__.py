@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
+    from .native.library import Library
     from .ops import Ops
 
+log = logging.getLogger(__name__)
 
-def choose_ops(device: torch.device, deterministic: bool) -> Ops:
-    """The arithmetic of a model: fast, or with every row's bits independent of the rest of the batch."""
+
+def choose_ops(device: torch.device, deterministic: bool, library: Library | None = None) -> Ops:
+    """The arithmetic of a model: fast, or with every row's bits independent of the rest of the batch. `library`: C kernels
+    for a CPU (`load_library`)."""
     if deterministic:
         from .fixed_order import FixedOrderOps
 
@@ -20,9 +27,24 @@ def choose_ops(device: torch.device, deterministic: bool) -> Ops:
         from .triton.ops import TritonOps
 
         return TritonOps()
+    if library is not None and device.type == "cpu":
+        from .native.ops import NativeOps
+
+        return NativeOps(library, _copy_budget())
     from .plain import PlainOps
 
     return PlainOps(copy_budget=_copy_budget() if device.type == "cpu" else 0)
+
+
+def load_library(folder: Path) -> Library | None:
+    """The C kernels, compiled into `folder` if need be; None where they cannot be had, with a line in the log."""
+    from .native.library import NotAvailable, load
+
+    try:
+        return load(folder)
+    except NotAvailable as reason:
+        log.info("no C kernels, torch's operations serve: %s", reason)
+        return None
 
 
 def choose_precision(setting: str, device: torch.device, dtype: torch.dtype, deterministic: bool) -> str:

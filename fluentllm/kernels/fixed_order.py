@@ -38,7 +38,7 @@ class FixedOrderOps(PlainOps):
         return y if bias is None else y + bias
 
     def bmm(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.stack([tiled(lambda tile, w=w: tile @ w, rows) for rows, w in zip(a, b, strict=True)])
+        return torch.stack([tiled(w.__rmatmul__, rows) for rows, w in zip(a, b, strict=True)])
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .moe import Routing
+    from .native.library import Library
     from .ops import ExpertWeights
 
 
@@ -24,16 +25,19 @@ class PlainOps:
 
     deterministic = False
 
-    def __init__(self, copy_budget: int = 0) -> None:
-        """Packed matrices get a second copy for many rows until `copy_budget` bytes are used up."""
+    def __init__(self, copy_budget: int = 0, library: Library | None = None) -> None:
+        """Packed matrices get a second copy for many rows until `copy_budget` bytes are used up. `library`: for products of
+        few rows."""
         self._copy_budget = copy_budget
+        self._library = library
         self._eps: dict[tuple[float, torch.device], Tensor] = {}
 
     def pack(self, weight: Tensor, precision: str) -> Weight:
-        return self._count(pack(weight, precision, twice=2 * weight.numel() <= self._copy_budget))
+        return self._count(pack(weight, precision, twice=2 * weight.numel() <= self._copy_budget, library=self._library))
 
     def pack_blocks(self, kind: str, parts: Mapping[str, Tensor], precision: str) -> Weight | None:
-        packed = pack_blocks(kind, parts, precision, twice=2 * parts["q"].numel() <= self._copy_budget)
+        twice = 2 * parts["q"].numel() <= self._copy_budget
+        packed = pack_blocks(kind, parts, precision, twice=twice, library=self._library)
         return packed if packed is None else self._count(packed)
 
     def _count(self, weight: Weight) -> Weight:

@@ -1,4 +1,4 @@
-"""Matrix weights as products want them: dense, float16 through FBGEMM, int8 rows, 4 bits in groups of 32.
+"""Matrix weights as products want them: dense, float16 through FBGEMM, int8 rows, 4 bits in groups of 32, tiles for C.
 
 `pack` and `pack_blocks` are called once a matrix, after loading; `Weight.product` once a layer and step. Which is fastest when
 is in benchmarks/cpu/README.md.
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .copies import COPIES
+from .native.pack import TiledWeight, fits as tiles_fit
 from .quantise import GROUP, dequantise_blocks, quantise_int4, quantise_int8
 from .split_int8 import SplitInt8Weight, has_vnni
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor
+
+    from .native.library import Library
 
 DENSE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = (*DENSE, "int8", "int4", "packed")
@@ -152,8 +155,9 @@ class TwoWeights:
         self._make_copy = None
 
 
-def pack(weight: Tensor, precision: str, *, twice: bool = False) -> Weight:
-    """weight [out, in], float → the same matrix at `precision`; `twice`: with a copy for many rows, if that is faster.
+def pack(weight: Tensor, precision: str, *, twice: bool = False, library: Library | None = None) -> Weight:
+    """weight [out, in], float → the same matrix at `precision`; `twice`: with a copy for many rows, if that is faster;
+    `library`: for products of few rows with packed weights.
 
     int4 needs rows of whole groups of 32 and a multiple of 16 rows; where it does not fit, int8 is taken, which needs whole
     groups too, and else 16 bits. Off the CPU there is neither, and bfloat16 is taken.
@@ -168,27 +172,32 @@ def pack(weight: Tensor, precision: str, *, twice: bool = False) -> Weight:
     if precision == "packed" or weight.shape[1] % GROUP:
         return _half(weight)
     if precision == "int4" and _fits_int4(*weight.shape):
-        few = Int4Weight(*quantise_int4(weight))
+        few = _int4(*quantise_int4(weight), library)
         return _with_copy(few, few.dequantised) if twice else few
-    return _int8(weight, twice)
+    return _int8(weight, twice, library)
 
 
-def pack_blocks(kind: str, parts: Mapping[str, Tensor], precision: str, *, twice: bool = False) -> Weight | None:
+def pack_blocks(
+    kind: str, parts: Mapping[str, Tensor], precision: str, *, twice: bool = False, library: Library | None = None
+) -> Weight | None:
     """A checkpoint's blocks, or None where this precision has no place for them.
 
-    `q4_1` (value = d · q + m) are 4-bit groups with scale = d, zero = m + 8 d; `q8_0` (value = d · q) are rounded to int8 rows
-    where the product can keep float32 sums. Elsewhere they take 16 bits: they are heads more often than not, and logits in
-    bfloat16 tie.
+    `q4_1` (value = d · q + m) are 4-bit groups with scale = d, zero = m + 8 d. `q8_0` (value = d · q) are taken as they are
+    by the library; without it they are rounded to int8 rows where the product can keep float32 sums, and elsewhere take 16
+    bits: they are heads more often than not, and logits in bfloat16 tie.
     """
     q = parts["q"]
     if precision not in ("packed", "int4") or q.device.type != "cpu":
         return None
     if kind == "q4_1" and _fits_int4(*q.shape):
-        few = Int4Weight(q, parts["d"], parts["m"] + 8 * parts["d"])
+        few = _int4(q, parts["d"], parts["m"] + 8 * parts["d"], library)
         return _with_copy(few, partial(dequantise_blocks, kind, parts)) if twice else few
     if kind == "q8_0" and precision == "packed":
+        if library is not None and tiles_fit(*q.shape):
+            few = TiledWeight(library, q, parts["d"], None)
+            return _with_copy(few, partial(dequantise_blocks, kind, parts)) if twice else few
         values = dequantise_blocks(kind, parts)
-        return _int8(values, twice) if has_vnni() else _half(values)
+        return _int8(values, twice, library) if has_vnni() else _half(values)
     return None
 
 
@@ -197,11 +206,22 @@ def copy_bytes(weight: Weight) -> int:
     return weight.copy_nbytes if isinstance(weight, TwoWeights) else 0
 
 
-def _int8(values: Tensor, twice: bool) -> Weight:
+def _int4(q: Tensor, scale: Tensor, zero: Tensor, library: Library | None) -> Weight:
+    """value = (q - 8) · scale + zero."""
+    if library is None:
+        return Int4Weight(q, scale, zero)
+    return TiledWeight(library, q, scale, zero.float() - 8 * scale.float())
+
+
+def _int8(values: Tensor, twice: bool, library: Library | None) -> Weight:
     q, scale = quantise_int8(values)
-    if has_vnni():
+    few: Weight
+    if library is not None and tiles_fit(*q.shape):
+        few = TiledWeight(library, q, scale.unsqueeze(1).expand(-1, q.shape[1] // GROUP), None)
+    elif has_vnni():
         return SplitInt8Weight(q, scale)
-    few = Int8Weight(q, scale)
+    else:
+        few = Int8Weight(q, scale)
     return _with_copy(few, lambda: values) if twice else few
 
 
@@ -215,8 +235,14 @@ def _with_copy(few: Weight, values: Callable[[], Tensor]) -> Weight:
         return TwoWeights(few, lambda: SplitInt8Weight(*quantise_int8(values())), size, 8)
     if not _has_fbgemm():
         return few
-    wide = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
-    return TwoWeights(few, lambda: HalfWeight(values()), 2 * size, 12 if wide else 5)
+    return TwoWeights(few, lambda: HalfWeight(values()), 2 * size, _border(few))
+
+
+def _border(few: Weight) -> int:
+    """Rows from which on FBGEMM's float16 is faster."""
+    if isinstance(few, TiledWeight):
+        return 24
+    return 3 if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2") else 12
 
 
 def _half(weight: Tensor) -> Weight:

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from ..core.batch import Batch
     from ..core.protocols import AttentionBackend, BuildContext
     from ..core.types import ModelSpec
+    from .module import Block
 
-    FeedForward = Callable[[BuildContext, str, int], Module]
-    """(context, prefix, layer) → a module that maps [T, hidden] to [T, hidden]."""
+    FeedForward = Callable[[BuildContext, str, int], Block]
+    """(context, prefix, layer) → the layer's feed-forward block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class DecoderConfig:
 class DecoderLayer(Module):
     """x + attention(norm(x)), then + feed-forward(norm(·)); the residual is carried beside and added in place."""
 
-    def __init__(self, ctx: BuildContext, prefix: str, config: DecoderConfig, layer: int, rotary: Rotary, mlp: Module) -> None:
+    def __init__(self, ctx: BuildContext, prefix: str, config: DecoderConfig, layer: int, rotary: Rotary, mlp: Block) -> None:
         hidden = config.spec.hidden_size
         self.input_norm = RMSNorm(ctx, join(prefix, "input_layernorm"), hidden, config.norm_eps)
         self.attention = Attention(ctx, join(prefix, "self_attn"), config.attention, layer, rotary)
@@ -80,7 +81,7 @@ class Decoder(Trunk):
     def _layer(self, ctx: BuildContext, config: DecoderConfig, number: int, feed_forward: FeedForward | None) -> DecoderLayer:
         prefix = f"model.layers.{number}"
         if feed_forward is None:
-            mlp: Module = MLP(ctx, join(prefix, "mlp"), config.spec.hidden_size, config.inner, bias=config.mlp_bias)
+            mlp: Block = MLP(ctx, join(prefix, "mlp"), config.spec.hidden_size, config.inner, bias=config.mlp_bias)
         else:
             mlp = feed_forward(ctx, join(prefix, "mlp"), number)
         return DecoderLayer(ctx, prefix, config, number, self.rotary, mlp)

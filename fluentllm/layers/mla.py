@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..core.batch import Batch
     from ..core.protocols import AttentionBackend, BuildContext
+    from .module import Block
 
 LATENT_EPS = 1e-6
 """Of the norms of both latents, whatever the config's `rms_norm_eps`."""
@@ -121,7 +122,7 @@ class MLALayer(Module):
     """
 
     def __init__(
-        self, ctx: BuildContext, prefix: str, shape: MLAShape, eps: float, rotary: Rotary, layer: int, feed_forward: Module
+        self, ctx: BuildContext, prefix: str, shape: MLAShape, eps: float, rotary: Rotary, layer: int, feed_forward: Block
     ) -> None:
         self.input_norm = RMSNorm(ctx, join(prefix, "input_layernorm"), shape.hidden, eps)
         self.attention = MLA(ctx, join(prefix, "self_attn"), shape, rotary, layer)

@@ -8,11 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
+
+    from torch import Tensor
 
     from ..core.protocols import WeightSlot
     from ..kernels.weights import Weight
+
+    Block = Callable[[Tensor], Tensor]
+    """A module that maps [T, hidden] to [T, hidden]."""
 
 
 class Module:

@@ -25,13 +25,14 @@ def banner(url: str, info: ModelInfo, *, chat: bool, needs_key: bool, seconds: f
         "URL": f"{url}/v1",
         "model": f"{info.name} ({spec.architecture}, context {info.max_model_len:,} tokens)",
         "device": f"{info.device}, {info.dtype}",
+        "weights": info.weight_precision,
         "memory": f"{memory} = {size(sum(info.memory.values()))}",
         "KV pool": f"{info.kv_tokens:,} tokens in pages of {info.page_size}, {info.slots} sequences at once",
     }
     if info.speculative is not None:
         rows["drafts"] = _drafts(info.speculative)
     lines = [f"\nFluentLLM is ready after {seconds:.1f} s.\n"]
-    lines += [f"  {name:<8} {text}" for name, text in rows.items()]
+    lines += [f"  {name:<8} {text}" for name, text in rows.items() if text]
     if startup:
         lines += ["", "  start, in seconds since its begin:", *(f"    {line}" for line in timeline_lines(startup))]
     lines += ["", "Try it:", "", f"  {curl(url, info.name, chat=chat, needs_key=needs_key)}", "", "Stop it with Ctrl-C."]

@@ -244,6 +244,7 @@ def serve(factory: str, descriptor: str) -> None:
                 call, number, *arguments = read_frame(connection)
             except EOFError:
                 break
+            answer: list[object]
             try:
                 if call == "new":
                     ends[number] = LocalEnd(make, *arguments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..core.transport import MAX_NOTIFICATION, PeerDied, TransportError, WriteRefused
@@ -152,7 +153,7 @@ def _wrong_writes_are_refused(bench: Bench) -> None:
             *([border - 1, 0, 2], [0, border - 1, 2], [0, 0, -1], [0, 0, 2**62], [2**62, 0, 2**62], [0, 2**63 - 1, 1]),
         ]
         for row in wrong:
-            _refused(lambda row=row: pair.source.submit(pair.to_target, [[0, 0, 16], row], b"no"), WriteRefused, str(row))
+            _refused(partial(pair.source.submit, pair.to_target, [[0, 0, 16], row], b"no"), WriteRefused, str(row))
         _refused(lambda: pair.source.submit(pair.to_target, [[0, 0]], b"no"), WriteRefused, "rows of two numbers")
         large = bytes(MAX_NOTIFICATION + 1)
         _refused(lambda: pair.source.submit(pair.to_target, [], large), WriteRefused, "a notification that is too long")
@@ -167,7 +168,7 @@ def _wrong_metadata_is_refused(bench: Bench) -> None:
     try:
         good = end.register([64], 1)
         for bad in (b"", b"\x00" * 40, good[:-3], good + b"x", b"\xff" * 70_000):
-            _refused(lambda bad=bad: end.connect(bad), TransportError, f"{len(bad)} bytes of no metadata")
+            _refused(partial(end.connect, bad), TransportError, f"{len(bad)} bytes of no metadata")
     finally:
         end.close()
 
@@ -282,7 +283,7 @@ def _a_dead_peer_is_told(bench: Bench) -> None:
             assert seen[-1][:2] == ("gone", pair.to_target), f"PeerGone comes last: {seen}"
             assert seen[-1][2] is not None, "PeerGone has an error"
             assert not busy or "failed" in ends.values(), f"what could not be written has failed: {ends}"
-            _refused(lambda pair=pair: pair.source.submit(pair.to_target, [], b"x"), PeerDied, "a dead peer")
+            _refused(partial(pair.source.submit, pair.to_target, [], b"x"), PeerDied, "a dead peer")
             second = bench.end("target", remote=True)
             try:
                 peer = pair.source.connect(second.register(SIZES, 4))

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -210,6 +210,7 @@ class Channel:
     def _end(self, transfer: Transfer) -> None:
         self._queue.remove(transfer)
         transfer.chunks.clear()
+        status: Literal["done", "cancelled", "failed"]
         if transfer.error:
             status = "failed"
             self.counters.failed += 1

@@ -197,7 +197,7 @@ class FaultyTransport:
 
     def poll(self) -> list[TransportEvent]:
         with self._lock:
-            found = []
+            found: list[TransportEvent] = []
             for event in self._inner.poll():
                 if isinstance(event, TransferDone):
                     over = self._copy_over(event)

@@ -52,4 +52,4 @@ def _shaped(flat: Tensor, region: Region) -> Tensor:
 
 
 def _crc(part: Tensor, start: int) -> int:
-    return zlib.crc32(np.ascontiguousarray(part.cpu().numpy()), start)
+    return zlib.crc32(np.ascontiguousarray(part.cpu().numpy()).data, start)

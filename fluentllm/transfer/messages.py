@@ -40,7 +40,7 @@ class Attempt(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Epoch of the engine that decodes."""
 
 
-class Describe(_Message, tag="describe"):
+class Describe(_Message, frozen=True, tag="describe"):
     """First on a connection, both ways: who speaks, how its KV lies, and how to reach its memory."""
 
     engine: Id
@@ -51,7 +51,7 @@ class Describe(_Message, tag="describe"):
     """`KVTransport.metadata`."""
 
 
-class Refuse(_Message, tag="refuse"):
+class Refuse(_Message, frozen=True, tag="refuse"):
     """No to a description, or to a request; nothing of it remains."""
 
     code: Id
@@ -59,7 +59,7 @@ class Refuse(_Message, tag="refuse"):
     of: Attempt | None = None
 
 
-class Reserve(_Message, tag="reserve"):
+class Reserve(_Message, frozen=True, tag="reserve"):
     """Decode to prefill: these pages are yours to write to."""
 
     of: Attempt
@@ -94,7 +94,7 @@ class Group(Struct, frozen=True, array_like=True, tag="group", forbid_unknown_fi
     checksum: Checksum | None = None
 
 
-class FirstToken(_Message, tag="first_token"):
+class FirstToken(_Message, frozen=True, tag="first_token"):
     """Prefill to decode: what sampling after the prompt gave."""
 
     of: Attempt
@@ -106,14 +106,14 @@ class FirstToken(_Message, tag="first_token"):
     """Of the prompt, that prefill had in its own cache."""
 
 
-class Cancel(_Message, tag="cancel"):
+class Cancel(_Message, frozen=True, tag="cancel"):
     """Either way: write no more of this attempt. Answered by `Drained`, however it stands."""
 
     of: Attempt
     reason: Reason = ""
 
 
-class Drained(_Message, tag="drained"):
+class Drained(_Message, frozen=True, tag="drained"):
     """Prefill to decode: nothing of this attempt is under way, and nothing more will be."""
 
     of: Attempt
@@ -121,13 +121,13 @@ class Drained(_Message, tag="drained"):
     """How many were sent."""
 
 
-class Release(_Message, tag="release"):
+class Release(_Message, frozen=True, tag="release"):
     """Decode to prefill: everything arrived; the pages that prefill kept may go."""
 
     of: Attempt
 
 
-class Failed(_Message, tag="failed"):
+class Failed(_Message, frozen=True, tag="failed"):
     """Either way: this attempt cannot be finished."""
 
     of: Attempt
@@ -135,7 +135,7 @@ class Failed(_Message, tag="failed"):
     reason: Reason
 
 
-class Alive(_Message, tag="alive"):
+class Alive(_Message, frozen=True, tag="alive"):
     """Either way, now and then."""
 
     epoch: Number

@@ -140,7 +140,11 @@ class PolledTransport:
         return transfer.number
 
     def cancel(self, transfer: int) -> None:
-        self._do(lambda: [channel.cancel(transfer) for channel in list(self._channels.values())])
+        def everywhere() -> None:
+            for channel in list(self._channels.values()):
+                channel.cancel(transfer)
+
+        self._do(everywhere)
 
     def disconnect(self, peer: Peer) -> None:
         with self._lock:

@@ -139,7 +139,8 @@ async def test_a_stop_string_across_token_borders(echo: Api) -> None:
         assert text.startswith("".join(names[:-1]))
         assert "".join(names).startswith(text)
         if sizes == [1]:  # the engine had more to give
-            assert len(echo.engine.aborted) == 1
+            assert len(echo.engine.completed) == 1
+        assert not echo.engine.aborted
         assert not echo.engine.running
 
 

@@ -13,7 +13,8 @@ from fluentllm.core.errors import ContextTooLong, InvalidRequest, QueueFull
 from fluentllm.core.hookspecs import hookimpl
 from fluentllm.core.plugins import PluginManager
 from fluentllm.core.protocols import RequestEvent
-from fluentllm.core.types import KVEvent, StepPlan, StepResult
+from fluentllm.core.session import Session
+from fluentllm.core.types import Abort, Generate, KVEvent, Request, SamplingParams, StepPlan, StepResult
 
 from .harness import Harness, Running
 
@@ -138,6 +139,25 @@ async def test_aborted_requests_leave_nothing(tiny: Harness) -> None:
         other = running.engine.connect(lambda message: None)
         other.close()
         assert len(running.connection.sequences) == 5
+
+
+async def test_the_reason_of_an_early_end_is_what_the_front_end_says(tiny: Harness) -> None:
+    witness = Witness()
+    plugins = PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects={"witness": witness})
+    engine = assemble(tiny.settings(), "tiny", tiny.loaded, plugins)
+    task = asyncio.create_task(engine.run())
+    running = Running(engine)
+    session = Session(engine, lambda message: None)
+    for name, reason in (("read to a stop string", "stop"), ("its reader left", "abort")):
+        request = Request(id=name, prompt=[7], params=SamplingParams(max_tokens=200, ignore_eos=True))
+        session.received(Generate(request=request))
+        session.received(Abort(ids=[name], reason=reason))
+    await running.tokens([7], max_tokens=1)
+    engine.stop()
+    await task
+    ends = {event.id: event.details["reason"] for event in witness.requests if event.kind == "finished"}
+    assert ends["read to a stop string"] == "stop"
+    assert ends["its reader left"] == "abort"
 
 
 async def test_what_cannot_run_is_refused(tiny: Harness) -> None:

@@ -56,6 +56,7 @@ class EchoEngine:
         self.requests: list[Request] = []
         self.running: set[str] = set()
         self.aborted: list[str] = []
+        self.completed: list[str] = []
 
     async def submit(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         if self.state != "ready":
@@ -69,7 +70,7 @@ class EchoEngine:
                 yield output
         finally:
             self.running.discard(request.id)
-            if not finished and self.failure is None:
+            if not finished and self.failure is None and request.id not in self.completed:
                 self.aborted.append(request.id)
 
     async def _outputs(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
@@ -110,6 +111,9 @@ class EchoEngine:
         assert self.info is not None
         ranked = [((token + i) % self.info.spec.vocab_size, -0.5 - i) for i in range(top)]
         return TokenLogprob(token, -0.5, 1, ranked)
+
+    def complete(self, request_id: str) -> None:
+        self.completed.append(request_id)
 
     async def stats(self) -> EngineStats:
         return EngineStats(

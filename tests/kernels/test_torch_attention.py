@@ -1,10 +1,11 @@
 """The backend `torch` against attention written out row by row, over hand-built pages: GQA and MLA, prefill and decode, ragged,
-chunked, with the window that follows running sequences and without."""
+chunked, with the window that follows running sequences, without, and by the C kernels."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from native_kernels import native_library
 from torch import Tensor
 
 from fluentllm.core.batch import Batch
@@ -13,12 +14,15 @@ from fluentllm.core.protocols import AttentionBackend, AttentionContext, Attenti
 from fluentllm.core.settings import Settings
 from fluentllm.core.types import KVSpec, ModelSpec
 from fluentllm.kernels.attention_reference import gqa_reference, mla_reference
+from fluentllm.kernels.native.library import Library
 from fluentllm.plugins.attn_torch import plugin, window as windows
 
 PAGE, LENGTH, LAYERS, HEADS, SCALE = 4, 60, 2, 6, 0.3
 GQA = KVSpec(kind="gqa", layers=LAYERS, heads=2, head_dim=16, v_head_dim=16)
 MLA = KVSpec(kind="mla", layers=LAYERS, latent_dim=24, rope_dim=8)
 NOPE, VALUE = 12, 10
+LIBRARY: Library | None = None
+"""What `Case` gives the backend; the fixture `window` may set it."""
 
 
 class Case:
@@ -49,7 +53,7 @@ class Case:
         plugin.fluent_attention(lambda name, factory, supports: factories.setdefault(name, (factory, supports)))
         factory, supports = factories["torch"]
         assert supports(spec) is None
-        self.backend: AttentionBackend = factory(AttentionContext(spec, self.pool, Settings()))
+        self.backend: AttentionBackend = factory(AttentionContext(spec, self.pool, Settings(), LIBRARY))
         rows = sequences, LENGTH
         if kv.kind == "gqa":
             self.q = torch.randn(LAYERS, *rows, HEADS, 16)
@@ -126,8 +130,10 @@ class Case:
         return torch.cat(parts) if parts else torch.empty(0, HEADS, width)
 
 
-@pytest.fixture(params=["window", "gather"])
+@pytest.fixture(params=["window", "gather", "native"])
 def window(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "native":
+        monkeypatch.setitem(globals(), "LIBRARY", native_library())
     if request.param == "gather":
         monkeypatch.setattr(windows, "MEMORY", 0)
 

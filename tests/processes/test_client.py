@@ -153,6 +153,19 @@ async def test_leaving_early_aborts(engine, ready):
     assert await engine.next() == Abort(ids=["r"])
 
 
+async def test_a_complete_request_is_stopped_and_not_aborted(engine, ready):
+    async with aclosing(ready.submit(request())) as stream:
+        first = asyncio.ensure_future(anext(stream))
+        assert isinstance(await engine.next(), Generate)
+        engine.say(outputs(("r", [1], None)))
+        await first
+        ready.complete("r")
+        ready.complete("r")
+        ready.complete("unknown")
+    assert await engine.next() == Abort(ids=["r"], reason="stop")
+    assert engine.messages.empty()
+
+
 async def test_a_cancelled_reader_aborts(engine, ready):
     task = asyncio.create_task(collect(ready, request()))
     assert isinstance(await engine.next(), Generate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,8 @@ class AttentionContext:
     spec: AttentionSpec
     pool: KVPool
     settings: Settings
+    library: Any = None
+    """`fluentllm.kernels.native.library.Library`: the C kernels of a CPU, where they are wanted and can be had."""
 
 
 class AttentionBackend(Protocol):

@@ -24,7 +24,7 @@ class WeightSlot:
 
     name: str
     shape: tuple[int, ...]
-    load: Callable[[Tensor], None]
+    load: Callable[[Tensor], object]
     """Take the tensor, of exactly `shape`, any float dtype, on any device: copy it into place."""
     load_packed: Callable[[PackedTensor], bool] | None = None
     """Take block-quantised rows as they are; False if this place cannot (the caller then dequantises)."""

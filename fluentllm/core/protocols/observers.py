@@ -16,4 +16,4 @@ class RequestEvent:
     time: float
     """Seconds, monotonic clock."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """finished: reason, prompt_tokens, cached_tokens, generated_tokens."""
+    """finished: reason (`FinishReason`; a stop string's is `stop`), prompt_tokens, cached_tokens, generated_tokens."""

@@ -4,7 +4,7 @@ Torch-free. Everything here can cross a process border as msgpack. Token ids, sl
 seconds on the monotonic clock; sizes are bytes.
 """
 
-from .frames import Abort, ControlCall, ControlReply, FromEngine, Generate, Outputs, Ready, Refused, ToEngine
+from .frames import Abort, ControlCall, ControlReply, FromEngine, Generate, Outputs, Ready, Refused, ToEngine, encode
 from .models import EngineStats, HandoffDoor, KVEvent, KVSpec, ModelInfo, ModelSpec, SpeculativeInfo, SpeculativeStats, Stage
 from .requests import (
     MAX_LOGIT_BIAS,
@@ -60,4 +60,5 @@ __all__ = [
     "StepResult",
     "ToEngine",
     "TokenLogprob",
+    "encode",
 ]

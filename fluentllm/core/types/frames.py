@@ -15,8 +15,12 @@ class Generate(Struct, frozen=True, tag="generate"):
     request: Request
 
 
-class Abort(Struct, frozen=True, tag="abort"):
+class Abort(Struct, frozen=True, tag="abort", omit_defaults=True):
+    """No more of these is wanted."""
+
     ids: list[str]
+    reason: Literal["abort", "stop"] = "abort"
+    """stop: they are complete, because their text came to a stop string, which only the front end sees."""
 
 
 class ControlCall(Struct, frozen=True, tag="control"):

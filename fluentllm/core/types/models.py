@@ -83,12 +83,15 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     max_model_len: int
     device: str
     dtype: str
+    """Of activations."""
     memory: dict[str, int]
     """Name → bytes: weights, kv_pool, slots …"""
     kv_tokens: int
     """Tokens that the KV pool holds."""
     page_size: int
     slots: int
+    weight_precision: str = ""
+    """What matrix weights are kept as, as `model.weight_precision` names it; empty if the engine does not say."""
     speculative: SpeculativeInfo | None = None
     """None where nothing drafts."""
     startup: tuple[Stage, ...] = ()

@@ -209,8 +209,10 @@ def products_of_few_rows() -> None:
 
 def ngrams() -> None:
     tables, hidden = 12, 3072
-    numbers = [_longs(8), _longs(8), _longs(8), _ints(33, 8193), _longs(2), _longs(4, tables), _longs(tables), _longs(tables)]
-    rows, words = ngram_gather(*numbers, _empty(1 << 20, hidden // tables), _empty(131072, hidden))
+    rows, words = ngram_gather(
+        _longs(8), _longs(8), _longs(8), _ints(33, 8193), _longs(2), _longs(4, tables), _longs(tables), _longs(tables),
+        _empty(1 << 20, hidden // tables), _empty(131072, hidden),
+    )  # fmt: skip
     ngram_embedding(rows, words, _empty(hidden, hidden), tables)
 
 

@@ -1,4 +1,7 @@
-"""Attention by torch's scaled dot product: a constant number of calls a layer in decode, one a sequence in prefill."""
+"""Attention by torch's scaled dot product: a constant number of calls a layer in decode, one a sequence in prefill.
+
+Where the C kernels are (`kernels.native`), decode of float32 is one call a layer that reads the pages where they are.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+from fluentllm.kernels.native.attention import PagedDecode
 
 from .plan import DecodePlan, SequencePlan, plan_decode, plan_prefill
 from .window import Window
@@ -20,6 +25,8 @@ if TYPE_CHECKING:
 class TorchAttention:
     """`core.protocols.AttentionBackend`. MLA: absorbed in decode, expanded in prefill."""
 
+    capturable = False
+
     def __init__(self, context: AttentionContext) -> None:
         pool = context.pool
         self._dtype: torch.dtype = getattr(torch, context.spec.dtype)
@@ -29,6 +36,9 @@ class TorchAttention:
         self._rows = [pool.rows(layer) for layer in layers]
         tensors = (pool.latent,) if pool.spec.kind == "mla" else (pool.k, pool.v)
         self._pages = [tuple(tensor[layer] for tensor in tensors) for layer in layers]
+        self._paged: PagedDecode | None = None
+        if context.library is not None and pool.spec.kind == "gqa" and self._dtype is self._kv_dtype is torch.float32:
+            self._paged = PagedDecode(context.library)
         self._decode: DecodePlan | None = None
         self._prefill: list[SequencePlan] = []
         self._window: Window | None = None
@@ -43,7 +53,7 @@ class TorchAttention:
         self._started = False
         if batch.query_length is None:
             self._decode, self._prefill = None, plan_prefill(batch)
-        else:
+        elif self._paged is None:
             self._decode, self._prefill = plan_decode(batch, self._dtype), []
 
     def _start(self, layer: int, batch: Batch, plan: DecodePlan) -> None:
@@ -58,6 +68,9 @@ class TorchAttention:
 
     # ------------------------------------------------------------------------------------------------------------------ gqa
     def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
+        if self._paged is not None and batch.query_length is not None:
+            pool_k, pool_v = self._pages[layer]
+            return self._paged(q, k, v, (pool_k, pool_v), batch.kv_rows, batch.page_table, batch.positions, scale)
         k_rows, v_rows = self._rows[layer]
         if self._converts:
             k, v = k.to(self._kv_dtype), v.to(self._kv_dtype)
@@ -131,13 +144,13 @@ class TorchAttention:
             (known,) = self._known(layer, plan, (new,))
             return mla_absorbed(q_nope, q_rope, known, up_k, up_v, plan.mask, scale)
         out = q_nope.new_empty(q_nope.shape[0], q_nope.shape[1], up_v.shape[1])
-        for plan in self._prefill:
-            part = slice(plan.start, plan.stop)
-            if plan.pages is None:
-                known = latent[part], k_rope[part]
+        for chunk in self._prefill:
+            part = slice(chunk.start, chunk.stop)
+            if chunk.pages is None:
+                keys, rope = latent[part], k_rope[part]
             else:
-                known = self._sequence(self._pages[layer][0], plan).split((latent.shape[1], k_rope.shape[1]), -1)
-            out[part] = mla_expanded(q_nope[part], q_rope[part], *known, up_k, up_v, plan.mask, scale)
+                keys, rope = self._sequence(self._pages[layer][0], chunk).split((latent.shape[1], k_rope.shape[1]), -1)
+            out[part] = mla_expanded(q_nope[part], q_rope[part], keys, rope, up_k, up_v, chunk.mask, scale)
         return out
 
     # ----------------------------------------------------------------------------------------------------------------- pages

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class FixedOrderAttention:
     """`core.protocols.AttentionBackend` for deterministic mode. MLA is absorbed everywhere."""
 
+    capturable = False
+
     def __init__(self, context: AttentionContext) -> None:
         self._pool = context.pool
         self._ops = FixedOrderOps()

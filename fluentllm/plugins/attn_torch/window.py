@@ -30,6 +30,10 @@ class Window:
     def __init__(self, bytes_per_token: int) -> None:
         """`bytes_per_token` of the layers that one pass runs through."""
         self._bytes_per_token = bytes_per_token
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget everything."""
         self._layers: dict[int, tuple[Tensor, ...]] = {}
         self._stale: set[int] = set()
         """Layers whose copy must be made from the pool."""
@@ -57,10 +61,6 @@ class Window:
         self._written = ends
         self.rows = sequence * self._room + batch.positions
         return True
-
-    def drop(self) -> None:
-        """Forget everything."""
-        self.__init__(self._bytes_per_token)
 
     def _continues(self, batch: Batch, first: list[int], keys: int) -> bool:
         if keys > self._room or len(first) != len(self._written) or not torch.equal(batch.slots, self._slots):

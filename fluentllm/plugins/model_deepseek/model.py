@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from fluentllm.core.batch import Batch
     from fluentllm.core.protocols import AttentionBackend, BuildContext
-    from fluentllm.layers.module import Module
+    from fluentllm.layers.module import Block
 
 
 class Deepseek(DraftingModel):
@@ -75,7 +75,7 @@ class Deepseek(DraftingModel):
         return MTP(ctx, names, config.vocab, config.hidden, config.eps, self._layer(ctx, config, config.layers))
 
 
-def _feed_forward(ctx: BuildContext, config: DeepseekConfig, number: int, prefix: str) -> Module:
+def _feed_forward(ctx: BuildContext, config: DeepseekConfig, number: int, prefix: str) -> Block:
     if number < config.dense_layers:
         return MLP(ctx, prefix, config.hidden, config.intermediate)
     v3 = config.architecture == V3

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fluentllm.core.protocols import BuildContext
     from fluentllm.layers.decoder import FeedForward
-    from fluentllm.layers.module import Module
+    from fluentllm.layers.module import Block
 
 
 def build(kind: str, config: Mapping[str, Any], ctx: BuildContext) -> Decoder:
@@ -36,7 +36,7 @@ def _experts(config: Mapping[str, Any]) -> FeedForward:
     )
     inner = fields.integer("moe_intermediate_size")
 
-    def feed_forward(ctx: BuildContext, prefix: str, layer: int) -> Module:
+    def feed_forward(ctx: BuildContext, prefix: str, layer: int) -> Block:
         if has_experts(config, layer):
             return SparseMoE(ctx, prefix, routing, hidden, inner)
         return MLP(ctx, prefix, hidden, fields.integer("intermediate_size"))

@@ -19,7 +19,7 @@ class MTPChain:
     """A `step.chain.DraftLayer`: the states are the target's hidden states after the final norm, and the layer's after its."""
 
     first_key = 0
-    vocabulary = None
+    vocabulary: Tensor | None = None
 
     def __init__(self, mtp: MTP, width: int) -> None:
         self.width = width

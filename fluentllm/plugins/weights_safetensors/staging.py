@@ -145,7 +145,7 @@ class _Reader:
 
 def _read(path: Path, file: int, start: int, target: Tensor) -> None:
     """Fill `target`, uint8 on the host, from `start` on; other threads run meanwhile."""
-    view = memoryview(target.numpy())
+    view = target.numpy().data
     while view:
         count = os.preadv(file, [view], start)
         if count == 0:
