@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
 DEFAULT_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
+DEFAULT_STEP_RATIO = {"cuda": 4.0}
 
 
 def choose_library(settings: Settings, device: torch.device) -> Library | None:

@@ -17,6 +17,7 @@ from ..core.executor import Executor
 from ..core.grammars import GrammarStore
 from ..core.handoff import HandoffContext, Handoffs
 from ..core.kv.cache import KVCache
+from ..core.prefill_budget import PrefillBudget
 from ..core.protocols import DraftTarget, GrammarContext, SchedulerContext
 from ..core.timeline import Timeline
 from ..core.transport import TransportSpec
@@ -27,6 +28,7 @@ from ..rehearsal import Largest, measure
 from .choices import (
     DEFAULT_PREFILL_TOKENS,
     DEFAULT_SLOTS,
+    DEFAULT_STEP_RATIO,
     draft_length,
     draft_memory,
     max_model_len,
@@ -119,8 +121,9 @@ def assemble(
         parts.programs.watch(handoffs.watcher)
 
     kv = KVCache(pages, maker.page_size, settings.kv.prefix_cache, listen=plugins.observers.watches_kv)
+    budget = PrefillBudget(prefill_tokens, settings.scheduler.max_step_ratio or DEFAULT_STEP_RATIO.get(device.type))
     make_scheduler = plugins.registry("schedulers").get(settings.scheduler.policy).factory
-    scheduler = make_scheduler(SchedulerContext(settings, kv, slots, longest, spec.eos_token_ids, max_drafts, prefill_tokens))
+    scheduler = make_scheduler(SchedulerContext(settings, kv, slots, longest, spec.eos_token_ids, max_drafts, budget))
     if settings.disaggregation.role == "decode" and not hasattr(scheduler, "resume"):
         raise ConfigError(
             f"The scheduling policy {settings.scheduler.policy!r} cannot resume prompts that were computed elsewhere.",
@@ -155,6 +158,7 @@ def assemble(
         kv=kv,
         overlap_depth=settings.engine.overlap_depth,
         draft_length=drafts,
+        prefill_budget=budget,
         observers=plugins.observers,
         calls=plugins.calls(),
         grammars=grammars,

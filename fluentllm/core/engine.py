@@ -26,6 +26,7 @@ from .handoff import Handoffs
 from .handoff_host import EngineHost
 from .kv.cache import KVCache
 from .plugins.observers import Observers
+from .prefill_budget import PrefillBudget
 from .protocols import EngineCall, RequestEvent, Scheduler
 from .request_checks import check_request, stop_ids
 from .sequence import Phase, Sequence
@@ -86,6 +87,7 @@ class Engine:
         kv: KVCache,
         overlap_depth: int,
         draft_length: DraftLength | None = None,
+        prefill_budget: PrefillBudget | None = None,
         observers: Observers | None = None,
         calls: Mapping[str, EngineCall] | None = None,
         grammars: GrammarStore | None = None,
@@ -96,6 +98,7 @@ class Engine:
         self.executor = executor
         self.kv = kv
         self.overlap_depth = overlap_depth
+        self.prefill_budget = prefill_budget
         self.draft_length = draft_length
         """None where nothing drafts."""
         watch = draft_length.watch if draft_length is not None else None
@@ -274,6 +277,8 @@ class Engine:
                 finished.append(sequence)
                 self._retire(sequence, slot.finished)
         self.scheduler.collected(plan, finished)
+        if self.prefill_budget is not None:
+            self.prefill_budget.collected(plan, result)
         if self.draft_length is not None:
             self._learn(self.draft_length, plan, result)
         for connection, batch in outputs.items():

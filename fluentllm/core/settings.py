@@ -82,8 +82,12 @@ class SchedulerSettings(Struct, kw_only=True, forbid_unknown_fields=True):
         _help("Most prompt tokens computed in one step. auto: 512 on a CPU, 8192 on a GPU.", "tokens"),
     ] = None
     max_step_ratio: Annotated[
-        float, _help("While requests decode, a step with prompt tokens takes at most this many times a step without.", gt=1)
-    ] = 4.0
+        Annotated[float, Meta(gt=1)] | None,
+        _help(
+            "While requests decode, a step with prompt tokens takes at most this many times a step without. "
+            "auto: 4 on a GPU, no bound on a CPU."
+        ),
+    ] = None
 
 
 class KVSettings(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
+
+from ..prefill_budget import PrefillBudget
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
@@ -25,8 +27,8 @@ class SchedulerContext:
     eos_token_ids: tuple[int, ...] = ()
     max_drafts: int = 0
     """A step may write KV for twice as many tokens past the end of a sequence."""
-    prefill_tokens: int = 512
-    """Most prompt tokens of a step."""
+    prefill: PrefillBudget = field(default_factory=lambda: PrefillBudget(512, None))
+    """`prefill.tokens(decoding)`: most prompt tokens of a step in which so many sequences decode."""
 
 
 class Scheduler(Protocol):

@@ -31,7 +31,7 @@ class FcfsScheduler:
         settings = context.settings.scheduler
         self._kv = context.kv
         self._max_waiting = settings.max_waiting
-        self._prefill_tokens = context.prefill_tokens
+        self._prefill_budget = context.prefill
         self._max_drafts = context.max_drafts
         self._waiting: list[Sequence] = []
         self._resuming: list[Sequence] = []
@@ -85,7 +85,7 @@ class FcfsScheduler:
         admit: list[SlotInit] = []
         resume = self._plan_resume(step, drafting, admit, grants)
         decode += [chunk.slot for chunk in resume]
-        prefill = self._plan_prefill(admit)
+        prefill = self._plan_prefill(admit, self._prefill_budget.tokens(len(decode)))
         if not decode and not prefill:
             return None
         plan = StepPlan(
@@ -170,9 +170,8 @@ class FcfsScheduler:
             if not self._preempt_after(_order(sequence)):
                 return False
 
-    def _plan_prefill(self, admit: list[SlotInit]) -> list[PrefillChunk]:
+    def _plan_prefill(self, admit: list[SlotInit], budget: int) -> list[PrefillChunk]:
         chunks: list[PrefillChunk] = []
-        budget = self._prefill_tokens
         for sequence in self._running:
             if sequence.phase is Phase.PREFILL and sequence not in self._leaving and budget > 0:
                 chunks.append(self._next_chunk(sequence, budget))

@@ -39,7 +39,7 @@ class ShortestFirstScheduler:
         self._max_drafts = context.max_drafts
         self._patience = patience
         self._max_waiting = context.settings.scheduler.max_waiting
-        self._prefill_tokens = context.prefill_tokens
+        self._prefill_budget = context.prefill
         self._overtaken: dict[Sequence, int] = {}
         """Waiting sequence → how many later ones have entered before it."""
         self._slots: dict[int, Sequence] = {}
@@ -71,7 +71,7 @@ class ShortestFirstScheduler:
 
     def plan(self, step: int, drafting: Drafting) -> StepPlan | None:
         decode = [slot for slot, sequence in self._slots.items() if sequence.can_decode and sequence not in self._leaving]
-        admit, prefill = self._plan_prefill()
+        admit, prefill = self._plan_prefill(self._prefill_budget.tokens(len(decode)))
         if not decode and not prefill:
             return None
         sampling = [self._slots[slot] for slot in (*decode, *(chunk.slot for chunk in prefill if chunk.last))]
@@ -101,10 +101,9 @@ class ShortestFirstScheduler:
         for slot in plan.decode:
             yield self._slots[slot], plan.drafting.verify + 1
 
-    def _plan_prefill(self) -> tuple[list[SlotInit], list[PrefillChunk]]:
+    def _plan_prefill(self, budget: int) -> tuple[list[SlotInit], list[PrefillChunk]]:
         admit: list[SlotInit] = []
         chunks: list[PrefillChunk] = []
-        budget = self._prefill_tokens
         for sequence in self._slots.values():
             if sequence.phase is Phase.PREFILL and sequence not in self._leaving and budget > 0:
                 chunks.append(self._next_chunk(sequence, budget))
