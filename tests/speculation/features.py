@@ -30,14 +30,14 @@ FEATURES: dict[str, list[dict[str, Any]]] = {
     "logit_bias": [{"logit_bias": {9: 3.0, 12: 2.0}}],
     "logprobs": [{"logprobs": 3}, {**SAMPLED, "logprobs": 0}],
     "prompt_logprobs": [{"prompt_logprobs": 2}],
-    "min_tokens": [{"min_tokens": 9, "stop": 3}],
+    "min_tokens": [{"min_tokens": 7, "stop": 3}],
     "stop id inside a draft": [{"stop": 3}, {**SAMPLED, "stop": 6}],
     "max_tokens inside a draft": [{"max_tokens": 5}, {**SAMPLED, "max_tokens": 2}],
     "grammar": [{"grammar": WORDS}, {**SAMPLED, "grammar": PAIRS}],
     "priority": [{"priority": -1}, {"priority": 3}],
 }
 """Feature → requests that use it. `stop`: the token at this place of the answer without it becomes a stop id."""
-LENGTH = 14
+LENGTH = 10
 
 
 @dataclass
@@ -62,33 +62,31 @@ def plugins_with(method: str, doctor: Doctor | None) -> PluginManager:
 async def asked(subject: Subject) -> list[Asked]:
     """All requests, with what they get when nothing is drafted."""
     made = []
+    for feature, requests in FEATURES.items():
+        for chosen in requests:
+            number = len(made)
+            # Each with a prompt of its own, by which right drafts are found; with a repetition, for prompt lookup.
+            prompt = [5, 6, 7, 8, 9, 10, 11, 12, 5, 6, 7, 20 + number, 5, 6]
+            params = {"max_tokens": LENGTH, "seed": number, "temperature": 0.0, "ignore_eos": "grammar" not in chosen, **chosen}
+            made.append(Asked(feature, prompt, params))
     settings = {"speculative.method": "none", "engine.overlap_depth": 0, "kv.prefix_cache": False}
     async with subject.model.engine(plugins=plugins_with(subject.method, None), **settings) as running:
-        for feature, requests in FEATURES.items():
-            for chosen in requests:
-                number = len(made)
-                # Each with a prompt of its own, by which right drafts are found; with a repetition, for prompt lookup.
-                prompt = [5, 6, 7, 8, 9, 10, 11, 12, 5, 6, 7, 20 + number, 5, 6]
-                params: dict[str, Any] = {
-                    "max_tokens": LENGTH,
-                    "seed": number,
-                    "temperature": 0.0,
-                    "ignore_eos": True,
-                    **chosen,
-                }
-                place = params.pop("stop", None)
-                plain = {**params, "max_tokens": LENGTH + 6, "min_tokens": 0}
-                text = prompt + [t for o in await outputs(running, prompt, plain) for t in o.tokens]
-                if place is not None:
-                    params["stop_token_ids"] = (text[len(prompt) + place],)
-                if "grammar" in params:
-                    params["ignore_eos"] = False
-                made.append(Asked(feature, prompt, params, text, await outputs(running, prompt, params)))
+        places = [each.params.pop("stop", None) for each in made]
+        plain = [{**each.params, "max_tokens": LENGTH + 4, "min_tokens": 0} for each in made]
+        for each, found in zip(made, await answers(running, made, plain), strict=True):
+            each.text = each.prompt + [token for output in found for token in output.tokens]
+        for each, place in zip(made, places, strict=True):
+            if place is not None:
+                each.params["stop_token_ids"] = (each.text[len(each.prompt) + place],)
+        for each, found in zip(made, await answers(running, made, [each.params for each in made]), strict=True):
+            each.found = found
     return made
 
 
-async def outputs(running: Running, prompt: list[int], params: dict[str, Any]) -> list[RequestOutput]:
-    return await running.outputs(running.submit(prompt, **params))
+async def answers(running: Running, made: list[Asked], params: list[dict[str, Any]]) -> list[list[RequestOutput]]:
+    """All at once: in deterministic mode they do not touch each other."""
+    ids = [running.submit(each.prompt, **chosen) for each, chosen in zip(made, params, strict=True)]
+    return [await running.outputs(i) for i in ids]
 
 
 def differences(asked: Asked, found: list[RequestOutput]) -> list[str]:

@@ -76,7 +76,7 @@ def requests(batch: int) -> list[tuple[list[int], dict[str, Any]]]:
                 [*shared, *own, *shared[:3]],
                 # What fills a large batch is shorter: it costs the most.
                 {
-                    "max_tokens": (8 if number < 7 else 4) + number % 4,
+                    "max_tokens": 8 + number % 4 if number < 7 else 3 + number % 3,
                     "ignore_eos": True,
                     "temperature": (0.0, 0.8)[number % 2],
                     "seed": number,

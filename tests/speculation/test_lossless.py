@@ -93,7 +93,7 @@ async def test_features(tested: Subject, method: str, depth: int) -> None:
         requests_of[method] = await asked(tested)
     work = requests_of[method]
     wrong: dict[str, list[str]] = {name: [] for name in FEATURES}
-    for strategy in ("own", "right", "wrong at j", "repeat"):
+    for strategy in ("right", "repeat", *(("own",), ("wrong at j",), ())[depth]):
         doctor = Strategy(strategy, 4, [each.text for each in work])
         settings = {
             "speculative.method": "watched",
@@ -133,7 +133,7 @@ def test_the_requests_use_their_features() -> None:
         late = by["min_tokens"]
         stop = late.params["stop_token_ids"][0]
         assert stop == late.text[len(late.prompt) + 3]
-        assert stop not in [token for output in late.found for token in output.tokens][:9]
+        assert stop not in [token for output in late.found for token in output.tokens][:7]
 
 
 def test_the_page_says_what_was_found() -> None:
