@@ -40,7 +40,9 @@ class LocalEngine:
         from .core.plugins import PluginManager
         from .core.timeline import Timeline
         from .hub import resolve
+        from .hub.cache import keep_kernels
 
+        keep_kernels()
         self.timeline = Timeline("engine")
         with self.timeline.stage("plugins"):
             plugins = PluginManager.load({"engine", "executor"}, settings.plugins.allow, settings.plugins.deny)

@@ -108,6 +108,8 @@ def assemble(
 
     if device.type == "cuda":
         largest = Largest(prefill_tokens, slots, longest, max_drafts, whole_context=spec.kv.kind == "mla")
+        with timeline.stage("kernels awaited"):
+            loaded.kernels.wait()
         with timeline.stage("largest steps"):
             room = measure(maker.make, largest, device, settings.engine.memory_share)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +15,10 @@ from ..hub import load_config
 from ..kernels import choose_ops, choose_precision
 from ..layers.loading import load_weights
 from ..memory import weights_too_large
+from ..prewarm import Prewarm
 from ..transfer.layout import fingerprint
 from .choices import architecture_of, check_speculation, choose_dtype, choose_library, max_model_len, positions_ahead
+from .kernels import start_compiling, without_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -44,6 +46,8 @@ class LoadedModel:
     """Of config and weights; engines that hand requests over compare it."""
     library: Library | None = None
     """C kernels."""
+    kernels: Prewarm = field(default_factory=Prewarm)
+    """Those that steps will launch, being compiled."""
 
 
 def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager, timeline: Timeline | None = None) -> LoadedModel:
@@ -67,6 +71,7 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager, ti
         weight_precision=precision,
         max_positions=max_model_len(settings, spec) + positions_ahead(settings),
     )
+    kernels = start_compiling(settings, plugins, family, config, context, files.path, timeline)
     model: Model | None = None
     try:
         with torch.inference_mode():
@@ -80,18 +85,11 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager, ti
                 finally:
                     checkpoint.close()
     except (torch.OutOfMemoryError, MemoryError) as error:
-        slots = _slots_without_memory(family, config, context) if model is None else list(model.weight_slots())
+        model = model or without_memory(family, config, context)
+        slots = list(model.weight_slots()) if model is not None else None
         raise weights_too_large(slots, device, dtype, error) from None
     model_hash = fingerprint(config, _weight_files(files.path)) if settings.disaggregation.role != "both" else ""
-    return LoadedModel(model, device, dtype, model.nbytes(), precision, context, files.path, model_hash, library)
-
-
-def _slots_without_memory(family: Any, config: Any, context: BuildContext) -> list[WeightSlot] | None:
-    """What the model is made of, where there is no room to build it; None if it cannot be built on tensors without memory."""
-    try:
-        return list(family.build(config, replace(context, device=torch.device("meta"))).weight_slots())
-    except Exception:
-        return None
+    return LoadedModel(model, device, dtype, model.nbytes(), precision, context, files.path, model_hash, library, kernels)
 
 
 def _reader(settings: Settings, files: ModelFiles, plugins: PluginManager) -> Callable[[WeightsContext], Any]:

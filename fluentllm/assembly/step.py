@@ -59,9 +59,13 @@ class PartsMaker:
         proposer: Entry | None,
         draft_memory: DraftMemory,
         draft_model: Any,
+        *,
+        place: torch.device | None = None,
     ) -> None:
-        """`proposer`: who drafts, None for nobody; with its memory and its own model."""
+        """`proposer`: who drafts, None for nobody; with its memory and its own model. `place`: where tensors lie, if not on the
+        model's device; on `meta` launches can be recorded."""
         spec = loaded.model.spec
+        self._place = place or loaded.device
         self.page_size = choose_page_size(settings, spec)
         self.kv_dtype = loaded.dtype if settings.kv.dtype == "auto" else dtype_named(settings.kv.dtype)
         self.kv_spec = structs.replace(spec.kv, layers=spec.kv.layers + draft_memory.kv_layers)
@@ -99,7 +103,7 @@ class PartsMaker:
 
     def make(self, pages: int) -> Parts:
         settings, loaded = self._settings, self._loaded
-        tables = self.tables(loaded.device)
+        tables = self.tables(self._place)
         pool = self._pool(self.kv_spec, pages)
         attention = draft_attention = self._attention(self._attention_spec, pool)
         if self._draft_kv is not None:
@@ -114,7 +118,7 @@ class PartsMaker:
             self._make_proposer(tables, draft_attention, pages),
             proposer_name=f"proposer {entry.name!r} of plugin {entry.plugin!r}" if entry is not None else "",
             synthetic=synthetic_share(settings, self._sizes.drafts),
-            graphs=loaded.device.type == "cuda" and settings.engine.cuda_graphs and capturable,
+            graphs=self._place.type == "cuda" and settings.engine.cuda_graphs and capturable,
         )
         return Parts(programs, tables, pool)
 
@@ -135,7 +139,7 @@ class PartsMaker:
         return made
 
     def _pool(self, kv: KVSpec, pages: int) -> KVPool:
-        return KVPool(kv, pages, self.page_size, self.kv_dtype, self._loaded.device)
+        return KVPool(kv, pages, self.page_size, self.kv_dtype, self._place)
 
     def _attention(self, spec: AttentionSpec, pool: KVPool, *, or_any: bool = False) -> AttentionBackend:
         factory = attention_for(self._settings, spec, self._plugins, or_any=or_any)

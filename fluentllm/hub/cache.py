@@ -30,6 +30,17 @@ def model_folder(name: str) -> Path:
     return cache_folder() / "models" / name
 
 
+def kernel_folder() -> Path:
+    """Where compiled kernels are kept, so that the next start need not compile them."""
+    return cache_folder() / "kernels"
+
+
+def keep_kernels() -> None:
+    """Let Triton, in this process and its children, keep what it compiles under `kernel_folder`, unless the user has chosen
+    another place. Before it is imported."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(kernel_folder() / "triton"))
+
+
 @contextlib.contextmanager
 def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold `folder` against other processes; `waiting` is called once if another holds it now."""

@@ -47,6 +47,11 @@ def load_library(folder: Path) -> Library | None:
         return None
 
 
+def in_kernels(tensor: torch.Tensor) -> bool:
+    """Do the GPU's kernels serve this tensor? So they do on `meta`, where their launches are recorded, to be compiled."""
+    return tensor.device.type in ("cuda", "meta")
+
+
 def choose_precision(setting: str, device: torch.device, dtype: torch.dtype, deterministic: bool) -> str:
     """`model.weight_precision` → what matrix weights are packed to (`weights.PRECISIONS`).
 

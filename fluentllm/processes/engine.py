@@ -19,6 +19,7 @@ from fluentllm.core import ipc
 from fluentllm.core.errors import EngineUnavailable, OutOfMemory
 from fluentllm.core.session import Session, refusal
 from fluentllm.core.types import FromEngine, Generate, Outputs, RequestOutput, ToEngine
+from fluentllm.hub.cache import keep_kernels
 
 from .child import Child, run, settle
 from .control import Progress, Up, die_with_parent
@@ -118,6 +119,7 @@ async def _idle(engine: Engine, running: asyncio.Task[None], timeout: float) -> 
 
 def main(child: Child) -> None:
     die_with_parent()
+    keep_kernels()
 
     def tell(line: str) -> None:
         child.control.send(Progress(line))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core.slots import SlotTables
 from ..core.types import Feature
+from ..kernels import in_kernels
 
 RUNNING, STOPPED, OUT_OF_BUDGET = 0, 1, 2
 
@@ -50,7 +51,7 @@ def commit(
     drawn: Tensor, drafts: Tensor, slots: Tensor, tables: SlotTables, features: int, equal: Tensor | None = None
 ) -> Committed:
     """As `commit_reference`, of which this is one launch on a GPU."""
-    if drawn.is_cuda and equal is None:
+    if in_kernels(drawn) and equal is None:
         from ..kernels.triton.commit import commit_tokens
 
         counts = tables.output_counts if features & Feature.PENALTIES else None
@@ -116,7 +117,7 @@ def leave_drafts(drafts: Tensor, valid: Tensor, slots: Tensor, tables: SlotTable
     Ids outside the vocabulary would be read outside the embedding: they become ids inside it, which are wrong drafts.
     """
     drafts = drafts.clamp(0, tables.vocab_size - 1)
-    if drafts.is_cuda:
+    if in_kernels(drafts):
         from ..kernels.triton.commit import leave_drafts as launch
 
         launch(drafts, valid.clamp(0, drafts.shape[1]), slots, tables.length, tables.drafted, tables.history)

@@ -18,6 +18,7 @@ from ..core.batch import Batch
 from ..core.protocols import AttentionBackend, Model, Proposer
 from ..core.slots import SlotTables
 from ..core.types import Drafting, Feature
+from ..kernels import in_kernels
 from .commit import Committed, commit, leave_drafts
 from .grammar import advance, forbid_tokens
 from .logprobs import Logprobs, logprobs_of
@@ -34,7 +35,7 @@ def decode_batch(slots: Tensor, drafts: int, tables: SlotTables) -> Batch:
     Rows of finished slots are inert: they write to the scratch page, and what they compute is not committed. One launch on a
     GPU; `decode_batch_reference` is the plain form.
     """
-    if not slots.is_cuda:
+    if not in_kernels(slots):
         return decode_batch_reference(slots, drafts, tables)
     from ..kernels.triton.commit import decode_rows
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..core.slots import SlotTables
 from ..core.types import Feature
+from ..kernels import in_kernels
 from ..kernels.argmax import argmax_rows
 from ..kernels.sampling import filter_logits, gumbel_noise
 
 
 def draw(logits: Tensor, slots: Tensor, positions: Tensor, tables: SlotTables, features: int) -> Tensor:
     """As `draw_reference`, of which this is two launches on a GPU, and one more with filters."""
-    return (_draw_in_kernels if logits.is_cuda else draw_reference)(logits, slots, positions, tables, features)
+    return (_draw_in_kernels if in_kernels(logits) else draw_reference)(logits, slots, positions, tables, features)
 
 
 def _draw_in_kernels(logits: Tensor, slots: Tensor, positions: Tensor, tables: SlotTables, features: int) -> Tensor:

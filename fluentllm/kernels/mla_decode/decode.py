@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..triton.launch import launch, multiprocessors
 from . import hopper_bf16, hopper_fp8
 from .combine import combine_splits
 from .layout import LATENT, PAGE, ROPE, Fp8Planes
@@ -23,15 +23,9 @@ ROW_TILE = 64
 """Query rows (heads × query length) of one CTA."""
 
 
-@cache
-def multiprocessors(device: int) -> int:
-    """Of the CUDA device with this index."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def parts_for(rows: int, device: torch.device) -> int:
     """Parts that fill the chip when a sequence has `rows` query rows."""
-    return max(1, multiprocessors(device.index or 0) // -(-rows // ROW_TILE))
+    return max(1, multiprocessors(device) // -(-rows // ROW_TILE))
 
 
 @dataclass(slots=True)
@@ -85,7 +79,8 @@ class MlaDecode:
         """q_latent E4M3 [N, q, H, 512], q_rope BF16 [N, q, H, 64] and q_scale float32 [N, q, H], as `quantise_query` makes
         them, contiguous; page_table int32 [N, P] → out [N, q, H, 512], BF16 or float32, contiguous."""
         groups = -(-self.rows // ROW_TILE)
-        hopper_fp8.decode_fp8[(self.plan.parts * groups,)](
+        launch(
+            hopper_fp8.decode_fp8, (self.plan.parts * groups,),
             q_latent, _rows_descriptor(q_rope, ROPE), *self._fp8_descriptors(cache), q_scale, out, self.partial, self.lse,
             page_table, self.plan.lengths, self.plan.starts, self.plan.records, scale * math.log2(math.e), page_table.stride(0),
             HEADS=self.heads, ROWS=self.rows, GROUPS=groups, NUM_STAGES=hopper_fp8.STAGES,
@@ -98,7 +93,8 @@ class MlaDecode:
         """q_latent [N, q, H, 512] and q_rope [N, q, H, 64], BF16, contiguous; cache BF16 [pages, 64, 576], latent first,
         pages contiguous inside; page_table int32 [N, P] → out [N, q, H, 512], BF16 or float32, contiguous."""
         groups = -(-self.rows // ROW_TILE)
-        hopper_bf16.decode_bf16[(self.plan.parts * groups,)](
+        launch(
+            hopper_bf16.decode_bf16, (self.plan.parts * groups,),
             _rows_descriptor(q_latent, LATENT), _rows_descriptor(q_rope, ROPE), *self._bf16_descriptors(cache), out,
             self.partial, self.lse, page_table, self.plan.lengths, self.plan.starts, self.plan.records,
             scale * math.log2(math.e), page_table.stride(0),
@@ -111,7 +107,8 @@ class MlaDecode:
         sequences = self.plan.lengths.shape[0]
         # Few rows come with many splits: narrow programs, many splits in flight. Many rows: the other way round.
         columns, splits = (64, 64) if self.rows * sequences < 256 else (512, 8)
-        combine_splits[(self.rows, LATENT // columns, sequences)](
+        launch(
+            combine_splits, (self.rows, LATENT // columns, sequences),
             out, self.partial, self.lse, self.plan.spans,
             ROWS=self.rows, COLUMNS=columns, SPLITS=splits, PDL=self.pdl, num_warps=4, launch_pdl=self.pdl,
         )  # fmt: skip

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import in_kernels
+from ..triton.launch import launch
 from .layout import PAGE
 
 if TYPE_CHECKING:
@@ -48,8 +50,9 @@ class DecodePlan:
     def refresh(self) -> None:
         """Compute the plan from `lengths` as they are when the stream gets here."""
         count = self.lengths.shape[0]
-        if self.lengths.is_cuda:
-            plan_kernel[(self.parts,)](
+        if in_kernels(self.lengths):
+            launch(
+                plan_kernel, (self.parts,),
                 self.lengths, self.starts, self.spans, self.records, count, PARTS=self.parts, OVERHEAD=OVERHEAD, PAGE=PAGE,
                 STEPS=SEARCH_STEPS, BLOCK=triton.next_power_of_2(count), num_warps=4,
             )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton.launch import launch
 from .layout import LATENT, PAGE, ROPE, Fp8Planes
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def append(planes: Fp8Planes, latent: Tensor, rope: Tensor, rows: Tensor) -> Non
     any one of them or a mixture, always finite."""
     tokens = latent.shape[0]
     if tokens:
-        _append[(tokens,)](
+        launch(
+            _append, (tokens,),
             latent, rope, rows, planes.latent, planes.scale, planes.rope, latent.stride(0), rope.stride(0),
             planes.latent.stride(0), planes.scale.stride(0), planes.rope.stride(0),
             LATENT=LATENT, ROPE=ROPE, PAGE=PAGE, num_warps=1,
@@ -54,7 +56,8 @@ def quantise_query(
     scale = torch.empty(tokens, heads, dtype=torch.float32, device=q_latent.device)
     rotate = 0 if cos_sin is None else (1 if interleaved else 2)
     if tokens:
-        _quantise_query[(tokens, heads)](
+        launch(
+            _quantise_query, (tokens, heads),
             q_latent, q_rope, scale if cos_sin is None else cos_sin, positions if rotate else scale, content, aligned, scale,
             q_latent.stride(0), q_latent.stride(1), q_rope.stride(0), q_rope.stride(1), heads,
             ROTATE=rotate, LATENT=LATENT, ROPE=ROPE, num_warps=1,
@@ -66,7 +69,8 @@ def fetch(planes: Fp8Planes, rows: Tensor, dtype: torch.dtype = torch.bfloat16) 
     """Token rows [T] int64 → [T, 576] in `dtype`: latent, then rotary key, dequantised (for prefill over a cached prefix)."""
     out = torch.empty(rows.shape[0], LATENT + ROPE, dtype=dtype, device=rows.device)
     if rows.shape[0]:
-        _fetch[(rows.shape[0],)](
+        launch(
+            _fetch, (rows.shape[0],),
             out, rows, planes.latent, planes.scale, planes.rope,
             planes.latent.stride(0), planes.scale.stride(0), planes.rope.stride(0),
             LATENT=LATENT, ROPE=ROPE, PAGE=PAGE, num_warps=1,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -32,26 +33,31 @@ class Launch:
     """`tl.constexpr` parameters by name, `num_warps`, `num_stages`, `launch_pdl`."""
 
 
-_recorded: list[Launch] | None = None
+class _Recorder(threading.local):
+    launches: list[Launch] | None = None
+    """Where this thread's launches go instead of to the device."""
+
+
+_recorder = _Recorder()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Run `kernel` over `grid` on the current stream; nothing for an empty grid."""
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, args, options))
+    recorded = _recorder.launches
+    if recorded is not None:
+        recorded.append(Launch(kernel, grid, args, options))
     elif 0 not in grid:
         kernel[grid](*args, **options)
 
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Inside, launches are collected and nothing runs. For tests: not safe for threads."""
-    global _recorded  # noqa: PLW0603 - the hook belongs to the process, as the device does
-    before, _recorded = _recorded, []
+    """Inside, this thread's launches are collected and nothing runs."""
+    before, _recorder.launches = _recorder.launches, []
     try:
-        yield _recorded
+        yield _recorder.launches
     finally:
-        _recorded = before
+        _recorder.launches = before
 
 
 @cache

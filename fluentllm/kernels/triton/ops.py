@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import in_kernels
 from ..plain import PlainOps
 from ..weights import DenseWeight
 from . import elementwise, linear, linear_tiles, moe, moe_route, moe_scores, norm
@@ -39,7 +40,7 @@ class TritonOps(PlainOps):
 
     def pack(self, weight: Tensor, precision: str) -> Weight:
         packed = super().pack(weight, precision)
-        if isinstance(packed, DenseWeight) and packed.weight.dtype is not torch.float32 and packed.weight.is_cuda:
+        if isinstance(packed, DenseWeight) and packed.weight.dtype is not torch.float32 and in_kernels(packed.weight):
             return StreamedWeight(packed.weight)
         return packed
 

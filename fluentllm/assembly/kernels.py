@@ -1,0 +1,75 @@
+"""The kernels that an engine will launch, compiled while weights load: the same model and step on tensors without memory."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..core.protocols import DraftTarget
+from ..prewarm import META, Prewarm
+from ..rehearsal import Largest
+from .choices import DEFAULT_PREFILL_TOKENS, DEFAULT_SLOTS, draft_length, draft_memory, max_model_len
+from .step import PartsMaker, Sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from ..core.plugins import PluginManager
+    from ..core.protocols import BuildContext, Model
+    from ..core.settings import Settings
+    from ..core.timeline import Timeline
+    from ..kernels.triton.launch import Launch
+
+log = logging.getLogger(__name__)
+
+
+def start_compiling(
+    settings: Settings, plugins: PluginManager, family: Any, config: Any, context: BuildContext, path: Path, timeline: Timeline
+) -> Prewarm:
+    """In the background; nothing to do on a CPU."""
+    kernels = Prewarm()
+    if context.device.type == "cuda":
+        kernels.start(lambda: launches_of(settings, plugins, family, config, context, path), context.device, timeline)
+    return kernels
+
+
+def launches_of(
+    settings: Settings, plugins: PluginManager, family: Any, config: Any, context: BuildContext, path: Path
+) -> Iterator[list[Launch]]:
+    """A list for each step, the first needed first."""
+    from ..prewarm import record
+    from .loading import LoadedModel
+
+    model = without_memory(family, config, context)
+    if model is None:
+        return
+    spec, dtype = model.spec, context.dtype
+    drafts = draft_length(settings)
+    max_drafts = drafts.max_k if drafts is not None else 0
+    entry = plugins.registry("proposers").require(settings.speculative.method, spec) if drafts is not None else None
+    if getattr(entry and entry.factory, "load", None) is not None:
+        entry = None  # its own model is not here; the target verifies as many drafts all the same
+    slots = settings.scheduler.max_running or DEFAULT_SLOTS["cuda"]
+    largest = Largest(
+        settings.scheduler.prefill_tokens or DEFAULT_PREFILL_TOKENS["cuda"], slots, max_model_len(settings, spec), max_drafts
+    )
+    loaded = LoadedModel(model, context.device, dtype, 0, context.weight_precision, context, path)
+    own = draft_memory(entry, DraftTarget(settings, spec, dtype.itemsize))
+    sizes = Sizes(slots, largest.context, max_drafts, 0)
+    maker = PartsMaker(settings, loaded, plugins, sizes, entry, own, None, place=META)
+    yield from record(model, lambda: maker.make(1).programs, largest)
+
+
+def without_memory(family: Any, config: Any, context: BuildContext) -> Model | None:
+    """The model on tensors without memory, not filled; None if it cannot be built so."""
+    try:
+        with torch.inference_mode():
+            model: Model = family.build(config, replace(context, device=META))
+    except Exception:
+        log.debug("the model cannot be built without memory", exc_info=True)
+        return None
+    return model

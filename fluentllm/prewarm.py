@@ -1,0 +1,183 @@
+"""Kernels compiled before they are needed: what steps will launch is recorded on tensors without memory, while weights load.
+
+    Prewarm().start(steps, device, timeline)   …   wait()
+
+Triton compiles at a kernel's first launch, one after the other. Here several threads compile what a first prompt, the
+largest prompt and decode steps of every size will launch, into Triton's own caches. It is an optimisation: what is
+missed, or fails here, is compiled when it is launched.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from .core.types import Drafting, Feature, PrefillChunk
+from .rehearsal import EVERY_FEATURE
+
+if TYPE_CHECKING:
+    from .core.protocols import Model
+    from .core.timeline import Timeline
+    from .kernels.triton.launch import Launch
+    from .rehearsal import Largest
+    from .step.decode import Target
+
+log = logging.getLogger(__name__)
+
+META = torch.device("meta")
+MOST_THREADS = 16
+
+
+class Prewarm:
+    """Compiles in the background, once."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self.compiled = 0
+        """Kernels that were asked for, each for one set of types and constants."""
+
+    def start(self, steps: Callable[[], Iterator[list[Launch]]], device: torch.device, timeline: Timeline) -> None:
+        """`steps` gives what each step will launch, the first needed first; it runs on a thread."""
+        run = self._run
+        self._thread = threading.Thread(target=run, args=(steps, device, timeline), name="fluent-prewarm", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, steps: Callable[[], Iterator[list[Launch]]], device: torch.device, timeline: Timeline) -> None:
+        started = time.time()
+        try:
+            with Compiler(device) as compiler, timeline.stage("kernels listed"), torch.inference_mode():
+                for launches in steps():
+                    compiler.add(launches)
+            self.compiled = compiler.count
+            timeline.add(f"{self.compiled} kernels compiled", started, time.time())
+        except Exception as error:
+            log.info("kernels are compiled when they are launched: %s: %s", type(error).__name__, error)
+            log.debug("", exc_info=True)
+
+
+def record(model: Model, make: Callable[[], Target], largest: Largest) -> Iterator[list[Launch]]:
+    """What steps of `model`, which is on `meta` and still empty, will launch: a list a step, the first needed first. `make`
+    puts a step around it, once it is filled."""
+    from .kernels.triton.launch import recording
+
+    thin(model)
+    fill(model)
+    target = make()
+    for step in _steps(largest):
+        with recording() as launches:
+            step(target)
+        yield launches
+
+
+def thin(model: Any) -> None:
+    """Keep one layer of each kind, by the shapes of its weights: the others launch the same."""
+    layers = getattr(model, "layers", None)
+    if isinstance(layers, list):
+        kinds = {tuple(slot.shape for slot in layer.weight_slots()): layer for layer in reversed(layers)}
+        model.layers = list(reversed(kinds.values()))
+
+
+def fill(model: Model) -> None:
+    """Weights without memory, for a model on `meta`."""
+    for slot in model.weight_slots():
+        if not slot.unused and (not slot.optional or slot.drafts):
+            slot.load(torch.empty(slot.shape, dtype=torch.bfloat16, device=META))
+    model.finalize()
+
+
+def _steps(largest: Largest) -> list[Callable[[Target], object]]:
+    """A short prompt, one sequence; then all sizes, the largest prompt, what sampling needs."""
+    plain, sampled = 0, Feature.SAMPLING
+    filtered = sampled | Feature.FILTER
+    most, drafts = largest.sequences, largest.drafts
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if size < most] + [most]
+    steps = [_prefill([5], plain, largest), _decode(1, plain, 0)]
+    steps += [_decode(1, features, 0) for features in (sampled, filtered)]
+    steps += [_prefill([5], features, largest) for features in (sampled, filtered)]
+    steps += [_decode(size, plain, count) for size in sizes for count in range(drafts + 1)]
+    chunk = min(largest.prefill_tokens, largest.context - 1)
+    prompts = [[n for n in lengths if n < largest.context] for lengths in ([33], [100, 7], [256, 256], [1024], [chunk])]
+    steps += [_prefill(lengths, plain, largest) for lengths in prompts if lengths]
+    return [*steps, _decode(most, EVERY_FEATURE, 0), _prefill([16] * min(most, 16), EVERY_FEATURE, largest)]
+
+
+def _decode(batch: int, features: int, drafts: int) -> Callable[[Target], object]:
+    from .step.decode import decode
+
+    slots = torch.empty(batch, dtype=torch.int64, device=META)
+    return lambda target: decode(slots, Drafting(drafts, drafts), features, target)
+
+
+def _prefill(lengths: list[int], features: int, largest: Largest) -> Callable[[Target], object]:
+    from .step.prefill import prefill
+
+    chunks = [PrefillChunk(min(slot, largest.sequences - 1), 0, count, True) for slot, count in enumerate(lengths)]
+    return lambda target: prefill(chunks, largest.drafts, features, target)
+
+
+class Compiler:
+    """Compiles launches for a device on several threads, each kind once; leaving the `with` waits for all. One that fails is
+    left to its first launch."""
+
+    def __init__(self, device: torch.device, threads: int | None = None) -> None:
+        self.count = 0
+        """Kinds so far."""
+        self._seen: set[tuple[Any, ...]] = set()
+        threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
+        use_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._pool = ThreadPoolExecutor(threads, "fluent-compile", initializer=use_device)
+
+    def add(self, launches: Iterable[Launch]) -> None:
+        for launch in launches:
+            key = key_of(launch)
+            if key not in self._seen:
+                self._seen.add(key)
+                self.count += 1
+                self._pool.submit(_compile, launch)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=True)
+
+
+def _compile(launch: Launch) -> None:
+    try:
+        launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+    except Exception as error:
+        log.info("%s is compiled when it is launched: %s: %s", launch.kernel.__name__, type(error).__name__, error)
+        log.debug("", exc_info=True)
+
+
+def key_of(launch: Launch) -> tuple[Any, ...]:
+    """Equal for launches that run the same machine code, as Triton specialises: types, constants, ones, multiples of 16."""
+    arguments = tuple(map(_key, launch.args))
+    options = tuple(sorted((name, str(value)) for name, value in launch.options.items()))
+    return (id(launch.kernel), arguments, options)
+
+
+def _key(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, torch.Tensor):
+        return ("tensor", value.dtype, value.data_ptr() % 16 == 0)
+    if isinstance(value, bool):
+        return ("bool", value)
+    if isinstance(value, int):
+        return ("int", value == 1, value % 16 == 0, -(2**31) <= value < 2**31)
+    if isinstance(value, float):
+        return ("float",)
+    if hasattr(value, "block_shape"):  # a tensor descriptor
+        return ("descriptor", value.base.dtype, tuple(value.block_shape), str(getattr(value, "layout", "")))
+    return ("other", str(value))

@@ -1,0 +1,160 @@
+"""Kernels compiled ahead: what is recorded without memory is what a GPU would launch, and each kind is compiled once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from engine.harness import write_tiny_llama
+
+from fluentllm.assembly.kernels import launches_of
+from fluentllm.core import config
+from fluentllm.core.plugins import PluginManager
+from fluentllm.core.protocols import BuildContext
+from fluentllm.hub import load_config, resolve
+from fluentllm.kernels import choose_ops
+from fluentllm.prewarm import key_of
+
+MODELS = Path(__file__).parents[1] / "benchmarks" / "gpu" / "models"
+SMALL = {"num_hidden_layers": 2, "num_layers": 2, "n_routed_experts": 8, "vocab_size": 500}
+SOME = {"_embedding_kernel", "_rms_norm_kernel", "_commit_kernel", "_rows_kernel", "_draw_kernel", "_threshold_kernel"}
+GROUPED, LATENT = {"_prefill_kernel", "_decode_kernel"}, {"_prefill_kernel", "decode_bf16"}
+
+
+def small(folder: Path, name: str) -> Path:
+    """The geometry of a model that benchmarks use, with few layers."""
+    given = json.loads((MODELS / name / "config.json").read_text())
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**given, **{key: size for key, size in SMALL.items() if key in given}}))
+    return folder
+
+
+def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch, **overrides: object) -> list:
+    """As if on an H100, of which only its number is asked."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    settings = config.load(None, {"scheduler.max_running": 8, **overrides}, {}).settings
+    files, device = resolve(str(folder), weights=False), torch.device("cuda", 0)
+    plugins = PluginManager.load({"engine", "executor"}, allow=[])
+    given = load_config(files)
+    family = plugins.registry("models").get(given["architectures"][0]).factory
+    context = BuildContext(device, torch.bfloat16, choose_ops(device, False), "bfloat16", family.spec(given).max_position + 16)
+    with torch.inference_mode():
+        steps = list(launches_of(settings, plugins, family, given, context, files.path))
+    assert all(steps)
+    return [launch for step in steps for launch in step]
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("llama-3.1-8b", GROUPED),
+        ("qwen3-0.6b", GROUPED),
+        ("deepseek-v3-lite", LATENT),
+        ("longcat-flash-lite", LATENT),
+    ],
+)
+def test_every_family_can_be_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, kernels: set[str]
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        launches = recorded(small(tmp_path / name, name), monkeypatch)
+    assert caplog.records == []
+    names = {launch.kernel.__name__ for launch in launches}
+    assert SOME | kernels <= names
+    distinct = {key_of(launch) for launch in launches}
+    assert len(distinct) < len(launches) / 2
+
+
+def test_drafts_are_recorded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Each number of drafts is a program of its own; a proposer that failed would have been logged."""
+    with caplog.at_level(logging.ERROR):
+        alone = recorded(small(tmp_path / "a", "deepseek-v3-lite"), monkeypatch)
+        drafting = recorded(
+            small(tmp_path / "b", "deepseek-v3-lite"), monkeypatch, **{"speculative.method": "mtp", "speculative.max_k": 2}
+        )
+    assert caplog.records == []
+
+    def rows(launches: list) -> set[int]:
+        return {launch.options["ROWS"] for launch in launches if launch.kernel.__name__ == "_rows_kernel"}
+
+    assert (rows(alone), rows(drafting)) == ({1}, {1, 2, 3})
+    assert "_leave_kernel" in {launch.kernel.__name__ for launch in drafting}
+
+
+FAKE_DRIVER = """
+    import logging, sys, time
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Hopper:  # what Triton asks of a driver before it compiles
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+    driver.set_active(Hopper())
+    import triton
+    from fluentllm.kernels.triton.elementwise import silu_mul
+    from fluentllm.kernels.triton.launch import recording
+    from fluentllm.prewarm import Compiler
+
+    compiled = []
+    triton.knobs.compilation.listener = lambda **about: compiled.append(about["cache_hit"])
+    with recording() as launches:
+        for tokens in (1, 8, 8, 8):
+            silu_mul(torch.empty(tokens, 2 * 512, dtype=torch.bfloat16, device="meta"))
+    logging.basicConfig(level="INFO")
+    with Compiler(torch.device("cpu"), threads=2) as compiler:
+        compiler.add(launches)
+    with Compiler(torch.device("cpu"), threads=2) as again:
+        again.add(launches)
+    print(compiler.count, sum(not hit for hit in compiled), sum(compiled))
+"""
+
+
+def test_each_kind_is_compiled_once_and_kept(tmp_path: Path) -> None:
+    """Through Triton's own `warmup`, for a GPU that is not here; a second process finds it in the cache."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    code = textwrap.dedent(FAKE_DRIVER)
+
+    def run() -> list[int]:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        assert "is compiled when it is launched" not in done.stderr
+        return [int(number) for number in done.stdout.split()]
+
+    kinds, missed, found = run()
+    assert kinds == missed
+    assert found == 0
+    assert run() == [kinds, 0, kinds]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+def test_a_first_request_compiles_nothing(tmp_path: Path) -> None:
+    """In a process of its own with an empty cache: after the start, neither prompt nor answer wait for a compiler."""
+    write_tiny_llama(tmp_path / "tiny", hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    code = f"""
+        import triton
+        from fluentllm import LLM
+        from fluentllm.frontend.sampling import SamplingOptions
+        settings = {{"model.load_format": "dummy", "engine.device": "cuda"}}
+        with LLM({str(tmp_path / "tiny")!r}, settings=settings) as llm:
+            missed = []
+            triton.knobs.compilation.listener = lambda **about: missed.append(str(about["src"].name))
+            for prompts in ([[5] * 5], [[5] * 9, [7] * 70], [[9] * 33] * 8):
+                llm.generate(prompts, SamplingOptions(max_tokens=20, temperature=0, ignore_eos=True))
+                llm.generate(prompts, SamplingOptions(max_tokens=20, temperature=1, top_p=0.9, ignore_eos=True))
+        print(sorted(missed))
+    """
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
