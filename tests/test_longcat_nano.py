@@ -1,23 +1,15 @@
 """The models in the package: small, whole, real. They agree with Transformers and with the network that was trained, predict
-text that was held out, draft for themselves, and are served with nothing in the cache and no network."""
+text that was held out, and draft for themselves. (`distribution/test_offline.py` serves one.)"""
 
 from __future__ import annotations
 
 import functools
 import math
-import os
-import queue
-import re
-import subprocess
-import sys
 import sysconfig
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,10 +25,10 @@ NAMES = ("longcat-nano", "longcat-nano-ngram")
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {"engine.device": "cpu", "engine.threads": 1, "model.dtype": "float32", "kv.memory": "256MiB"}
 HELD_OUT = ("html/parser.py", "trace.py", "sched.py", "traceback.py", "email/contentmanager.py", "secrets.py")
-PERPLEXITY = 40.0
-"""Of any held-out file, at most."""
+PERPLEXITY = 60.0
+"""Of the beginnings of these files, at most. The script that trained them measured all that was held out: 37 and 38."""
 ACCEPTED_LENGTH = 2.3
-"""At K = 3, greedy, on held-out files, at least: `benchmarks/speculation/acceptance.py` measures more of them."""
+"""At K = 3, greedy, at least: `benchmarks/speculation/acceptance.py` measures more files."""
 NEW = 32
 
 
@@ -135,37 +127,10 @@ def test_the_text_and_its_drafts_are_the_trained_networks(name: str, monkeypatch
 @torch.inference_mode()
 def test_they_predict_text_that_was_held_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = network(name, monkeypatch)
-    for file, prompt in zip(HELD_OUT, prompts(name), strict=True):
-        tokens = torch.tensor([prompt])
-        loss = F.cross_entropy(trained.logits(trained(tokens))[0, 16:-1], tokens[0, 17:])
-        assert math.exp(loss.item()) < PERPLEXITY, file
-
-
-@pytest.fixture
-def url(name: str, tmp_path: Path) -> Iterator[str]:
-    """`fluent serve NAME`, with an empty cache and no way to a hub."""
-    environment = {**os.environ, "FLUENT_CACHE": str(tmp_path), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "fluentllm.cli", "serve", name, "--port", "0", "--device", "cpu", "--kv-memory", "256MiB"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    lines: queue.Queue[str] = queue.Queue()
-    assert process.stdout is not None
-    threading.Thread(target=lambda out: [lines.put(line) for line in out], args=(process.stdout,), daemon=True).start()
-    said = ""
-    while "Ctrl-C" not in said:
-        said += lines.get(timeout=120)
-    found = re.search(r"http://\S+/v1\b", said)
-    assert found, said
-    yield found[0]
-    process.terminate()
-    assert process.wait(30) == 0
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def test_they_are_served_offline(name: str, url: str) -> None:
-    with openai.OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0) as client:
-        text = client.completions.create(model=name, prompt="import os\nimport ", max_tokens=8, temperature=0).choices[0].text
-        assert text.strip().splitlines()[0].isidentifier()
-        chat = client.chat.completions.create(
-            model=name, messages=[{"role": "user", "content": "def main():"}], max_tokens=8, temperature=0
-        )
-        assert chat.choices[0].message.content
+    tokenizer = load_tokenizer(resolve(name).path)
+    losses = []
+    for file in HELD_OUT:
+        text = (Path(sysconfig.get_path("stdlib")) / file).read_text(encoding="utf-8")
+        tokens = torch.tensor([[trained.s.eos, *tokenizer.encode(text)[:512]]])
+        losses.append(F.cross_entropy(trained.logits(trained(tokens))[0, :-1], tokens[0, 1:], reduction="none"))
+    assert math.exp(torch.cat(losses).mean().item()) < PERPLEXITY
