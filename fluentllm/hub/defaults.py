@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
+
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+"""Small models that are part of this package."""
 
 DEFAULT_MODEL = "smollm2"
 
@@ -66,4 +69,18 @@ SMOLLM2 = Default(
     ),
 )
 
-DEFAULTS: dict[str, Default] = {default.name: default for default in (SMOLLM2,)}
+LONGCAT_NANO = Default(
+    name="longcat-nano",
+    about="LongCat-Flash of 4 M parameters with its MTP layer, trained on Python's standard library: for tests, offline",
+    license="Apache-2.0",
+    source=PackageSource(CHECKPOINTS / "longcat-nano"),
+)
+
+LONGCAT_NANO_NGRAM = Default(
+    name="longcat-nano-ngram",
+    about="longcat-nano with the n-gram embedding of LongCat-Flash-Lite",
+    license="Apache-2.0",
+    source=PackageSource(CHECKPOINTS / "longcat-nano-ngram"),
+)
+
+DEFAULTS: dict[str, Default] = {default.name: default for default in (SMOLLM2, LONGCAT_NANO, LONGCAT_NANO_NGRAM)}
