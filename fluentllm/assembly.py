@@ -114,7 +114,9 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager, ti
     family = plugins.registry("models").get(_architecture(config)).factory
     spec: ModelSpec = family.spec(config)
     check_speculation(settings, spec, plugins)
-    precision = choose_precision(settings.model.weight_precision, device, dtype, settings.engine.deterministic)
+    precision = choose_precision(
+        settings.model.weight_precision, device, dtype, settings.engine.deterministic, fp8_checkpoint=_is_fp8(config)
+    )
     context = BuildContext(
         device=device,
         dtype=dtype,
@@ -326,6 +328,11 @@ def _architecture(config: Any) -> str:
             "config.json names no architecture.", fix='Add "architectures": ["LlamaForCausalLM"] or the like.'
         )
     return str(names[0])
+
+
+def _is_fp8(config: Any) -> bool:
+    """Are the checkpoint's matrices FP8? In which blocks is the reader's business."""
+    return (config.get("quantization_config") or {}).get("quant_method") == "fp8"
 
 
 def _reader(settings: Settings, files: ModelFiles, plugins: PluginManager) -> Callable[[WeightsContext], Any]:
