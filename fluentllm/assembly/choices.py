@@ -132,6 +132,11 @@ def architecture_of(config: Any) -> str:
     return str(names[0])
 
 
+def is_fp8(config: Any) -> bool:
+    """Are the checkpoint's matrices FP8? In which blocks is the reader's business."""
+    return (config.get("quantization_config") or {}).get("quant_method") == "fp8"
+
+
 def draft_memory(entry: Entry | None, target: DraftTarget) -> DraftMemory:
     ask: Callable[[DraftTarget], DraftMemory] | None = getattr(entry.factory, "memory", None) if entry is not None else None
     return ask(target) if ask is not None else DraftMemory()

@@ -17,7 +17,7 @@ from ..layers.loading import load_weights
 from ..memory import weights_too_large
 from ..prewarm import Prewarm
 from ..transfer.layout import fingerprint
-from .choices import architecture_of, check_speculation, choose_dtype, choose_library, max_model_len, positions_ahead
+from .choices import architecture_of, check_speculation, choose_dtype, choose_library, is_fp8, max_model_len, positions_ahead
 from .kernels import start_compiling, without_memory
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager, ti
     family = plugins.registry("models").get(architecture_of(config)).factory
     spec: ModelSpec = family.spec(config)
     check_speculation(settings, spec, plugins, DraftTarget(settings, spec, dtype.itemsize, files.path))
-    precision = choose_precision(settings.model.weight_precision, device, dtype, settings.engine.deterministic)
+    precision = choose_precision(
+        settings.model.weight_precision, device, dtype, settings.engine.deterministic, fp8_checkpoint=is_fp8(config)
+    )
     library = choose_library(settings, device)
     context = BuildContext(
         device=device,

@@ -28,8 +28,11 @@ class ModelSettings(Struct, kw_only=True, forbid_unknown_fields=True):
         _help("Activations and unpacked weights. auto: float32 on a CPU, bfloat16 on a GPU."),
     ] = "auto"
     weight_precision: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "packed"],
-        _help("Matrix weights, see docs/models.md. auto: packed on a CPU; on a GPU, or deterministic, the activations' dtype."),
+        Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "packed", "fp8"],
+        _help(
+            "Matrix weights, see docs/models.md. auto: packed on a CPU; on a GPU, or deterministic, the activations' dtype, "
+            "but block-FP8 checkpoints stay FP8 on Hopper."
+        ),
     ] = "auto"
     max_model_len: Annotated[
         Annotated[int, Meta(ge=8)] | None, _help("Longest context, prompt and answer; the checkpoint's if null.", "tokens")

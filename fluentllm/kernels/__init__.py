@@ -52,16 +52,30 @@ def in_kernels(tensor: torch.Tensor) -> bool:
     return tensor.device.type in ("cuda", "meta")
 
 
-def choose_precision(setting: str, device: torch.device, dtype: torch.dtype, deterministic: bool) -> str:
+def choose_precision(
+    setting: str, device: torch.device, dtype: torch.dtype, deterministic: bool, *, fp8_checkpoint: bool = False
+) -> str:
     """`model.weight_precision` → what matrix weights are packed to (`weights.PRECISIONS`).
 
-    auto: `packed` on a CPU; on a GPU, and in deterministic mode, the dtype of the activations.
+    auto: `packed` on a CPU, and on a GPU with FP8 products for a checkpoint in block FP8; on a GPU else, and in deterministic
+    mode, the dtype of the activations. fp8 on a GPU without such products is that dtype too; on a CPU it is the plain version.
     """
+    from .fp8_weight import fp8_products
+
+    dense = str(dtype).removeprefix("torch.")
+    if setting == "fp8" and device.type == "cuda" and not fp8_products(device):
+        logging.getLogger("fluentllm.engine").warning(
+            "model.weight_precision is fp8, but %s multiplies no FP8: matrices are kept in %s.", device, dense
+        )
+        return dense
     if setting != "auto":
         return setting
-    if deterministic or device.type != "cpu":
-        return str(dtype).removeprefix("torch.")
-    return "packed"
+    if deterministic:
+        return dense
+    if device.type == "cpu":
+        return "packed"
+    # What a checkpoint keeps in 16 bits is bfloat16 then, so activations must be, too.
+    return "packed" if fp8_checkpoint and dense == "bfloat16" and fp8_products(device) else dense
 
 
 def _copy_budget() -> int:

@@ -25,6 +25,10 @@ class ExpertWeights(Protocol):
     """[E, 2 · inner, hidden], gate rows first; None where matrices are packed one by one."""
     down: Tensor | None
     """[E, hidden, inner]."""
+    gate_up_scale: Tensor | None
+    """float32 [E, 2 · inner / 128, hidden / 128] where both are block FP8 (E4M3), else None."""
+    down_scale: Tensor | None
+    """float32 [E, hidden / 128, inner / 128]."""
 
     def __call__(self, number: int, rows: Tensor) -> Tensor:
         """rows [n, hidden] → what expert `number` makes of them, [n, hidden]."""

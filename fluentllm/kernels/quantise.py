@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .block_fp8 import dequantise_weight
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -36,8 +38,10 @@ def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def dequantise_blocks(kind: str, parts: Mapping[str, Tensor]) -> Tensor:
     """A checkpoint's blocks (`kind` and `parts` as in `core.protocols.PackedTensor`) → [rows, columns] float32."""
+    if kind == "fp8_block":
+        return dequantise_weight(parts["q"], parts["scale"])
     if kind not in ("q4_1", "q8_0"):
-        raise ValueError(f"blocks of kind {kind!r} are unknown, 'q4_1' or 'q8_0' is expected")
+        raise ValueError(f"blocks of kind {kind!r} are unknown, 'q4_1', 'q8_0' or 'fp8_block' is expected")
     q, d = parts["q"], parts["d"].float().unsqueeze(-1)
     values = q.reshape(*d.shape[:2], -1).float().mul_(d)
     if kind == "q4_1":

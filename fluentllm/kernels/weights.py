@@ -1,4 +1,4 @@
-"""Matrix weights as products want them: dense, float16 through FBGEMM, int8 rows, 4 bits in groups of 32, tiles for C.
+"""Matrix weights as products want them: dense, float16 through FBGEMM, int8 rows, 4 bits in groups of 32, tiles for C, block FP8.
 
 `pack` and `pack_blocks` are called once a matrix, after loading; `Weight.product` once a layer and step. Which is fastest when
 is in benchmarks/cpu/README.md.
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .copies import COPIES
+from .fp8_weight import Fp8BlockWeight
 from .native.pack import TiledWeight, fits as tiles_fit
 from .quantise import GROUP, dequantise_blocks, quantise_int4, quantise_int8
 from .split_int8 import SplitInt8Weight, has_vnni
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from .native.library import Library
 
 DENSE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PRECISIONS = (*DENSE, "int8", "int4", "packed")
-"""packed: 4-bit blocks as the checkpoint has them, 8-bit blocks as int8 rows, everything else in 16 bits."""
+PRECISIONS = (*DENSE, "int8", "int4", "packed", "fp8")
+"""packed: a checkpoint's blocks as it has them where products can use them (on a CPU 4 bits, and 8 bits as int8 rows; on a GPU
+FP8), everything else in 16 bits. fp8: block FP8, activations too."""
 
 
 class Weight(Protocol):
@@ -160,12 +162,14 @@ def pack(weight: Tensor, precision: str, *, twice: bool = False, library: Librar
     `library`: for products of few rows with packed weights.
 
     int4 needs rows of whole groups of 32 and a multiple of 16 rows; where it does not fit, int8 is taken, which needs whole
-    groups too, and else 16 bits. Off the CPU there is neither, and bfloat16 is taken.
+    groups too, and else 16 bits. Off the CPU there is neither, and bfloat16 is taken. fp8 is quantised here.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, one of {PRECISIONS} is expected")
     if precision in DENSE:
         return DenseWeight(weight.to(DENSE[precision]))
+    if precision == "fp8":
+        return Fp8BlockWeight.of(weight)
     if weight.device.type != "cpu":
         return DenseWeight(weight.to(torch.bfloat16))
     # With other widths torch's int8 product reads past the end of rows.
@@ -184,9 +188,13 @@ def pack_blocks(
 
     `q4_1` (value = d · q + m) are 4-bit groups with scale = d, zero = m + 8 d. `q8_0` (value = d · q) are taken as they are
     by the library; without it they are rounded to int8 rows where the product can keep float32 sums, and elsewhere take 16
-    bits: they are heads more often than not, and logits in bfloat16 tie.
+    bits: they are heads more often than not, and logits in bfloat16 tie. `fp8_block` stays as it is for `fp8`, and off the CPU
+    for `packed`.
     """
     q = parts["q"]
+    if kind == "fp8_block":
+        taken = precision == "fp8" or (precision == "packed" and q.device.type != "cpu")
+        return Fp8BlockWeight(q, parts["scale"]) if taken else None
     if precision not in ("packed", "int4") or q.device.type != "cpu":
         return None
     if kind == "q4_1" and _fits_int4(*q.shape):

@@ -42,8 +42,11 @@ class Head(Module):
         self.shape = (rows, size)
         self.weight: Weight | None = None
         self._ops = ctx.ops
-        # Four bits cost too much here: with them SmolLM2 keeps 91 % of its most likely tokens, with eight 98 %.
-        self._precision = "int8" if ctx.weight_precision == "int4" else ctx.weight_precision
+        # Four bits cost too much here: with them SmolLM2 keeps 91 % of its most likely tokens, with eight 98 %. FP8 has three
+        # bits of mantissa, and DeepSeek's FP8 checkpoints keep the head in 16 bits.
+        self._precision = {"int4": "int8", "fp8": str(ctx.dtype).removeprefix("torch.")}.get(
+            ctx.weight_precision, ctx.weight_precision
+        )
         self._device = ctx.device
         self._dtype = ctx.dtype
 
@@ -57,5 +60,7 @@ class Head(Module):
         self.weight = self._ops.pack(tensor.to(self._device), self._precision)
 
     def _take_packed(self, packed: PackedTensor) -> bool:
+        if packed.kind == "fp8_block":
+            return False
         self.weight = self._ops.pack_blocks(packed.kind, packed.parts, self._precision)
         return self.weight is not None

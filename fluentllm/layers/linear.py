@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..core.protocols import WeightSlot
+from ..kernels.fp8_weight import side_by_side
 from ..kernels.quantise import dequantise_blocks
 from .module import Module, join
 
@@ -18,6 +21,12 @@ if TYPE_CHECKING:
 
     from ..core.protocols import BuildContext, PackedTensor
     from ..kernels.weights import Weight
+
+
+log = logging.getLogger("fluentllm.engine")
+
+TAKES_BLOCKS = ("int4", "packed", "fp8")
+"""Precisions with a use for a checkpoint's blocks as they are."""
 
 
 class Linear(Module):
@@ -67,7 +76,7 @@ class Linear(Module):
                 join(self.prefix, name, "weight"),
                 (rows, self.in_features),
                 partial(self._take, name),
-                partial(self._take_packed, name),
+                partial(self._take_packed, name) if self._precision in TAKES_BLOCKS else None,
             )
             if self.bias is not None:
                 yield WeightSlot(join(self.prefix, name, "bias"), (rows,), self.bias[start : start + rows].copy_)
@@ -78,8 +87,9 @@ class Linear(Module):
         self._pack_if_complete()
 
     def _take_packed(self, name: str, packed: PackedTensor) -> bool:
-        if self._precision not in ("int4", "packed"):
-            return False
+        if packed.kind == "fp8_block":
+            # A copy: what a reader hands out may be part of something larger, at any address.
+            packed = replace(packed, parts={key: part.to(self._device, copy=True) for key, part in packed.parts.items()})
         self._arrived[name] = packed
         self._pack_if_complete()
         return True
@@ -100,5 +110,14 @@ class Linear(Module):
         packed = [part for part in arrived if not isinstance(part, torch.Tensor)]
         if len(packed) < len(arrived) or len({part.kind for part in packed}) > 1:
             return None
-        parts = {key: torch.cat([part.parts[key] for part in packed]) for key in packed[0].parts}
-        return self._ops.pack_blocks(packed[0].kind, parts, self._precision)
+        if packed[0].kind != "fp8_block":
+            parts = {key: torch.cat([part.parts[key] for part in packed]) for key in packed[0].parts}
+            return self._ops.pack_blocks(packed[0].kind, parts, self._precision)
+        both = side_by_side([(part.parts["q"], part.parts["scale"]) for part in packed])
+        if both is None:
+            names, rows = ", ".join(self.parts), list(self.parts.values())
+            log.warning(
+                "%s: %s have %s rows, not multiples of 128, so they share no blocks: dequantised.", self.prefix, names, rows
+            )
+            return None
+        return self._ops.pack_blocks("fp8_block", {"q": both[0], "scale": both[1]}, self._precision)

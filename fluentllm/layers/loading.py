@@ -28,6 +28,12 @@ NOT_WEIGHTS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(
 
 _LISTED = 12
 
+MOST_PARTS = 3
+"""Of a `PackedTensor`."""
+
+FP8_NAN = 0x7F
+"""E4M3's only value that is not finite, with either sign."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
@@ -67,18 +73,33 @@ class _Filling:
 
     def take_packed(self, slots: Mapping[str, list[WeightSlot]], names: Iterable[str]) -> None:
         """Offer blocks to the slots that may take them; the others are left for `read_rest`."""
-        for name in names:
-            for slot in slots.get(name, ()):
-                if not slot.unused and not (slot.load_packed is not None and self._take_packed(name, slot.load_packed)):
-                    self._rest.setdefault(name, []).append(slot)
+        used = {name: [slot for slot in slots.get(name, ()) if not slot.unused] for name in names}
+        offered = [name for name, group in used.items() if any(slot.load_packed is not None for slot in group)]
+        finite = FiniteSums(self._device, MOST_PARTS * len(offered))
+        for name, packed in zip(offered, self._blocks(offered), strict=True):
+            if packed is not None:
+                for part in packed.parts.values():
+                    if self._device.type == "cpu":
+                        check_finite(name, part)
+                    else:
+                        finite.add(name, part)
+                used[name] = [slot for slot in used[name] if not self._take_packed(packed, slot.load_packed)]
+            del packed  # before the next is there
+        self._rest = {name: group for name, group in used.items() if group}
+        for name in finite.suspects():
+            again = self._checkpoint.packed(name)
+            for part in again.parts.values() if again is not None else ():
+                check_finite(name, part)
 
-    def _take_packed(self, name: str, load: Callable[[PackedTensor], bool]) -> bool:
-        packed = self._checkpoint.packed(name)
-        if packed is None:
-            return False
-        for part in packed.parts.values():
-            check_finite(name, part)
-        if not load(packed):
+    def _blocks(self, names: list[str]) -> Iterable[PackedTensor | None]:
+        stream = getattr(self._checkpoint, "stream_packed", None)
+        if self._device.type == "cpu" or stream is None:
+            return (self._checkpoint.packed(name) for name in names)
+        found: Iterable[PackedTensor | None] = stream(names, self._device)
+        return found
+
+    def _take_packed(self, packed: PackedTensor, load: Callable[[PackedTensor], bool] | None) -> bool:
+        if load is None or not load(packed):
             return False
         self.tensors, self.packed = self.tensors + 1, self.packed + 1
         self.bytes += sum(part.nbytes for part in packed.parts.values())
@@ -150,6 +171,11 @@ def _section(what: str, items: list[str]) -> str:
     return f"{len(items)} {what}: " + ", ".join(items[:_LISTED]) + more
 
 
+def _magnitudes(tensor: Tensor) -> Tensor:
+    """Bits of E4M3 values without their sign."""
+    return tensor.view(torch.uint8) & FP8_NAN
+
+
 class FiniteSums:
     """Looks for NaN and infinity without waiting for the device: a sum a tensor, read once at the end."""
 
@@ -161,7 +187,10 @@ class FiniteSums:
         """Another tensor, of at most `count`."""
         number = len(self._names)
         self._names.append(name)
-        if tensor.is_floating_point():
+        if tensor.dtype is torch.float8_e4m3fn:
+            if tensor.numel():
+                torch.where(_magnitudes(tensor).amax() == FP8_NAN, torch.nan, 0.0, out=self._sums[number])
+        elif tensor.is_floating_point():
             torch.sum(tensor.reshape(-1), 0, dtype=torch.float32, out=self._sums[number])
 
     def suspects(self) -> list[str]:
@@ -175,9 +204,14 @@ def check_finite(name: str, tensor: Tensor) -> None:
     anywhere shows in the sum."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
-    if torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all():
+    if tensor.dtype is torch.float8_e4m3fn:
+        bad = int((_magnitudes(tensor) == FP8_NAN).sum())
+    elif torch.isfinite(tensor.sum(dtype=torch.float32)):
+        bad = 0
+    else:
+        bad = int((~torch.isfinite(tensor)).sum())
+    if not bad:
         return
-    bad = int((~torch.isfinite(tensor)).sum())
     raise CheckpointError(
         f"{name} {list(tensor.shape)} holds {bad} values that are NaN or infinite.",
         fix="The file is damaged or was saved from a broken training run: fetch it again.",

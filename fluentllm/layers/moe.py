@@ -5,12 +5,15 @@ Used by Qwen3-MoE, DeepSeek and LongCat; what differs between them is in `kernel
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..core.protocols import WeightSlot
+from ..kernels.block_fp8 import BLOCK, E4M3, quantise_weight
+from ..kernels.fp8_weight import Fp8BlockWeight
 from ..kernels.moe import Routing
 from ..kernels.weights import DENSE
 from .mlp import MLP
@@ -21,8 +24,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ..core.protocols import BuildContext
+    from ..core.protocols import BuildContext, PackedTensor
     from ..kernels.weights import Weight
+
+
+log = logging.getLogger("fluentllm.engine")
 
 
 class Router(Module):
@@ -55,7 +61,8 @@ class Experts(Module):
     """The routed experts' SwiGLU matrices: `<prefix>.<e>.{gate,up,down}_proj.weight`.
 
     Matrices that are not packed to int8 or int4 are views of two tensors, `gate_up` [E, 2 · inner, hidden] (gate rows first)
-    and `down` [E, hidden, inner], as grouped products want them; else both are None.
+    and `down` [E, hidden, inner], as grouped products want them; else both are None. In block FP8 they are E4M3, with scales
+    beside them; that needs hidden and inner to be multiples of 128.
     """
 
     def __init__(self, ctx: BuildContext, prefix: str, routing: Routing, hidden: int, inner: int) -> None:
@@ -64,18 +71,39 @@ class Experts(Module):
         self.count, self.zero_experts = routing.experts, routing.zero_experts
         self.gate_up: Tensor | None = None
         self.down: Tensor | None = None
+        self.gate_up_scale: Tensor | None = None
+        self.down_scale: Tensor | None = None
         self._ops = ctx.ops
         self._precision = ctx.weight_precision
         self._device = ctx.device
+        self._fits_fp8 = hidden % BLOCK == inner % BLOCK == 0
+        if self._precision == "fp8" and not self._fits_fp8:
+            log.warning("%s: %d × %d are not whole blocks of 128: kept in %s, not in FP8.", prefix, inner, hidden, ctx.dtype)
+            self._precision = str(ctx.dtype).removeprefix("torch.")
         self._weights: dict[tuple[int, str], Weight] = {}
         self._arrived: dict[tuple[int, str], Tensor] = {}
         if self._precision in DENSE:
-            dtype = DENSE[self._precision]
-            self.gate_up = torch.empty(self.count, 2 * inner, hidden, dtype=dtype, device=ctx.device)
-            self.down = torch.empty(self.count, hidden, inner, dtype=dtype, device=ctx.device)
-            for number in range(self.count):
-                self._weights[number, "gate_up"] = self._ops.pack(self.gate_up[number], self._precision)
-                self._weights[number, "down"] = self._ops.pack(self.down[number], self._precision)
+            self._make_dense(self._precision)
+        elif self._precision == "fp8":
+            self._make_fp8()
+
+    def _make_dense(self, precision: str) -> None:
+        dtype, device = DENSE[precision], self._device
+        self.gate_up = torch.empty(self.count, 2 * self.inner, self.hidden, dtype=dtype, device=device)
+        self.down = torch.empty(self.count, self.hidden, self.inner, dtype=dtype, device=device)
+        for number in range(self.count):
+            self._weights[number, "gate_up"] = self._ops.pack(self.gate_up[number], precision)
+            self._weights[number, "down"] = self._ops.pack(self.down[number], precision)
+
+    def _make_fp8(self) -> None:
+        hidden, inner, device = self.hidden, self.inner, self._device
+        self.gate_up = torch.empty(self.count, 2 * inner, hidden, dtype=E4M3, device=device)
+        self.down = torch.empty(self.count, hidden, inner, dtype=E4M3, device=device)
+        self.gate_up_scale = torch.ones(self.count, 2 * inner // BLOCK, hidden // BLOCK, device=device)
+        self.down_scale = torch.ones(self.count, hidden // BLOCK, inner // BLOCK, device=device)
+        for number in range(self.count):
+            self._weights[number, "gate_up"] = Fp8BlockWeight(self.gate_up[number], self.gate_up_scale[number])
+            self._weights[number, "down"] = Fp8BlockWeight(self.down[number], self.down_scale[number])
 
     def __call__(self, number: int, rows: Tensor) -> Tensor:
         """rows [n, hidden] → what expert `number` makes of them, [n, hidden]."""
@@ -87,14 +115,45 @@ class Experts(Module):
         wide, narrow = (self.inner, self.hidden), (self.hidden, self.inner)
         for number in range(self.count):
             for name, shape in (("gate_proj", wide), ("up_proj", wide), ("down_proj", narrow)):
-                yield WeightSlot(join(self.prefix, str(number), name, "weight"), shape, partial(self._take, number, name))
+                yield WeightSlot(
+                    join(self.prefix, str(number), name, "weight"), shape, partial(self._take, number, name),
+                    partial(self._take_packed, number, name) if self._takes_fp8() else None,
+                )  # fmt: skip
         # Transformers saves matrices for LongCat's zero experts too, and never uses them.
         for number in range(self.count, self.count + self.zero_experts):
             for name in ("gate_proj", "up_proj"):
                 yield WeightSlot(join(self.prefix, str(number), name, "weight"), wide, _refuse, optional=True, unused=True)
 
+    def _takes_fp8(self) -> bool:
+        return self._fits_fp8 and (self._precision == "fp8" or (self._precision == "packed" and self._device.type != "cpu"))
+
+    def _take_packed(self, number: int, name: str, packed: PackedTensor) -> bool:
+        if packed.kind != "fp8_block":
+            return False
+        if self.gate_up is None:
+            self._make_fp8()
+        self._put_fp8(number, name, packed.parts["q"], packed.parts["scale"])
+        return True
+
+    def _put_fp8(self, number: int, name: str, q: Tensor, scale: Tensor) -> None:
+        assert self.gate_up is not None
+        assert self.down is not None
+        assert self.gate_up_scale is not None
+        assert self.down_scale is not None
+        if name == "down_proj":
+            self.down[number].copy_(q)
+            self.down_scale[number].copy_(scale)
+        else:
+            first = self.inner if name == "up_proj" else 0
+            self.gate_up[number, first : first + self.inner].copy_(q)
+            self.gate_up_scale[number, first // BLOCK : (first + self.inner) // BLOCK].copy_(scale)
+
     def _take(self, number: int, name: str, tensor: Tensor) -> None:
-        if self.gate_up is not None and self.down is not None:
+        if self.gate_up is None and self._precision == "packed" and self._device.type != "cpu":
+            self._make_dense("bfloat16")
+        if self.gate_up_scale is not None:
+            self._put_fp8(number, name, *quantise_weight(tensor.to(self._device)))
+        elif self.gate_up is not None and self.down is not None:
             first = self.inner if name == "up_proj" else 0
             place = self.down[number] if name == "down_proj" else self.gate_up[number, first : first + self.inner]
             place.copy_(tensor)

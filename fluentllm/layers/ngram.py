@@ -53,7 +53,8 @@ class NgramEmbedding(Module):
         self._projection: Tensor | None = torch.zeros(hidden, hidden, dtype=ctx.dtype, device=ctx.device)
         self._packed: Weight | None = None
         self._ops = ctx.ops
-        self._precision = ctx.weight_precision
+        # Its rows are sums of many tables': three bits of mantissa are too few for so small a matrix.
+        self._precision = str(ctx.dtype).removeprefix("torch.") if ctx.weight_precision == "fp8" else ctx.weight_precision
 
     def __call__(self, batch: Batch) -> Tensor:
         slots = batch.slots[batch.sequences]

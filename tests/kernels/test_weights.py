@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from fluentllm.kernels import weights
+from fluentllm.kernels.block_fp8 import dequantise_rows, quantise_rows_reference
 from fluentllm.kernels.copies import COPIES
 from fluentllm.kernels.quantise import dequantise_blocks, quantise_int4, quantise_int8
 from fluentllm.kernels.split_int8 import SplitInt8Weight, has_vnni
 
 ROWS = (0, 1, 2, 3, 9, 40)
-ERROR = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2, "packed": 2e-3, "int8": 2e-2, "int4": 0.15}
+ERROR = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2, "packed": 2e-3, "int8": 2e-2, "int4": 0.15, "fp8": 0.12}
 """max|Δ| / max|ref| of a product with normal weights, what the precision itself loses included."""
 
 
@@ -31,6 +32,8 @@ def test_products_are_the_plain_ones(precision: str, shape: tuple[int, int]) -> 
     for rows in ROWS:
         x = torch.randn(rows, shape[1])
         assert error(packed.product(x, bias), x @ matrix.T + bias) <= ERROR[precision]
+        if precision == "fp8":  # activations are quantised too
+            x = dequantise_rows(*quantise_rows_reference(x))
         assert error(packed.product(x, None), x @ packed.dequantised().T) <= min(2e-2, ERROR[precision])
 
 

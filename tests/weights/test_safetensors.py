@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fluentllm.core.errors import CheckpointError
+from fluentllm.kernels.quantise import dequantise_blocks
 from fluentllm.plugins.weights_safetensors import supports
 from fluentllm.plugins.weights_safetensors.blocks import dequantize_blocks
 from fluentllm.plugins.weights_safetensors.checkpoint import SafetensorsCheckpoint
@@ -102,6 +103,11 @@ def test_fp8_blocks_with_ragged_edges(tmp_path: Path, shape: tuple[int, int]) ->
     ours = checkpoint.read(name, CPU)
     assert ours.dtype == torch.float32
     assert torch.equal(ours, plain_dequantize(weight, scale, (128, 128)))
+    packed = checkpoint.packed(name)
+    assert packed is not None
+    assert (packed.kind, packed.shape) == ("fp8_block", shape)
+    assert torch.equal(dequantise_blocks(packed.kind, packed.parts), ours)
+    assert checkpoint.packed("model.norm.weight") is None
     assert torch.equal(checkpoint.read("model.norm.weight", CPU), norm)
 
 

@@ -39,13 +39,15 @@ class WeightSlot:
 
 @dataclass(slots=True)
 class PackedTensor:
-    """A weight [rows, columns] quantised in blocks along its columns, as a checkpoint ships it."""
+    """A weight [rows, columns] quantised in blocks, as a checkpoint ships it."""
 
     kind: str
-    """`q4_1`: value = d · q + m, blocks of 32, q in 0 … 15. `q8_0`: value = d · q, blocks of 32, q in -128 … 127."""
+    """`q4_1`: value = d · q + m, blocks of 32 of a row, q in 0 … 15. `q8_0`: value = d · q, blocks of 32, q in -128 … 127.
+    `fp8_block`: value = scale · q, blocks of 128 × 128, q in E4M3."""
     shape: tuple[int, int]
     parts: dict[str, Tensor]
-    """q4_1: `q` uint8 [rows, columns], `d`, `m` float32 [rows, columns / 32]. q8_0: `q` int8, `d`, of the same shapes."""
+    """q4_1: `q` uint8 [rows, columns], `d`, `m` float32 [rows, columns / 32]. q8_0: `q` int8, `d`, of the same shapes.
+    fp8_block: `q` float8_e4m3fn [rows, columns], `scale` float32 [⌈rows / 128⌉, ⌈columns / 128⌉]."""
 
 
 class Checkpoint(Protocol):
@@ -76,6 +78,10 @@ class StreamingCheckpoint(Checkpoint, Protocol):
         """What `read` gives for each of `names`, in their order, ready for the device's current stream."""
         ...
 
+    def stream_packed(self, names: SequenceOf[str], device: torch.device) -> Iterator[PackedTensor | None]:
+        """What `packed` gives for each of `names`, on the device. Asked for where a checkpoint has the method."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class WeightsContext:
@@ -96,7 +102,7 @@ class BuildContext:
     ops: Any
     """`fluentllm.kernels.ops.Ops`: the tensor operations, fast or in fixed order (deterministic mode)."""
     weight_precision: str = "float32"
-    """What matrix weights are packed to after loading: `float32`, `bfloat16`, `int8`, `int4`."""
+    """What matrix weights are packed to after loading: one of `kernels.weights.PRECISIONS`."""
     max_positions: int = 0
     """Rotary tables need no more rows than this."""
 

@@ -28,6 +28,8 @@ class LinearTile:
 
 MOST_TOKENS = 32
 """More rows are the library's."""
+MOST_FP8_TOKENS = 64
+"""More rows are `fp8_gemm`'s: an estimate, to be measured."""
 
 MEASURED: dict[tuple[int, int, int, bool], dict[int, LinearTile]] = {
     (4096, 1024, 2, False): {

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 
 from .. import in_kernels
+from ..fp8_weight import Fp8BlockWeight
 from ..plain import PlainOps
 from ..weights import DenseWeight
-from . import elementwise, linear, linear_tiles, moe, moe_route, moe_scores, norm
+from . import elementwise, fp8_gemm, fp8_quantise, linear, linear_tiles, moe, moe_route, moe_scores, norm
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from ..moe import Routing
     from ..ops import ExpertWeights
     from ..weights import Weight
+
+
+log = logging.getLogger("fluentllm.engine")
 
 
 class StreamedWeight(DenseWeight):
@@ -35,6 +42,28 @@ class StreamedWeight(DenseWeight):
         return linear.linear(x, self.weight, other=bias, counters=self._counters)
 
 
+class StreamedFp8Weight(Fp8BlockWeight):
+    """Block FP8 by our own kernels: activations are quantised in front of the product."""
+
+    def __init__(self, q: Tensor, scale: Tensor) -> None:
+        super().__init__(q, scale)
+        self._counters = linear.new_counters(self.out_features, q.device)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        q, scale = fp8_quantise.quantise_rows(x)
+        if x.shape[0] <= linear_tiles.MOST_FP8_TOKENS:
+            return linear.linear(
+                q, self.q, x_scale=scale, w_scale=self.scale, other=bias, counters=self._counters, out_dtype=x.dtype
+            )
+        y = fp8_gemm.fp8_gemm(q, scale, self.q, self.scale, out_dtype=x.dtype)
+        return y if bias is None else y.add_(bias)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """x [T, in], T at most `MOST_FP8_TOKENS` → silu(gate) · up, gate being the first half of the rows."""
+        q, scale = fp8_quantise.quantise_rows(x)
+        return linear.linear(q, self.q, x_scale=scale, w_scale=self.scale, gated=True, out_dtype=x.dtype)
+
+
 class TritonOps(PlainOps):
     """`kernels.ops.Ops`. What has no kernel here, or an operand whose last dimension is not contiguous, is `PlainOps`'."""
 
@@ -42,11 +71,23 @@ class TritonOps(PlainOps):
         packed = super().pack(weight, precision)
         if isinstance(packed, DenseWeight) and packed.weight.dtype is not torch.float32 and in_kernels(packed.weight):
             return StreamedWeight(packed.weight)
-        return packed
+        return self._fp8(packed) if isinstance(packed, Fp8BlockWeight) else packed
+
+    def pack_blocks(self, kind: str, parts: Mapping[str, Tensor], precision: str) -> Weight | None:
+        packed = super().pack_blocks(kind, parts, precision)
+        return self._fp8(packed) if isinstance(packed, Fp8BlockWeight) else packed
+
+    def _fp8(self, weight: Fp8BlockWeight) -> Weight:
+        if weight.in_features % 16:
+            log.warning("A matrix of %d columns cannot stay FP8: a multiple of 16 is needed.", weight.in_features)
+            return self.pack(weight.dequantised(), "bfloat16")
+        return StreamedFp8Weight(weight.q, weight.scale)
 
     def gated_linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if bias is None and isinstance(weight, StreamedWeight) and weight.streams(x):
             return linear.linear(x, weight.weight, gated=True)
+        if bias is None and isinstance(weight, StreamedFp8Weight) and x.shape[0] <= linear_tiles.MOST_FP8_TOKENS:
+            return weight.gated(x)
         return super().gated_linear(x, weight, bias)
 
     def logits(self, hidden: Tensor, weight: Weight) -> Tensor:
@@ -95,4 +136,7 @@ class TritonOps(PlainOps):
     ) -> Tensor:
         if experts.gate_up is None or experts.down is None:
             return super().experts(x, weights, ids.long(), experts, routing, shared)
+        if experts.gate_up_scale is not None and experts.down_scale is not None:
+            gate_up, down = (experts.gate_up, experts.gate_up_scale), (experts.down, experts.down_scale)
+            return moe.fp8_experts(x, weights, ids, gate_up, down, shared)
         return moe.experts(x, weights, ids, experts.gate_up, experts.down, shared)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from fluentllm.core.errors import CheckpointError
+from fluentllm.core.protocols import PackedTensor
 from fluentllm.hub.config import config_at
 
 from . import SafetensorsSettings
@@ -19,9 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    import torch
-
-    from fluentllm.core.protocols import PackedTensor
+PACKED_BLOCK = (128, 128)
+"""Blocks of `PackedTensor`'s kind `fp8_block`; others are dequantised."""
 
 INDEX = "model.safetensors.index.json"
 
@@ -76,18 +77,20 @@ class SafetensorsCheckpoint:
 
     def stream(self, names: Sequence[str], device: torch.device) -> Iterator[torch.Tensor]:
         """What `read` gives for each name, in their order, read ahead by several threads; small neighbours share memory."""
-        wanted = [part for name in names for part in (name, self._scales.get(name)) if part is not None]
-        places = {name: place for file in {self._places[name] for name in wanted} for name, place in places_of(file).items()}
-        unknown = [name for name in wanted if name not in places]
-        if unknown:
-            raise CheckpointError(f"{unknown[0]} is {self._dtypes[unknown[0]]}, which cannot be read.")
-        parts = stream([places[name] for name in wanted], device, self._reading.threads, self._reading.staging_bytes)
+        parts = self._parts([part for name in names for part in (name, self._scales.get(name)) if part is not None], device)
         for name in names:
             tensor = next(parts)
             if name not in self._scales or self._block is None:
                 yield tensor
             else:
                 yield dequantize_blocks(tensor, next(parts), self._block)
+
+    def _parts(self, wanted: Sequence[str], device: torch.device) -> Iterator[torch.Tensor]:
+        places = {name: place for file in {self._places[name] for name in wanted} for name, place in places_of(file).items()}
+        unknown = [name for name in wanted if name not in places]
+        if unknown:
+            raise CheckpointError(f"{unknown[0]} is {self._dtypes[unknown[0]]}, which cannot be read.")
+        return stream([places[name] for name in wanted], device, self._reading.threads, self._reading.staging_bytes)
 
     def _read(self, name: str, device: torch.device) -> torch.Tensor:
         try:
@@ -97,10 +100,25 @@ class SafetensorsCheckpoint:
         return tensor.to(device)
 
     def packed(self, name: str) -> PackedTensor | None:
-        return None
+        scale = self._scales.get(name)
+        if scale is None or self._block != PACKED_BLOCK:
+            return None
+        cpu = torch.device("cpu")
+        return _fp8_blocks(self._read(name, cpu), self._read(scale, cpu))
+
+    def stream_packed(self, names: Sequence[str], device: torch.device) -> Iterator[PackedTensor | None]:
+        """What `packed` gives for each name, on `device`, read ahead as `stream` does."""
+        scales = self._scales if self._block == PACKED_BLOCK else {}
+        parts = self._parts([part for name in names if name in scales for part in (name, scales[name])], device)
+        for name in names:
+            yield _fp8_blocks(next(parts), next(parts)) if name in scales else None
 
     def close(self) -> None:
         self._files.clear()
+
+
+def _fp8_blocks(q: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
+    return PackedTensor("fp8_block", (q.shape[0], q.shape[1]), {"q": q, "scale": scale.float()})
 
 
 def _files_of(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
