@@ -302,6 +302,7 @@ class Engine:
             cached_tokens=self._cached_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.preemptions,
+            plugins=self.observers.ledger.report(),
             speculative=self.draft_counts.stats() if self.draft_counts is not None else None,
         )
 

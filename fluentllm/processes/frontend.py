@@ -53,6 +53,7 @@ async def serve(child: Child, plugins: PluginManager) -> None:
     """Until SIGTERM."""
     client = SocketEngineClient(child.runtime.engine_socket)
     services = Services.load(child.settings, client, child.files.path, child.files.name)
+    services.ledger = plugins.ledger
     loop = asyncio.get_running_loop()
 
     def told(state: EngineState) -> None:

@@ -6,6 +6,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from fluentllm.core.types import PluginCalls
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -161,6 +163,14 @@ class Live(Struct, kw_only=True):
 
 class Version(Struct, kw_only=True):
     version: str
+
+
+class PluginReport(Struct, kw_only=True):
+    """What each plugin was called for since its process started, how often, how long, and how often it failed."""
+
+    frontend: list[PluginCalls]
+    engine: list[PluginCalls] | None
+    """None while there is no engine."""
 
 
 class ErrorDetail(Struct, kw_only=True):
