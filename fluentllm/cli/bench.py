@@ -1,4 +1,4 @@
-"""`fluent bench latency|throughput|serve`: measure, print, and write `--json`."""
+"""`fluent bench latency|throughput|serve|step`: measure, print, and write `--json`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ConfigError
-from . import options
+from . import bench_step, options
 
 if TYPE_CHECKING:
     from ..bench.offline import Drafts
@@ -21,6 +21,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to 
 
 
 def register(app: typer.Typer) -> None:
+    bench_step.register(bench)
     app.add_typer(bench, name="bench")
 
 

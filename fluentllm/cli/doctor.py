@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from . import options, output
+from . import gpu_report, options, output
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +48,16 @@ def examine(overrides: dict[str, Any], config: Path | None = None, sets: list[st
     from .plugins import find_problems
 
     settings = options.load(config, overrides, sets).settings
-    problems = find_problems(config, sets)
-    report: dict[str, Any] = {"system": _system(), "packages": _packages(), "device": _device(), "model": {}, "choices": []}
+    problems = list(find_problems(config, sets))
+    report: dict[str, Any] = {
+        "system": _system(),
+        "packages": _packages(),
+        "device": _device(),
+        "gpu": gpu_report.examine(),
+        "model": {},
+        "choices": [],
+    }
+    problems += gpu_report.problems(report["gpu"])
     try:
         plugins = PluginManager.load({"engine", "executor", "cli"}, settings.plugins.allow, settings.plugins.deny, strict=False)
         report["choices"] = _choices(settings, plugins)
@@ -97,14 +105,7 @@ def _packages() -> list[dict[str, Any]]:
 def _device() -> dict[str, Any]:
     import torch
 
-    about: dict[str, Any] = {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(), "gpus": []}
-    about["cuda_built"] = torch.version.cuda
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        free, total = torch.cuda.mem_get_info(index)
-        capability = f"{properties.major}.{properties.minor}"
-        about["gpus"].append({"name": properties.name, "capability": capability, "free_bytes": free, "total_bytes": total})
-    return about
+    return {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
 
 
 def _choices(settings: Settings, plugins: PluginManager) -> list[dict[str, str]]:
@@ -196,9 +197,8 @@ def _print(report: dict[str, Any]) -> None:
     device = report["device"]
     rows = [(key.replace("_", " "), output.text(value)) for key, value in report["system"].items()]
     rows.append(("cpu", f"{device['cpu']}, {device['threads']} threads"))
-    rows.append(("gpus", ", ".join(f"{gpu['name']} (sm {gpu['capability']})" for gpu in device["gpus"]) or "none"))
-    rows.append(("cuda", device["cuda_built"] or "this torch is built without CUDA"))
     output.print_table(("", ""), rows)
+    gpu_report.print_report(report["gpu"])
     typer.echo("\npackages")
     packages = [(row["name"], row["version"] or "not installed", _needed(row)) for row in report["packages"]]
     output.print_table(("", "", ""), packages)

@@ -56,6 +56,8 @@ class StepPrograms:
         self.proposer = proposer
         self.synthetic = synthetic
         self.drafting_error: str | None = None
+        self.eager = False
+        """Launch each kernel by itself though graphs could be had, for who looks at them one by one."""
         self._proposer_name = proposer_name
         self._graphs: Graphs[tuple[Committed, Logprobs | None]] | None = Graphs() if graphs else None
         self._slots: dict[int, Tensor] = {}
@@ -105,7 +107,7 @@ class StepPrograms:
 
     def _decode(self, plan: StepPlan) -> Pending:
         drafting, features = plan.drafting, plan.features
-        if self._graphs is None:
+        if self._graphs is None or self.eager:
             slots = upload(plan.decode, torch.int64, self.tables.device)
             committed, logprobs = decode(slots, drafting, features, self)
         else:

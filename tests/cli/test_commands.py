@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fluentllm import __version__, cli
+from fluentllm import __version__, cli, devices
 from fluentllm.cli import options
 from fluentllm.core.errors import ConfigError
 
@@ -138,6 +138,29 @@ def test_doctor_says_what_would_be_used(fluent, tmp_path):
     assert packages["flashinfer-python"]["for"] == "cuda"
     assert report["problems"] == []
     assert "No problem found." in fluent(*line[:2], *line[3:]).stdout
+
+
+def test_doctor_says_what_there_is_for_a_gpu(fluent, monkeypatch, tmp_path):
+    """What the driver and PyTorch say is made up: a driver that is too old for this PyTorch."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(devices, "driver_version", lambda: "550.54.15")
+    monkeypatch.setattr(devices, "driver_cuda", lambda: (12, 4))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "k.cubin").write_bytes(b"x" * 3_000_000)
+    line = ("doctor", "--set", "engine.device=cpu")
+    report = json.loads(fluent(*line, "--json", code=1).stdout)
+    gpu = report["gpu"]
+    assert (gpu["driver"], gpu["driver_supports_cuda"], gpu["torch_built_for_cuda"]) == ("550.54.15", "12.4", "13.0")
+    assert gpu["gpus"] == []
+    assert "driver 550.54.15 is too old" in report["problems"][0]["problem"]
+    assert gpu["kernel_cache"] == {"folder": str(tmp_path), "bytes": 3_000_000, "kernels": 1}
+    assert "9.0 (Hopper" in gpu["capabilities"]
+    printed = fluent(*line, code=1).stdout
+    assert "550.54.15, supports CUDA 12.4" in printed
+    assert "1 kernels, 3 MiB" in printed
 
 
 def test_doctor_reports_what_cannot_be_used(fluent):

@@ -35,7 +35,9 @@ class Launch:
 
 class _Recorder(threading.local):
     launches: list[Launch] | None = None
-    """Where this thread's launches go instead of to the device."""
+    """Where this thread's launches are collected."""
+    run: bool = False
+    """Make them all the same."""
 
 
 _recorder = _Recorder()
@@ -46,18 +48,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     recorded = _recorder.launches
     if recorded is not None:
         recorded.append(Launch(kernel, grid, args, options))
-    elif 0 not in grid:
+    if 0 not in grid and (recorded is None or _recorder.run):
         kernel[grid](*args, **options)
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Inside, this thread's launches are collected and nothing runs."""
-    before, _recorder.launches = _recorder.launches, []
+def recording(*, run: bool = False) -> Iterator[list[Launch]]:
+    """Inside, this thread's launches are collected, and nothing runs unless told to."""
+    before = _recorder.launches, _recorder.run
+    launches: list[Launch] = []
+    _recorder.launches, _recorder.run = launches, run
     try:
-        yield _recorder.launches
+        yield launches
     finally:
-        _recorder.launches = before
+        _recorder.launches, _recorder.run = before
 
 
 @cache

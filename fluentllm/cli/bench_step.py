@@ -1,0 +1,41 @@
+"""`fluent bench step`: a table of what one decode step spends its time on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+
+
+def register(bench: typer.Typer) -> None:
+    bench.command()(step)
+
+
+def step(
+    model: options.Model = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that decode.")] = 32,
+    ctx: Annotated[int, typer.Option(min=1, help="Prompt tokens of each.")] = 1024,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are looked at.")] = 16,
+    json: Json = None,
+    config: options.Config = None,
+    sets: options.Sets = None,
+    device: options.Device = None,
+    load_format: options.LoadFormat = None,
+) -> None:
+    """Each kernel of a decode step: time, count, bytes, FLOPs, share of the roofline. On a CPU each operation."""
+    from ..bench import report, step as steps_of
+    from ..local import LocalEngine
+
+    flags = {"model.name": model, "engine.device": device, "model.load_format": load_format}
+    settings = options.load(config, flags, sets).settings
+    with LocalEngine(settings) as local:
+        figures = steps_of.measure(local, batch, ctx, steps)
+        typer.echo(f"{local.model_name} on {local.engine.info.device}, batch {batch}, ctx {ctx}, one decode step:")
+        for line in steps_of.lines(figures):
+            typer.echo(line)
+    report.write(json, {"model": settings.model.name, "step": figures, **report.environment()})
