@@ -73,8 +73,9 @@ def record(model: Model, make: Callable[[], Target], largest: Largest) -> Iterat
     from .kernels.triton.launch import recording
 
     thin(model)
-    fill(model)
-    target = make()
+    with recording():  # packing may launch too, and a launch without memory must never reach the device
+        fill(model)
+        target = make()
     for step in _steps(largest):
         with recording() as launches:
             step(target)
