@@ -13,6 +13,7 @@ import typer
 
 from ..core.errors import FluentError
 from . import options
+from .server import ServerFailed
 
 if TYPE_CHECKING:
     import httpx
@@ -127,12 +128,6 @@ class _Server:
             raise ServerFailed(
                 f"{self.url} answers, but not as OpenAI's API does.", fix="Give the --url of a server that has it."
             ) from None
-
-
-class ServerFailed(FluentError):
-    """A server that is talked to cannot answer."""
-
-    status, code = 502, "server_failed"
 
 
 def _checked(response: httpx.Response) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options, output
+from .server import get_json
 
 if TYPE_CHECKING:
     from fluentllm.core.plugins import PluginManager
@@ -60,11 +61,21 @@ def show(
 
 
 @app.command()
-def trace(config: options.Config = None, sets: options.Sets = None, json: output.Json = False) -> None:
-    """Load every plugin and print each call into one, with its time.
+def trace(
+    url: Annotated[str | None, typer.Option(help="A running server, such as http://127.0.0.1:8000.")] = None,
+    api_key: options.ApiKey = None,
+    config: options.Config = None,
+    sets: options.Sets = None,
+    json: output.Json = False,
+) -> None:
+    """Load every plugin and print each call into one, with its time; with --url, what the plugins of a running server were
+    called for so far: how often, how long, and how often they failed.
 
-    In a running server, `--set log.level=debug` logs the same for every call.
+    A server with `--set log.level=debug` logs every single call.
     """
+    if url is not None:
+        _trace_server(url, options.load(config, {"server.api_key": api_key}, sets).settings.server.api_key, json)
+        return
     calls: list[Call] = []
     _load(config, sets, calls)
     if json:
@@ -73,6 +84,22 @@ def trace(config: options.Config = None, sets: options.Sets = None, json: output
         return
     table = [(call.plugin, call.hook, f"{call.seconds * 1e6:.1f} µs", call.error or "") for call in calls]
     output.print_table(("plugin", "call", "time", "error"), table)
+
+
+def _trace_server(url: str, api_key: str | None, json: bool) -> None:
+    report = get_json(url, "/plugins", api_key)
+    if json:
+        output.print_json(report)
+        return
+    table = []
+    for process in ("frontend", "engine"):
+        for row in report[process] or []:
+            times = (f"{row['seconds'] * 1e3:.3f} ms", f"{row['longest'] * 1e3:.3f} ms")
+            state = "" if row["enabled"] else "switched off"
+            table.append((process, row["plugin"], row["hook"], str(row["calls"]), str(row["failures"]), *times, state))
+    output.print_table(("process", "plugin", "call", "calls", "failures", "in all", "longest", ""), table)
+    if report["engine"] is None:
+        typer.echo("The engine is not ready.")
 
 
 @app.command()

@@ -381,6 +381,7 @@ class Engine:
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.preemptions,
             refused=dict(self._refused),
+            plugins=self.observers.ledger.report(),
             speculative=self.draft_counts.stats() if self.draft_counts is not None else None,
             handoff=dict(self.handoffs.stats()) if self.handoffs is not None else {},
         )

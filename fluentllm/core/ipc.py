@@ -33,8 +33,9 @@ MAX_FRAME = 64 * 1024 * 1024
 MAX_UNSENT = 2 * MAX_FRAME
 """Bytes that may wait for a peer to read them."""
 HIGH_WATER = 1024 * 1024
-"""A peer that leaves more than this unread is behind; if it still is after `STALL_TIMEOUT` it is disconnected."""
+"""A peer that leaves more than this unread is behind; if it then reads nothing for `STALL_TIMEOUT` it is disconnected."""
 STALL_TIMEOUT = 30.0
+"""Seconds."""
 MAX_PATH = 99
 """Bytes of a socket's path: the smallest `sun_path` among systems has 104, its end mark included."""
 
@@ -96,6 +97,9 @@ class Connection(asyncio.Protocol, Generic[In]):
         self._out = bytearray()
         self._flush_planned = False
         self._stall: asyncio.TimerHandle | None = None
+        self._written = 0
+        self._read = 0  # bytes of those that had left at the last look for a stall
+        self._idle_looks = 0
         self._reason = "the other side closed the connection"
 
     # ------------------------------------------------------------------------------------------------------------ sending
@@ -132,6 +136,7 @@ class Connection(asyncio.Protocol, Generic[In]):
         if transport is None or not out:
             return
         self._out = bytearray()
+        self._written += len(out)
         transport.write(out)
         unsent = transport.get_write_buffer_size()
         if unsent > self._max_unsent:
@@ -203,15 +208,30 @@ class Connection(asyncio.Protocol, Generic[In]):
         self._peer.received(message)
 
     def pause_writing(self) -> None:
-        self._stall = self._loop.call_later(self._stall_timeout, self._stalled)
+        self._idle_looks = 0
+        self._read = self._left()
+        self._stall = self._loop.call_later(self._stall_timeout / 2, self._look_for_stall)
 
     def resume_writing(self) -> None:
         if self._stall is not None:
             self._stall.cancel()
             self._stall = None
 
-    def _stalled(self) -> None:
-        self._break(f"the other side has not read for {self._stall_timeout:g} seconds")
+    def _left(self) -> int:
+        """Bytes that have left for the other side."""
+        assert self._transport is not None
+        return self._written - self._transport.get_write_buffer_size()
+
+    def _look_for_stall(self) -> None:
+        """Two looks in a row without progress are a stall. One may come late, because this process was slow itself, and
+        before the loop had a chance to write; between two it has one."""
+        left = self._left()
+        self._idle_looks = self._idle_looks + 1 if left == self._read else 0
+        self._read = left
+        if self._idle_looks == 2:
+            self._break(f"the other side has not read for {self._stall_timeout:g} seconds")
+        else:
+            self._stall = self._loop.call_later(self._stall_timeout / 2, self._look_for_stall)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.resume_writing()

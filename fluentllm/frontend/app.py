@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -18,7 +19,7 @@ from ..core.errors import BodyTooLarge, FluentError
 from .responses import DIRECT_SEND, ClientLeft, error_response, fluent_error_response
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -37,7 +38,7 @@ def create_app(services: Services, routes: Iterable[Route]) -> ASGIApp:
     """`routes` as `PluginManager.routes()` gives them."""
     given = list(routes)
     starlette = Starlette(
-        routes=[StarletteRoute(r.path, r.endpoint, methods=list(r.methods), name=r.path) for r in given],
+        routes=[StarletteRoute(r.path, _counted(r, services), methods=list(r.methods), name=r.path) for r in given],
         exception_handlers={
             FluentError: _on_fluent_error,
             HTTPException: _on_http_exception,
@@ -49,6 +50,29 @@ def create_app(services: Services, routes: Iterable[Route]) -> ASGIApp:
     starlette.state.fluent = services
     starlette.state.routes = given
     return Gate(starlette, services.settings.server)
+
+
+def _counted(route: Route, services: Services) -> Callable[[Request], Awaitable[Any]]:
+    """The route's endpoint, its calls counted for its plugin. What it refuses is an answer; anything else that it raises is
+    its failure."""
+    stats, endpoint = services.ledger.account(route.plugin, route.path), route.endpoint
+
+    async def counted(request: Request) -> Any:
+        started = time.monotonic()
+        try:
+            return await endpoint(request)
+        except (FluentError, HTTPException, ClientLeft):
+            raise
+        except Exception:
+            stats.failures += 1
+            raise
+        finally:
+            seconds = time.monotonic() - started
+            stats.calls += 1
+            stats.seconds += seconds
+            stats.longest = max(stats.longest, seconds)
+
+    return counted
 
 
 class Gate:

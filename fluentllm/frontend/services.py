@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import CheckpointError, ConfigError
+from ..core.plugins.observers import Ledger
 from .generation import Generation
 from .templates import ChatTemplate
 from .tokenizer import Tokenizer, bytes_tokenizer, load_tokenizer
@@ -28,6 +29,8 @@ class Services:
         self.generation = Generation(client, tokenizer, template, threads=settings.server.tokenizer_threads)
         self.model = model
         """Name at the API."""
+        self.ledger = Ledger()
+        """What plugins cost in this process; the front end puts the plugin manager's here."""
         self.created = int(time.time())
         """Unix time, as `/v1/models` reports it."""
 

@@ -54,6 +54,7 @@ async def serve(child: Child, plugins: PluginManager) -> None:
     client = SocketEngineClient(child.runtime.engine_socket)
     with child.timeline.stage("tokenizer"):
         services = Services.load(child.settings, client, child.files.path, child.files.name)
+    services.ledger = plugins.ledger
     loop = asyncio.get_running_loop()
 
     def told(state: EngineState) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import uvicorn
 from frontend.checkpoints import write_chat_folder
@@ -166,6 +168,25 @@ async def idle(engine: Engine) -> None:
     async with asyncio.timeout(10):
         while engine.has_work:
             await asyncio.sleep(0.002)
+
+
+@contextlib.contextmanager
+def nothing_left(api: Api) -> Iterator[None]:
+    """Counts tasks, descriptors and pages before and after."""
+
+    def count() -> tuple[int, int, int]:
+        gc.collect()
+        return len(asyncio.all_tasks()), psutil.Process().num_fds(), api.engine.stats().pages_leased
+
+    before = count()
+    yield
+    assert count() == before
+
+
+async def connection_count_settles(api: Api, expected: int = 0) -> None:
+    async with asyncio.timeout(10):
+        while len(api.server.server_state.connections) > expected or api.server.server_state.tasks:
+            await asyncio.sleep(0.005)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from fluentllm.core.errors import EngineDied, QueueFull
 
-from .conftest import Api, error_of, idle, serving_real
+from .conftest import Api, connection_count_settles, error_of, idle, nothing_left, serving_real
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "Hi"}]
@@ -232,16 +232,31 @@ async def test_the_key_is_asked_for(chat_folder: Path) -> None:
         assert (await api.http.get("/live")).status_code == 200
 
 
-async def test_refusals_leave_the_engine_idle(real: Api, big: bytes) -> None:
-    """The fixture checks pages when this ends; here: no request ever entered, and the next one is served."""
-    for path, body, _, _ in REFUSED:
-        await real.http.post(path, json=body)
-    for content, _ in BROKEN:
-        await real.http.post(TEXT, content=content)
-    await real.http.post(TEXT, content=big)
-    await idle(real.engine)
+async def test_refusals_leave_nothing_behind(real: Api, big: bytes) -> None:
+    """No request ever enters, no page, task or file descriptor stays behind, and the next request is served."""
+    kinds = {
+        "malformed": [(TEXT, content, 400) for content, _ in BROKEN],
+        "not honoured": [(path, json.dumps(body).encode(), 400) for path, body, _, _ in REFUSED],
+        "invalid UTF-8": [(TEXT, b'{"prompt": "\xff\xfe"}', 400), (CHAT, b'{"messages": [{"role": "user\x80"}]}', 400)],
+        "n = 16384": [(TEXT, b'{"prompt": "x", "n": 16384}', 400)],
+        "a prompt that is too long": [(TEXT, json.dumps({"prompt": "word " * 5000}).encode(), 400)],
+        "an unknown model": [(TEXT, b'{"prompt": "x", "model": "gpt-9"}', 404)],
+        "50 MB": [(TEXT, big, 413)],
+    }
+    await real.http.post(TEXT, content=b"{")  # what the first request of all makes is there to stay
+    await real.http.aclose()
+    await connection_count_settles(real)
+    for name, requests in kinds.items():
+        with nothing_left(real):
+            async with httpx.AsyncClient(base_url=real.url, timeout=30) as http:
+                for path, content, status in requests:
+                    assert (await http.post(path, content=content)).status_code == status, (name, content[:60])
+            await connection_count_settles(real)
+            await idle(real.engine)
     assert real.engine.stats().prompt_tokens == 0
-    assert (await real.complete(max_tokens=2, ignore_eos=True))["usage"]["completion_tokens"] == 2
+    async with httpx.AsyncClient(base_url=real.url, timeout=30) as http:
+        answer = await http.post(TEXT, json={"prompt": "Once", "max_tokens": 2, "ignore_eos": True})
+    assert answer.json()["usage"]["completion_tokens"] == 2
 
 
 async def test_a_client_that_speaks_no_http(real: Api) -> None:

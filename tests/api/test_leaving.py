@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
-from .conftest import Api, idle
+from .conftest import Api, connection_count_settles, idle, nothing_left
 
 LONG: dict[str, Any] = {"max_tokens": 480, "ignore_eos": True}
-
-
-@contextmanager
-def nothing_left(api: Api) -> Iterator[None]:
-    """Counts tasks, descriptors and pages before and after."""
-
-    def count() -> tuple[int, int, int]:
-        gc.collect()
-        return len(asyncio.all_tasks()), psutil.Process().num_fds(), api.engine.stats().pages_leased
-
-    before = count()
-    yield
-    assert count() == before
-
-
-async def connection_count_settles(api: Api, expected: int = 0) -> None:
-    async with asyncio.timeout(10):
-        while len(api.server.server_state.connections) > expected or api.server.server_state.tasks:
-            await asyncio.sleep(0.005)
 
 
 async def ask_and_leave(api: Api, path: str, body: dict[str, Any], chunks: int) -> None:

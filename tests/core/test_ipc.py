@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import time
 
 import pytest
 import uvloop
@@ -206,6 +207,34 @@ async def test_a_peer_that_does_not_read_is_disconnected(engine):
     assert not engine.connection.open
     engine.connection.send(message)  # swallowed
     raw.close()
+
+
+async def test_a_peer_that_reads_slowly_but_steadily_is_kept(engine):
+    raw = socket.socket(socket.AF_UNIX)
+    raw.connect(str(engine.path))
+    await engine.until(lambda box: box.connection)
+    message = Outputs(outputs=[RequestOutput(id="r", tokens=list(range(100_000)))])
+    for _ in range(10):
+        engine.connection.send(message)
+    for _ in range(9):  # three times the stall timeout
+        await asyncio.sleep(0.1)
+        raw.recv(1 << 18)  # a socket holds less; it takes more only once most of that is read
+    assert engine.connection.open
+    raw.close()
+    await engine.until(lambda box: box.reason)
+
+
+async def test_a_late_look_blames_nobody(engine):
+    """The loop stood still for longer than the stall timeout, so nothing could leave."""
+    client = await client_of(engine)
+    await engine.until(lambda box: box.connection)
+    message = Outputs(outputs=[RequestOutput(id="r", tokens=list(range(100_000)))])
+    for _ in range(10):
+        engine.connection.send(message)
+    engine.connection.flush()
+    time.sleep(0.5)
+    await client.until(lambda box: len(box.messages) == 10)
+    assert engine.connection.open
 
 
 async def test_what_waits_for_a_peer_is_bounded_in_bytes_too(tmp_path):

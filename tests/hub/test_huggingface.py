@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+UNKNOWN = "no-such-branch"
 INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
 FILES = {
     "config.json": b'{"architectures": ["LlamaForCausalLM"]}',
@@ -56,7 +57,9 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
     def answer(self, *, body: bool) -> None:
         path = self.path.split("?")[0]
         self.server.asked.append(path)
-        if path.startswith("/api/models/org/tiny/revision/"):
+        if f"/{UNKNOWN}" in path:
+            self.send_content(b"", {"X-Error-Code": "RevisionNotFound"}, body, status=404)
+        elif path.startswith("/api/models/org/tiny/revision/"):
             siblings = [{"rfilename": name} for name in self.server.files]
             self.send_content(json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}).encode(), {}, body)
         elif path.startswith("/api/models/org/tiny/tree/"):
@@ -113,12 +116,14 @@ else:
 """
 
 
-def resolved(endpoint: str, cache: Path, name: str, **options: Any) -> dict[str, Any]:
+def resolved(endpoint: str, cache: Path, name: str, *, offline: bool = False, **options: Any) -> dict[str, Any]:
     """`resolve` in a process of its own: huggingface_hub reads its environment when it is imported."""
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     for variable in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN"):
         environment.pop(variable, None)
+    if offline:
+        environment["HF_HUB_OFFLINE"] = "1"
     command = [sys.executable, "-c", CODE, name, json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -182,6 +187,29 @@ def test_unknown_and_gated_repositories(hub: Hub, tmp_path: Path) -> None:
     gated = resolved(url(hub), tmp_path, "org/gated")
     assert "'org/gated' is gated" in gated["message"]
     assert "hf auth login" in gated["fix"]
+
+
+def test_a_revision_is_asked_for_by_its_name(hub: Hub, tmp_path: Path) -> None:
+    files = resolved(url(hub), tmp_path, "org/tiny", revision="v2")
+    assert len(files["files"]) == 6
+    assert any("/v2" in path for path in hub.asked)
+    assert not any("/main" in path for path in hub.asked)
+    hub.asked.clear()
+    assert resolved(url(hub), tmp_path, "org/tiny", revision="v2") == files
+    assert not hub.asked
+    for name in ("org/tiny", "org/tiny/tiny-Q4_1.gguf"):
+        answer = resolved(url(hub), tmp_path, name, revision=UNKNOWN)
+        assert f"has no revision '{UNKNOWN}'" in answer["message"]
+        assert "branch, tag or commit" in answer["fix"]
+
+
+def test_offline_what_is_here_is_used_and_nothing_is_asked(hub: Hub, tmp_path: Path) -> None:
+    answer = resolved(url(hub), tmp_path, "org/tiny", offline=True)
+    assert "'org/tiny' is not on this disk" in answer["message"]
+    fetched = resolved(url(hub), tmp_path, "org/tiny")
+    hub.asked.clear()
+    assert resolved(url(hub), tmp_path, "org/tiny", offline=True) == fetched
+    assert not hub.asked
 
 
 def test_without_network(tmp_path: Path) -> None:

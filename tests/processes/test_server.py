@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -85,6 +86,23 @@ def test_finished_requests_are_logged_when_asked_for(server):
     server.wait_for(" 3 new in ")
     assert "fluentllm.requests: cmpl-" in server.lines[-1]
     assert ": length, 3 prompt tokens (" in server.lines[-1]
+
+
+def test_what_plugins_cost_can_be_read_from_a_running_server(server):
+    server.complete(max_tokens=3)
+    report = server.client.get("/plugins").json()
+    frontend, engine = ({(row["plugin"], row["hook"]): row for row in report[part]} for part in ("frontend", "engine"))
+    row = frontend["api_openai", "/v1/completions"]
+    assert row["calls"] >= 1
+    assert row["failures"] == 0
+    assert 0 < row["longest"] <= row["seconds"]
+    assert any(hook == "fluent_schedulers" and row["calls"] == 1 for (_, hook), row in engine.items())
+    command = [sys.executable, "-m", "fluentllm.cli", "plugins", "trace", "--url", server.url]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert re.search(r"^engine +scheduler_fcfs +fluent_schedulers +1 +0 ", printed, re.MULTILINE), printed
+    wrong = subprocess.run([*command[:-1], "http://127.0.0.1:9"], capture_output=True, text=True, timeout=60, check=False)
+    assert wrong.returncode == 2
+    assert "does not answer" in wrong.stderr
 
 
 def test_the_runtime_folder_is_for_this_user_only(server):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ..protocols import RequestEvent
     from ..types import KVEvent, StepPlan, StepResult
 
+from ..types import PluginCalls
+
 log = logging.getLogger("fluentllm.plugins")
 trace_log = logging.getLogger("fluentllm.plugins.trace")
 
@@ -57,6 +59,23 @@ class Ledger:
     """(plugin, hook) → what it has cost."""
     active: tuple[str, str, float] | None = None
     """(plugin, hook, since, on the monotonic clock): what a watchdog names when the process hangs."""
+
+    disabled: set[tuple[str, str]] = field(default_factory=set)
+    """(plugin, hook) of observers that are switched off."""
+
+    def report(self) -> list[PluginCalls]:
+        return [
+            PluginCalls(
+                plugin=plugin,
+                hook=hook,
+                calls=stats.calls,
+                failures=stats.failures,
+                seconds=stats.seconds,
+                longest=stats.longest,
+                enabled=(plugin, hook) not in self.disabled,
+            )
+            for (plugin, hook), stats in sorted(self.stats.items())
+        ]
 
     def account(self, plugin: str, hook: str) -> CallStats:
         return self.stats.setdefault((plugin, hook), CallStats())
@@ -140,6 +159,8 @@ class Observers:
         first = observer.strain == 0.0
         observer.strain += 1
         observer.enabled = observer.strain < FAILURE_LIMIT
+        if not observer.enabled:
+            self.ledger.disabled.add((observer.plugin, observer.hook))
         log.warning(
             "plugin %s: observer %s raised %s: %s%s",
             observer.plugin,

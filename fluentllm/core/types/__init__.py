@@ -5,7 +5,18 @@ seconds on the monotonic clock; sizes are bytes.
 """
 
 from .frames import Abort, ControlCall, ControlReply, FromEngine, Generate, Outputs, Ready, Refused, ToEngine, encode
-from .models import EngineStats, HandoffDoor, KVEvent, KVSpec, ModelInfo, ModelSpec, SpeculativeInfo, SpeculativeStats, Stage
+from .models import (
+    EngineStats,
+    HandoffDoor,
+    KVEvent,
+    KVSpec,
+    ModelInfo,
+    ModelSpec,
+    PluginCalls,
+    SpeculativeInfo,
+    SpeculativeStats,
+    Stage,
+)
 from .requests import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
@@ -45,6 +56,7 @@ __all__ = [
     "ModelSpec",
     "Outputs",
     "PageGrant",
+    "PluginCalls",
     "PrefillChunk",
     "Ready",
     "Refused",

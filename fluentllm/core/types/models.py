@@ -135,6 +135,21 @@ class SpeculativeStats(Struct, frozen=True, kw_only=True):
         return 1 + sum(self.accepted) / self.verifications if self.verifications else 1.0
 
 
+class PluginCalls(Struct, frozen=True, kw_only=True):
+    """What one plugin has cost at one place since the process started. Times in seconds."""
+
+    plugin: str
+    hook: str
+    """A hook's name, `import`, or the path of a route (until its answer begins)."""
+    calls: int
+    failures: int
+    seconds: float
+    """Of all calls together."""
+    longest: float
+    enabled: bool = True
+    """False: an observer that failed too often, and is called no more."""
+
+
 class EngineStats(Struct, frozen=True, kw_only=True):
     waiting: int
     running: int
@@ -149,6 +164,8 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     cached_tokens: int
     generated_tokens: int
     preemptions: int
+    plugins: list[PluginCalls] = field(default_factory=list)
+    """Of the engine's process."""
     refused: dict[str, int] = field(default_factory=dict)
     """Requests that did not enter, by the code of the error."""
     speculative: SpeculativeStats | None = None

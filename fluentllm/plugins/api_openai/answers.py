@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from fluentllm.core.types import Stage
+from fluentllm.core.types import PluginCalls, Stage
 
 from .handoff import KVTransferParams
 
@@ -183,6 +183,14 @@ class Startup(Struct, kw_only=True):
 
 class Version(Struct, kw_only=True):
     version: str
+
+
+class PluginReport(Struct, kw_only=True):
+    """What each plugin was called for since its process started, how often, how long, and how often it failed."""
+
+    frontend: list[PluginCalls]
+    engine: list[PluginCalls] | None
+    """None while there is no engine."""
 
 
 class ErrorDetail(Struct, kw_only=True):

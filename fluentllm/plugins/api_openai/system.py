@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fluentllm import __version__
-from fluentllm.core.errors import InvalidRequest
+from fluentllm.core.errors import FluentError, InvalidRequest
 from fluentllm.frontend.responses import json_response
 
-from .answers import Detokenized, Health, Live, ModelCard, ModelList, Startup, Tokenized, Version
+from .answers import Detokenized, Health, Live, ModelCard, ModelList, PluginReport, Startup, Tokenized, Version
 from .bodies import check_model, read
 from .common import services_of
 from .messages import to_template
@@ -66,6 +66,17 @@ async def version(request: Request) -> Response:
 async def startup(request: Request) -> Response:
     info = services_of(request).client.info
     return json_response(Startup(stages=[] if info is None else list(info.startup)))
+
+
+@documented(answer=PluginReport)
+async def plugins(request: Request) -> Response:
+    """What plugins cost in this server so far; `fluent plugins trace --url` prints it."""
+    services = services_of(request)
+    try:
+        engine = (await services.client.stats()).plugins
+    except FluentError:
+        engine = None
+    return json_response(PluginReport(frontend=services.ledger.report(), engine=engine))
 
 
 @documented(body=TokenizeRequest, answer=Tokenized)
