@@ -1,4 +1,4 @@
-"""Matrix weights as products want them: dense, float16 through FBGEMM, int8 rows, 4 bits in groups of 32, tiles for C, block FP8.
+"""Matrix weights as products want them: dense, float16 through FBGEMM, int8 rows, 4 bits in groups of 32, tiles for C, FP8.
 
 `pack` and `pack_blocks` are called once a matrix, after loading; `Weight.product` once a layer and step. Which is fastest when
 is in benchmarks/cpu/README.md.

@@ -189,7 +189,8 @@ class FiniteSums:
         self._names.append(name)
         if tensor.dtype is torch.float8_e4m3fn:
             if tensor.numel():
-                torch.where(_magnitudes(tensor).amax() == FP8_NAN, torch.nan, 0.0, out=self._sums[number])
+                # The stubs know no `out` beside two numbers.
+                torch.where(_magnitudes(tensor).amax() == FP8_NAN, torch.nan, 0.0, out=self._sums[number])  # type: ignore[call-overload]
         elif tensor.is_floating_point():
             torch.sum(tensor.reshape(-1), 0, dtype=torch.float32, out=self._sums[number])
 
