@@ -22,6 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fluentllm.hub.cache import cache_folder
+from fluentllm.kernels.native import library as native
+from fluentllm.kernels.native.pack import TiledWeight
 from fluentllm.kernels.quantise import quantise_int8
 from fluentllm.kernels.split_int8 import SplitInt8Weight
 
@@ -80,6 +83,16 @@ def int4(weight: Tensor) -> Product:
     return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, 32, scale_zero)
 
 
+def tiles(weight: Tensor, bits: int) -> Product:
+    """Ours: the C kernels."""
+    library = native.load(cache_folder() / "kernels")
+    rows, groups = weight.shape[0], weight.shape[1] // 32
+    scale, zero = torch.rand(rows, groups) / 100, torch.randn(rows, groups) / 100
+    q = torch.randint(0, 16, weight.shape, dtype=torch.uint8)
+    packed = TiledWeight(library, q if bits == 4 else q.to(torch.int8), scale, zero if bits == 4 else None)
+    return lambda x: packed.product(x, None)
+
+
 KINDS: dict[str, Callable[[Tensor], Product]] = {
     "float32": float32,
     "bfloat16": bfloat16,
@@ -88,6 +101,8 @@ KINDS: dict[str, Callable[[Tensor], Product]] = {
     "fbgemm_fp16": fbgemm_fp16,
     "fbgemm_int8_dynamic": fbgemm_int8,
     "split_int8": split_int8,
+    "tiles4": lambda w: tiles(w, 4),
+    "tiles8": lambda w: tiles(w, 8),
     "int8": int8,
     "int4": int4,
 }
@@ -155,7 +170,7 @@ def main() -> None:
         for kind in args.kinds.split(","):
             try:
                 times = time_kind(KINDS[kind], rows, args.seconds, clock)
-            except RuntimeError as error:
+            except (RuntimeError, native.NotAvailable) as error:
                 print(f"{kind:22}  cannot run here: {str(error).splitlines()[0]}")
                 continue
             report[kind] = {count: {"layers_ms": layer, "head_ms": head} for count, (layer, head) in times.items()}
