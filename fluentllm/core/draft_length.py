@@ -78,7 +78,9 @@ class DraftLength:
             self._weighed[j] += 1
             weight = max(WEIGHT, 1 / self._weighed[j])
             self.survival[j] += weight * (share - self.survival[j])
-        if not plan.prefill:
+        # A step costs what it verifies and what it drafts: only where both are k is it the time of k. On a GPU each pair is a
+        # program of its own, and what a change of k runs for the first time must not count.
+        if not plan.prefill and plan.drafting.draft == k:
             key = _bucket(len(plan.decode)), k
             count = self._counts[key] = self._counts.get(key, 0) + 1
             if count == 1:

@@ -225,3 +225,21 @@ def test_another_tokenizer(tmp_path: Path) -> None:
     tokenizer(draft, "a", "c", "b")
     with pytest.raises(ConfigError, match=r"tokenizer of the draft model at .* is not the target's: 2 tokens differ"):
         start(tmp_path, draft)
+
+
+def test_a_default_may_bring_its_draft_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from fluentllm.hub import DEFAULTS, resolve_draft
+
+    draft = write_draft(tmp_path / "draft", "eagle3")
+    monkeypatch.setitem(DEFAULTS, "smollm2", replace(DEFAULTS["smollm2"], drafts={"eagle": draft}))
+    found = resolve_draft(None, "smollm2", "eagle")
+    assert found is not None
+    assert found.path == draft
+    assert resolve_draft(None, "smollm2", "pld") is None
+    assert resolve_draft(None, str(tmp_path), "eagle") is None
+    other = write_draft(tmp_path / "other", "eagle3")
+    chosen = resolve_draft(str(other), "smollm2", "eagle")
+    assert chosen is not None
+    assert chosen.path == other

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.harness import Harness
 from safetensors.torch import load_file
 
 from .tiny_gguf import HIDDEN, INNER, write_tiny_gguf
@@ -84,3 +85,20 @@ def test_prompts_held_out_are_about_other_things(monkeypatch: pytest.MonkeyPatch
     assert len(kept) > len(TOPICS) / 32
     assert not [text for text in ours for topic in kept if re.search(rf"What is {topic}\?", text)]
     assert [text for text in theirs for thing in THINGS if thing in text]
+
+
+async def test_the_engine_drafts_with_it(trained: tuple[Path, str], tmp_path: Path) -> None:
+    model = write_tiny_gguf(tmp_path / "tiny.gguf")
+    settings = {"model.load_format": "auto", "engine.deterministic": True, "speculative.model": str(trained[0])}
+    harness = Harness(model, **settings, **{"speculative.method": "eagle", "speculative.k": 3})
+    prompts = [[5, 6, 7, 8], [9, 10, 11], list(range(20, 60))]
+    answers = []
+    for method in ("none", "eagle"):
+        async with harness.engine(**{"speculative.method": method}) as running:
+            ids = [running.submit(prompt, max_tokens=24, ignore_eos=True) for prompt in prompts]
+            answers.append([await running.rest(i) for i in ids])
+            stats = running.engine.stats().speculative
+    assert answers[0] == answers[1]
+    assert stats is not None
+    assert stats.error is None
+    assert stats.drafted[2] > 0
