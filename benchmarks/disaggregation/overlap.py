@@ -20,25 +20,28 @@ from typing import Any
 import httpx
 from cluster import HEADERS, LLAMA, Cluster, Engine, both, bytes_per_token, machine
 
+LETTERS = {str(token): 100 for token in range(100, 120)}
+"""Tokens whose bytes are whole characters, so that each gives an event."""
 FIXED = {"kv.prefix_cache": False, "scheduler.prefill_tokens": 4096}
 
 
 def second_token(prefill: Engine, decode: Engine, tokens: list[int], pool: ThreadPoolExecutor) -> float:
     """Seconds to the second token: the first is prefill's, and comes along."""
-    body = both(prefill, {"prompt": tokens, "max_tokens": 3, "temperature": 0, "ignore_eos": True, "logprobs": 0})
+    body = both(prefill, {"prompt": tokens, "max_tokens": 3, "temperature": 0, "logit_bias": LETTERS})
     started = time.perf_counter()
     other = pool.submit(httpx.post, f"{prefill.url}/v1/completions", json=body, headers=HEADERS, timeout=120)
     seen = 0
-    elapsed = 0.0
+    elapsed, last = 0.0, ""
     url = f"{decode.url}/v1/completions"
     with httpx.stream("POST", url, json={**body, "stream": True}, headers=HEADERS, timeout=120) as events:
         for line in events.iter_lines():
             seen += line.startswith("data: {")
             if seen == 2 and not elapsed:
                 elapsed = time.perf_counter() - started
+            last = line or last
     other.result().raise_for_status()
     if not elapsed:
-        raise RuntimeError("the answer had fewer than two events")
+        raise RuntimeError(f"the answer had fewer than two events; the last line was {last!r}")
     return elapsed
 
 

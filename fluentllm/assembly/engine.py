@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from msgspec import structs
@@ -25,6 +25,7 @@ from ..core.types import ModelInfo
 from ..kernels.fixed_order import slowdown
 from ..memory import plan_pages, room_on_cpu
 from ..rehearsal import Largest, measure
+from ..transfer.layout import memory_of
 from .choices import (
     DEFAULT_PREFILL_TOKENS,
     DEFAULT_SLOTS,
@@ -36,10 +37,9 @@ from .choices import (
     speculative_info,
 )
 from .loading import LoadedModel, load_draft_model, load_model
-from .step import PartsMaker, Sizes
+from .step import Parts, PartsMaker, Sizes
 
 if TYPE_CHECKING:
-    from ..core.kv.pool import KVPool
     from ..core.plugins import PluginManager
     from ..core.settings import Settings
     from ..hub import ModelFiles
@@ -118,7 +118,7 @@ def assemble(
     with timeline.stage("pool"):
         pages = plan_pages(settings.kv.memory, room, maker.page_bytes, maker.page_size, wanted=slots * least, least=least)
         parts = maker.make(pages)
-    handoffs = _handoffs(settings, loaded, plugins, parts.pool, own.kv_layers, parts.programs.proposer)
+    handoffs = _handoffs(settings, loaded, plugins, parts, own.kv_layers)
     if handoffs is not None and handoffs.watcher is not None:
         parts.programs.watch(handoffs.watcher)
 
@@ -169,22 +169,24 @@ def assemble(
 
 
 def _handoffs(
-    settings: Settings, loaded: LoadedModel, plugins: PluginManager, pool: KVPool, draft_layers: int, proposer: Any
+    settings: Settings, loaded: LoadedModel, plugins: PluginManager, parts: Parts, draft_layers: int
 ) -> Handoffs | None:
     """What hands requests over to or from other engines; None for an engine that does all itself."""
     chosen = settings.disaggregation
     if chosen.role == "both":
         return None
-    spec = TransportSpec(device=loaded.device.type)
+    spec, proposer, draft_pool = TransportSpec(device=loaded.device.type), parts.programs.proposer, parts.draft_pool
+    # A layer of the proposer's own pool, whose pages have the same numbers, is something more that it keeps for each page.
+    own_kv = [layer for tensor in memory_of(draft_pool) for layer in tensor] if draft_pool is not None else []
     transport = plugins.registry("kv_transports").require(chosen.transport, spec)
     context = HandoffContext(
         settings=settings,
         role=chosen.role,
         model=loaded.fingerprint,
-        pool=pool,
+        pool=parts.pool,
         draft_layers=draft_layers,
         make_transport=transport.factory,
-        page_states=tuple(getattr(proposer, "page_states", ())),
+        page_states=(*getattr(proposer, "page_states", ()), *own_kv),
         speculative=settings.speculative.method if proposer is not None else "none",
     )
     handoffs: Handoffs = plugins.registry("handoffs").get(chosen.method).factory(context)

@@ -45,6 +45,8 @@ class Parts:
     programs: StepPrograms
     tables: SlotTables
     pool: KVPool
+    draft_pool: KVPool | None
+    """Of a proposer whose KV has another shape."""
 
 
 class PartsMaker:
@@ -106,9 +108,11 @@ class PartsMaker:
         tables = self.tables(self._place)
         pool = self._pool(self.kv_spec, pages)
         attention = draft_attention = self._attention(self._attention_spec, pool)
+        draft_pool = None
         if self._draft_kv is not None:
             draft_spec = replace(self._attention_spec, model=structs.replace(loaded.model.spec, kv=self._draft_kv))
-            draft_attention = self._attention(draft_spec, self._pool(self._draft_kv, pages), or_any=True)
+            draft_pool = self._pool(self._draft_kv, pages)
+            draft_attention = self._attention(draft_spec, draft_pool, or_any=True)
         capturable = all(getattr(backend, "capturable", False) for backend in (attention, draft_attention))
         entry = self._proposer
         programs = StepPrograms(
@@ -120,7 +124,7 @@ class PartsMaker:
             synthetic=synthetic_share(settings, self._sizes.drafts),
             graphs=self._place.type == "cuda" and settings.engine.cuda_graphs and capturable,
         )
-        return Parts(programs, tables, pool)
+        return Parts(programs, tables, pool, draft_pool)
 
     def _make_proposer(self, tables: SlotTables, attention: AttentionBackend, pages: int) -> Proposer | None:
         if self._proposer is None:

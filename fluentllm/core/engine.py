@@ -151,12 +151,7 @@ class Engine:
             raise InvalidRequest(f"Request id {request.id!r} is in use.", fix="Use a new id for each request.")
         stops = stop_ids(request, self.info.spec)
         check_request(request, stops, self.info, self.kv, 2 * self.draft_length.max_k if self.draft_length is not None else 0)
-        if request.handoff is not None:
-            if self.handoffs is None:
-                raise InvalidRequest(
-                    "The request asks for prefill and decode on different engines, but this one does both.",
-                    fix="Start it with --role prefill or --role decode.",
-                )
+        if request.handoff is not None and self.handoffs is not None:
             request = self.handoffs.prepare(request)
         sequence = Sequence(request, stops, self._arrivals)
         grammar = request.params.grammar
@@ -303,9 +298,8 @@ class Engine:
 
     def refuse(self, sequence: Sequence, error: FluentError) -> None:
         """End a request that is not in the scheduler's hands with an error."""
-        owner = self._owners.pop(sequence)
-        del owner.sequences[sequence.request.id]
-        self._finish(sequence, "error")
+        owner = self._owners[sequence]
+        self._retire(sequence, "error")
         owner.deliver(refusal(sequence.request.id, error))
 
     def _retire(self, sequence: Sequence, reason: FinishReason) -> None:

@@ -28,6 +28,11 @@ def check_request(request: Request, stops: list[int], info: ModelInfo, kv: KVCac
             f"{length + request.params.max_tokens} tokens exceed the KV pool of {info.kv_tokens} tokens.",
             fix="Lower max_tokens, or start the server with a larger kv.memory.",
         )
+    if request.handoff is not None and info.handoff is None:
+        raise InvalidRequest(
+            "The request asks for prefill and decode on different engines, but this one does both.",
+            fix="Start it with --role prefill or --role decode.",
+        )
     vocab = info.spec.vocab_size
     bad = next((token for token in request.prompt if not 0 <= token < vocab), None)
     if bad is not None:

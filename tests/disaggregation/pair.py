@@ -73,13 +73,21 @@ class Pair:
 
 @asynccontextmanager
 async def pair(
-    model: Harness, *, prefill: dict[str, Any] | None = None, decode: dict[str, Any] | None = None, **both: Any
+    model: Harness,
+    other: Harness | None = None,
+    *,
+    prefill: dict[str, Any] | None = None,
+    decode: dict[str, Any] | None = None,
+    **both: Any,
 ) -> AsyncIterator[Pair]:
-    """Two engines with the same weights; afterwards both must be idle with nothing leaked."""
+    """Two engines with the same weights; afterwards both must be idle with nothing leaked. other: the decode engine's own copy
+    of the model, where passes leave something in it (EAGLE-3's taps)."""
     common = {"plugins.kv_layerwise.key": KEY, **both}
     async with side(model, **{**common, **PREFILL, **(prefill or {})}) as first:
         peers = [f"127.0.0.1:{first.port}"]
-        async with side(model, **{**common, **DECODE, "plugins.kv_layerwise.peers": peers, **(decode or {})}) as second:
+        async with side(
+            other or model, **{**common, **DECODE, "plugins.kv_layerwise.peers": peers, **(decode or {})}
+        ) as second:
             yield Pair(first, second)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine.harness import Harness
-from speculation import mtp
+from speculation import eagle, mtp
+from torch import Tensor
+
+from fluentllm.core.engine import Engine
 
 from .pair import pair
 from .test_handoff import ALONE, FALLBACKS
@@ -16,6 +20,27 @@ from .test_handoff import ALONE, FALLBACKS
 PROMPTS = [[(11 * i + 5 * p) % 150 + 3 for i in range(length)] for p, length in enumerate((1, 8, 9, 21, 40))]
 """Pages have 8 tokens."""
 PARAMS: list[dict[str, Any]] = [{"max_tokens": 14}, {"max_tokens": 14, "temperature": 0.8, "seed": 3}]
+
+
+def drafts_of(engine: Engine) -> dict[tuple[int, ...], list[int]]:
+    """History → what was drafted behind it; fills as the engine runs."""
+    programs: Any = engine.executor.programs
+    found: dict[tuple[int, ...], list[int]] = {}
+
+    def record(call: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def recorded(*arguments: Any) -> tuple[Tensor, Tensor]:
+            drafts, valid = call(*arguments)
+            tables, slots = programs.tables, arguments[-2]
+            for slot, row in zip(slots.tolist(), drafts.tolist(), strict=True):
+                if row and not tables.finished[slot]:
+                    found[tuple(tables.history[slot, : tables.length[slot]].tolist())] = row
+            return drafts, valid
+
+        return recorded
+
+    for name in ("draft", "resume"):
+        setattr(programs.proposer, name, record(getattr(programs.proposer, name)))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +63,10 @@ def longcat(tmp_path_factory: pytest.TempPathFactory) -> Harness:
 async def test_tokens_and_drafts_are_those_of_one_engine(longcat: Harness) -> None:
     jobs = [(prompt, params) for prompt in PROMPTS for params in PARAMS]
     async with longcat.engine(**ALONE) as engine:
+        drafted = drafts_of(engine.engine)
         expected = [await engine.outputs(engine.submit(prompt, **params)) for prompt, params in jobs]
     async with pair(longcat, **{"scheduler.prefill_tokens": 16}) as both:
+        found = drafts_of(both.decode.engine)
         for (prompt, params), whole in zip(jobs, expected, strict=True):
             outputs = await both.outputs(prompt, **params)
             report = outputs[0].handoff
@@ -49,6 +76,7 @@ async def test_tokens_and_drafts_are_those_of_one_engine(longcat: Harness) -> No
             steps = [(output.tokens, output.drafted, output.accepted) for output in outputs]
             assert steps == [(output.tokens, output.drafted, output.accepted) for output in whole]
             assert steps[1][1] == 3
+        assert found == drafted
         stats = both.decode.stats
         assert {name: stats.get(name, 0) for name in FALLBACKS} == dict.fromkeys(FALLBACKS, 0)
         assert both.decode.engine.executor.programs.prefilled == 0  # type: ignore[attr-defined]
@@ -65,11 +93,33 @@ async def test_many_at_once(longcat: Harness) -> None:
 async def test_a_turn_after_a_turn(longcat: Harness) -> None:
     """The second prompt's prefix, answer and all, is decode's own work; the page states of both engines meet in it."""
     async with longcat.engine(**ALONE) as engine:
+        drafted = drafts_of(engine.engine)
         first = await engine.tokens(PROMPTS[4], **PARAMS[0])
         second = [*PROMPTS[4], *first, 5, 6, 7, 8, 9]
         whole = await engine.outputs(engine.submit(second, **PARAMS[0]))
     async with pair(longcat) as both:
+        found = drafts_of(both.decode.engine)
         await both.outputs(PROMPTS[4], **PARAMS[0])
         outputs = await both.outputs(second, **PARAMS[0])
         assert [(o.tokens, o.drafted, o.accepted) for o in outputs] == [(o.tokens, o.drafted, o.accepted) for o in whole]
         assert outputs[0].cached_tokens == 48
+        assert found == drafted
+
+
+async def test_a_draft_model_with_a_pool_of_its_own(tmp_path: Path) -> None:
+    """EAGLE-3 on a Llama: its KV has another shape than the target's, and goes along page by page."""
+    handed = {"disaggregation.role": "prefill", "disaggregation.transport": "loopback", "speculative.k": 3}
+    model, copy = (eagle.harness(tmp_path, "eagle3", "llama", **handed) for _ in range(2))
+    jobs = [(prompt, params) for prompt in PROMPTS[2:] for params in PARAMS]
+    async with model.engine(**ALONE) as engine:
+        drafted = drafts_of(engine.engine)
+        expected = [await engine.outputs(engine.submit(prompt, **params)) for prompt, params in jobs]
+    async with pair(model, copy, **{"scheduler.prefill_tokens": 16}) as both:
+        assert len(both.layout.page_states) == 3
+        found = drafts_of(both.decode.engine)
+        for (prompt, params), whole in zip(jobs, expected, strict=True):
+            outputs = await both.outputs(prompt, **params)
+            steps = [(output.tokens, output.drafted, output.accepted) for output in outputs]
+            assert steps == [(output.tokens, output.drafted, output.accepted) for output in whole]
+            assert steps[1][1] == 3
+        assert found == drafted

@@ -222,7 +222,8 @@ class Sender:
             return
         sending.sent += [0] * (len(outgoing.chunks) - len(sending.sent))
         total, group = self._exchange.layout.layers, self._watch.group
-        target = total - self._exchange.layout.draft_layers
+        # What proposers keep for pages goes with the last layer, and is not there before the pass has ended.
+        target = total - max(self._exchange.layout.draft_layers, bool(self._exchange.layout.page_states))
         try:
             number = 0
             while number < len(outgoing.chunks):
