@@ -11,8 +11,9 @@ the target's own included: 1 is no draft accepted, k + 1 is all.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import itertools
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from fluentllm.local import LocalEngine
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 Chat = list[dict[str, str]]
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +78,16 @@ def measure(case: Case, k: int, count: int, new: int) -> dict[str, Any]:
     """Totals of all prompts."""
     overrides = {"model.name": case.model, "speculative.method": case.method}
     overrides |= {"speculative.k": k, "speculative.max_k": k}  # type: ignore[dict-item]
+    overrides |= {"model.weight_precision": "float32"}
     with LocalEngine(load(None, overrides, {}).settings) as local:
-        rows = [local.call(_answer(local, case, prompt, new)) for prompt in case.prompts(count)]
+        rows = local.call(_answers(local, case, case.prompts(count), new))
     total = {key: sum(row[key] for row in rows) for key in ("tokens", "verifications", "drafted", "accepted")}
     return {"prompts": len(rows), **total, "mean_accepted_length": 1 + total["accepted"] / max(1, total["verifications"])}
+
+
+async def _answers(local: LocalEngine, case: Case, prompts: list[str | Chat], new: int) -> list[dict[str, int]]:
+    """All at once: what is accepted does not depend on what else runs."""
+    return list(await asyncio.gather(*(_answer(local, case, prompt, new) for prompt in prompts)))
 
 
 async def _answer(local: LocalEngine, case: Case, prompt: str | Chat, new: int) -> dict[str, int]:
@@ -87,7 +95,7 @@ async def _answer(local: LocalEngine, case: Case, prompt: str | Chat, new: int) 
     tokens = await (generation.encode(prompt) if isinstance(prompt, str) else generation.encode_chat(prompt))
     params = SamplingParams(max_tokens=new, temperature=0.0)
     counts = {"tokens": 0, "verifications": 0, "drafted": 0, "accepted": 0}
-    request = Request(id=f"bench-{time.time_ns()}", prompt=tokens[: case.prompt_tokens], params=params)
+    request = Request(id=f"bench-{next(_numbers)}", prompt=tokens[: case.prompt_tokens], params=params)
     async for output in generation.client.submit(request):
         counts["tokens"] += len(output.tokens)
         counts["verifications"] += output.drafted > 0

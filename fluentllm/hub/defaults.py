@@ -67,6 +67,7 @@ SMOLLM2 = Default(
         bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
+    drafts={"eagle": CHECKPOINTS / "smollm2-eagle3"},
 )
 
 LONGCAT_NANO = Default(
