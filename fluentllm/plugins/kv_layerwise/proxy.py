@@ -31,9 +31,9 @@ COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 WHOLE = {"stream": False, "stream_options": None}
 RETRIED = frozenset({502, 503})
 """Statuses of engines that start, stop, or have died."""
-ATTEMPTS = 8
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
-"""Seconds before asking again; each time twice as long."""
+ATTEMPTS = 24
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 3.0
+"""Seconds before asking again; each time twice as long. In all a minute: engines take a while to start."""
 HOP_HEADERS = frozenset({"content-length", "transfer-encoding", "connection", "date", "server"})
 
 
