@@ -4,8 +4,9 @@
 
 run in the repository's root, on one GPU, takes about five minutes: it makes prompts (`prompts.py`), lets the model answer
 them, half greedily and half at a temperature, trains the head on these answers, and writes FOLDER/smollm2-eagle3 in the
-public layout of EAGLE-3. It needs torch, tokenizers, safetensors, gguf, and this project's package. `--model` is a GGUF file
-or a model's short name. `--tiny` is a quick run of the whole on a CPU, for tests.
+public layout of EAGLE-3. `--start FOLDER` goes on with such a head, on answers to other prompts if `--seed` differs. It needs
+torch, tokenizers, safetensors, gguf, and this project's package. `--model` is a GGUF file or a model's short name. `--tiny` is
+a quick run of the whole on a CPU, for tests.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="a .gguf file of the Llama layout, or a short name")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="folder of a head to go on with")
     parser.add_argument("--minutes", type=float, default=5.0, help="for everything")
     parser.add_argument("--steps", type=int, help="train for so many steps, whatever time they take")
     parser.add_argument("--answers", type=int, default=24000, help="most answers to train on")
@@ -75,10 +77,8 @@ def main() -> None:
     count = sum(len(tokens) - start for tokens, start in answers)
     print(f"{len(answers)} answers, {count / 1e6:.2f} M tokens; {time.monotonic() - started:.0f} s", flush=True)
 
-    kept = frequent(answers, target.embedding.shape[0], args.draft_vocab, device)
     shape = shape_of(target, args.draft_vocab)
-    head = Head(shape, kept).to(device)
-    head.begin_from(target)
+    head = load(shape, args.start).to(device) if args.start else beginning(shape, target, answers)
     covered = sum(int(head.t2d.cpu()[torch.tensor(tokens[start:])].sum()) for tokens, start in answers) / count
     print(f"the {args.draft_vocab} tokens kept are {covered:.1%} of the answers", flush=True)
     left = args.minutes * 60 - (time.monotonic() - started)
@@ -120,6 +120,13 @@ def ask(
         told = target.answer(some, new, temperatures, ends)
         found += [(prompt + answer, len(prompt)) for prompt, answer in zip(some, told, strict=True)]
     return found
+
+
+def beginning(shape: Shape, target: Target, answers: list[Answer]) -> Head:
+    """An untrained head for the tokens that the answers use most."""
+    head = Head(shape, frequent(answers, shape.vocab, shape.draft_vocab, target.device)).to(target.device)
+    head.begin_from(target)
+    return head
 
 
 def frequent(answers: list[Answer], vocab: int, count: int, device: torch.device) -> Tensor:

@@ -19,16 +19,26 @@ ROOT = Path(__file__).parents[2]
 DRAFT_VOCAB = 512
 
 
+def train(model: Path, out: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "examples.train_eagle", "--model", str(model), "--out", str(out), "--tiny"]
+    command += ["--device", "cpu", "--shard-mb", "0.04", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    stored = {}
+    for file in folder.glob("*.safetensors"):
+        stored |= load_file(str(file))
+    return stored
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The head's folder, and what was printed."""
     folder = tmp_path_factory.mktemp("eagle")
-    model = write_tiny_gguf(folder / "tiny.gguf")
-    command = [sys.executable, "-m", "examples.train_eagle", "--model", str(model), "--out", str(folder), "--tiny"]
-    command += ["--device", "cpu", "--shard-mb", "0.04"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return folder / "smollm2-eagle3", result.stdout
+    return folder / "smollm2-eagle3", train(write_tiny_gguf(folder / "tiny.gguf"), folder)
 
 
 def test_the_layout_is_the_public_one(trained: tuple[Path, str]) -> None:
@@ -62,6 +72,16 @@ def test_the_layout_is_the_public_one(trained: tuple[Path, str]) -> None:
     config = json.loads((trained[0] / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLMEagle3"]
     assert (config["draft_vocab_size"], config["vocab_size"], config["num_hidden_layers"]) == (DRAFT_VOCAB, 600, 1)
+
+
+def test_it_goes_on_with_a_head(trained: tuple[Path, str], tmp_path: Path) -> None:
+    """One step more, on other answers: the same tokens, weights close by."""
+    model = trained[0].parent / "tiny.gguf"
+    train(model, tmp_path, "--start", str(trained[0]), "--seed", "1", "--steps", "1", "--rate", "1e-4")
+    before, after = tensors(trained[0]), tensors(tmp_path / "smollm2-eagle3")
+    assert torch.equal(before["d2t"], after["d2t"])
+    moved = (before["fc.weight"].float() - after["fc.weight"].float()).abs().max()
+    assert 0 < moved < 2e-3
 
 
 def test_it_answers_as_the_engine_does_and_reports_what_the_head_is_worth(trained: tuple[Path, str]) -> None:
