@@ -47,6 +47,22 @@ class NgramHash:
         )
 
 
+@dataclass(slots=True)
+class NgramTables:
+    """The tables of one embedding, one below the other, and what their hashes need. All but `rows` on the model's device."""
+
+    rows: Tensor
+    """[Σ rows, width], on the device or in host memory, pinned where there is a GPU."""
+    starts: Tensor
+    """[tables] int64, first row of each table."""
+    factors: Tensor
+    """[neighbors, tables] int64."""
+    moduli: Tensor
+    """[tables] int64."""
+    stops: Tensor
+    """[E] int64."""
+
+
 def ngram_ids(
     tokens: Tensor, positions: Tensor, slots: Tensor, history: Tensor, stops: Tensor, factors: Tensor, moduli: Tensor
 ) -> Tensor:

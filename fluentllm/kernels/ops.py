@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .moe import Routing
+    from .ngram import NgramTables
     from .weights import Weight
 
 
@@ -89,6 +90,20 @@ class Ops(Protocol):
 
     def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
         """tokens [T] int64, table [V, D] → [T, D]."""
+        ...
+
+    def ngram_embedding(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        history: Tensor,
+        ngram: NgramTables,
+        words: Tensor,
+        projection: Weight,
+    ) -> Tensor:
+        """tokens, positions, slots [T] int64 (slots: each token's line in `history` [S, L] integers), words [vocab, hidden],
+        projection [hidden, hidden] of the tables' rows side by side → (word + Σ_i P_i e_i) / (1 + tables), [T, hidden]."""
         ...
 
     def router_logits(self, x: Tensor, weight: Weight) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .moe import combine, route
+from .ngram import ngram_ids
 from .weights import Weight, copy_bytes, pack, pack_blocks
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from .moe import Routing
     from .native.library import Library
+    from .ngram import NgramTables
     from .ops import ExpertWeights
 
 
@@ -94,6 +96,21 @@ class PlainOps:
 
     def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
         return F.embedding(tokens, table)
+
+    def ngram_embedding(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        history: Tensor,
+        ngram: NgramTables,
+        words: Tensor,
+        projection: Weight,
+    ) -> Tensor:
+        ids = ngram_ids(tokens, positions, slots, history, ngram.stops, ngram.factors, ngram.moduli) + ngram.starts
+        # Of tables in host memory the rows are copied over, and the pass waits for the ids.
+        rows = self.embedding(ids.to(ngram.rows.device), ngram.rows).flatten(1).to(tokens.device)
+        return self.add(self.embedding(tokens, words), self.linear(rows, projection)) / (1 + ngram.starts.shape[0])
 
     def router_logits(self, x: Tensor, weight: Weight) -> Tensor:
         return self.linear(x.float(), weight)

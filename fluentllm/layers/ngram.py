@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.protocols import WeightSlot
-from ..kernels.ngram import NgramHash, ngram_ids
+from ..kernels.ngram import NgramHash, NgramTables
 from .embedding import Embedding
 from .module import Module, join
 
@@ -36,7 +36,7 @@ class NgramEmbedding(Module):
     def __init__(
         self, ctx: BuildContext, prefix: str, word: Embedding, hash_: NgramHash, hidden: int, *, host: bool = False
     ) -> None:
-        """`host`: keep the tables in host memory; each pass then waits for the ids and copies the rows over."""
+        """`host`: keep the tables in host memory, pinned where the model is on a GPU."""
         self.prefix = prefix
         self.word = word
         self.hash = hash_
@@ -44,12 +44,13 @@ class NgramEmbedding(Module):
         self.width = hidden // hash_.tables
         sizes = [hash_.rows(i) for i in range(hash_.tables)]
         self.starts = [sum(sizes[:i]) for i in range(hash_.tables)]
-        self.tables_device = torch.device("cpu") if host else ctx.device
-        self.tables = torch.zeros(sum(sizes), self.width, dtype=ctx.dtype, device=self.tables_device)
+        self.tables = torch.zeros(
+            sum(sizes), self.width, dtype=ctx.dtype, device="cpu" if host else ctx.device,
+            pin_memory=host and ctx.device.type == "cuda",
+        )  # fmt: skip
         """All tables one below the other."""
-        self._offsets = torch.tensor(self.starts, dtype=torch.int64, device=ctx.device)
-        self._factors, self._moduli = hash_.factors().to(ctx.device), hash_.moduli().to(ctx.device)
-        self._stops = torch.tensor(hash_.stops, dtype=torch.int64, device=ctx.device)
+        starts, stops = (torch.tensor(n, dtype=torch.int64, device=ctx.device) for n in (self.starts, hash_.stops))
+        self._ngram = NgramTables(self.tables, starts, hash_.factors().to(ctx.device), hash_.moduli().to(ctx.device), stops)
         self._projection: Tensor | None = torch.zeros(hidden, hidden, dtype=ctx.dtype, device=ctx.device)
         self._packed: Weight | None = None
         self._ops = ctx.ops
@@ -57,12 +58,11 @@ class NgramEmbedding(Module):
         self._precision = str(ctx.dtype).removeprefix("torch.") if ctx.weight_precision == "fp8" else ctx.weight_precision
 
     def __call__(self, batch: Batch) -> Tensor:
+        assert self._packed is not None
         slots = batch.slots[batch.sequences]
-        ids = ngram_ids(batch.tokens, batch.positions, slots, batch.history, self._stops, self._factors, self._moduli)
-        ids = (ids + self._offsets).to(self.tables_device)
-        rows = self._ops.embedding(ids, self.tables).flatten(1).to(batch.tokens.device)
-        projected = self._ops.linear(rows, self._packed)
-        return self._ops.add(self.word(batch.tokens), projected) / (1 + self.hash.tables)
+        return self._ops.ngram_embedding(
+            batch.tokens, batch.positions, slots, batch.history, self._ngram, self.word.table, self._packed
+        )
 
     def own_slots(self) -> Iterator[WeightSlot]:
         for i, start in enumerate(self.starts):

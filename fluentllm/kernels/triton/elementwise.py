@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .language import silu, start_next, wait_for_inputs
+from .language import FIRST, LOADED, silu, start_next, wait_for_inputs
 from .launch import launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 def _silu_mul_kernel(out, gate_up, row_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     gate = tl.load(gate_up + row * row_stride + i, mask=i < SIZE, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * row_stride + SIZE + i, mask=i < SIZE, other=0.0).to(tl.float32)
+    start_next(PDL, LOADED)
     tl.store(out + row * SIZE + i, (silu(gate) * up).to(out.dtype.element_ty), mask=i < SIZE)
 
 

@@ -16,7 +16,7 @@ from .elementwise import embedding, rotary, silu_mul
 from .filter import filter_thresholds
 from .fp8_gemm import fp8_gemm
 from .fp8_quantise import quantise_rows, silu_mul_quantise
-from .gqa_decode import gqa_decode
+from .gqa_decode import gqa_decode, query_tiles
 from .gqa_plan import plan_gqa
 from .gqa_prefill import gqa_prefill, prefill_tiles
 from .kv_append import append, rotate_and_append
@@ -78,14 +78,17 @@ def decode_attention() -> None:
             plan = plan_gqa(lengths, kv_heads=kv_heads, longest=longest, fixed_span=span)
             q = _empty(n * rows, heads, dim, dtype=dtype)
             gqa_decode(q, cache, cache, _ints(n, longest // page), lengths, plan, rows, dim**-0.5)
+        if dim == 128:
+            _, tiles = query_tiles(rows, heads // kv_heads)
+            plan = plan_gqa(lengths, kv_heads=kv_heads, longest=4096, tiles=tiles, inside=True)
+            gqa_decode(_empty(n * rows, heads, dim), cache, cache, _ints(n, 4096 // page), lengths, plan, rows, dim**-0.5)
 
 
 def prefill_attention() -> None:
     for heads, kv_heads, dim, page, dtype, kv_dtype, rows in (
         (32, 8, 128, 16, BF16, BF16, 128),
         (16, 8, 128, 64, BF16, FP8, 128),
-        (9, 3, 64, 16, torch.float16, torch.float16, 128),
-        (32, 4, 96, 32, BF16, BF16, 64),
+        (32, 4, 96, 32, torch.float16, torch.float16, 64),
         (8, 1, 256, 64, BF16, BF16, 128),
         (4, 4, 64, 16, torch.float32, torch.float32, 16),
     ):
@@ -178,8 +181,8 @@ def mixture_of_experts() -> None:
     tiles = sort_by_expert(_ints(8, 6), 64, tile.rows)
     stream_down(stream_gate_up(_empty(8, 2048), _empty(64, 2816, 2048), tiles, 6, tile), _empty(64, 2048, 1408), tiles, tile)
     # (tokens, routing, hidden, inner): a GEMV, thin tiles, wide tiles, the largest
-    for tokens in (1, 32, 256, 4096):
-        for (hidden, inner), routing in (((2048, 1408), routings[0]), ((3072, 1024), routings[1])):
+    for (hidden, inner), routing, several in (((2048, 1408), routings[0], (1, 4096)), ((3072, 1024), routings[1], (32, 256))):
+        for tokens in several:
             x, choices = _empty(tokens, hidden), (tokens, routing.top_k)
             gate_up = _empty(routing.experts, 2 * inner, hidden)
             down = _empty(routing.experts, hidden, inner)
@@ -188,18 +191,18 @@ def mixture_of_experts() -> None:
 
 
 def products_of_few_rows() -> None:
-    for tokens in (1, 16, 64):
-        # A matrix with few rows, one with many, gate and up in one.
-        for rows, depth, gated in ((1024, 3072, False), (28672, 4096, False), (6144, 1024, True)):
-            x, weight = _empty(tokens, depth), _empty(rows, depth)
-            other = None if gated else _empty(tokens, rows)
-            linear(x, weight, gated=gated, other=other, counters=new_counters(rows, x.device))
-            gate_up = _empty(tokens, 2 * depth)
-            q, scale = quantise_rows(x)
-            silu_mul_quantise(gate_up)
-            scales = _floats(-(-rows // 128), -(-depth // 128))
-            matrix = _empty(rows, depth, dtype=FP8)
-            linear(q, matrix, x_scale=scale, w_scale=scales, gated=gated, counters=new_counters(rows, x.device))
+    # A matrix with few rows, one with many, gate and up in one.
+    for tokens, rows, depth, gated in ((1, 1024, 3072, False), (16, 28672, 4096, False), (64, 1024, 3072, False),
+                                       (64, 6144, 1024, True)):  # fmt: skip
+        x, weight = _empty(tokens, depth), _empty(rows, depth)
+        other = None if gated else _empty(tokens, rows)
+        linear(x, weight, gated=gated, other=other, counters=new_counters(rows, x.device))
+        gate_up = _empty(tokens, 2 * depth)
+        q, scale = quantise_rows(x)
+        silu_mul_quantise(gate_up)
+        scales = _floats(-(-rows // 128), -(-depth // 128))
+        matrix = _empty(rows, depth, dtype=FP8)
+        linear(q, matrix, x_scale=scale, w_scale=scales, gated=gated, counters=new_counters(rows, x.device))
 
     for tma in (False, True):
         tile = LinearTile(16, 32, 128, 2, 4, tma=tma, prefetch=4)

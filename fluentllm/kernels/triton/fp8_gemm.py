@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .language import start_next, wait_for_inputs
+from .language import FIRST, LOADED, start_next, wait_for_inputs
 from .launch import bulk_copies, descriptor, launch, programmatic
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _fp8_gemm_kernel(out, x_box, x_scale, w_box, w_scale, M, N, K, scale_row, ou
     n0 = rest // size * BLOCK_N
     steps = tl.cdiv(K, 128)
     m = m0 + tl.arange(0, BLOCK_M)
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     scale_at = x_scale + m
     weight_at = w_scale + n0 // 128 * steps
@@ -59,6 +59,7 @@ def _fp8_gemm_kernel(out, x_box, x_scale, w_box, w_scale, M, N, K, scale_row, ou
         coming = tl.load(weight_at + tl.minimum(step + 1, steps - 1))
         acc += tl.dot(a, tl.trans(b), max_num_imprecise_acc=128) * (s * t)[:, None]
         t = coming
+    start_next(PDL, LOADED)
     n = n0 + tl.arange(0, BLOCK_N)
     at = out + (m.to(tl.int64) * out_row)[:, None] + n[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
@@ -89,6 +90,6 @@ def fp8_gemm(
         _fp8_gemm_kernel, (-(-tokens // tile.rows) * -(-rows // tile.columns),), out, descriptor(q, tile.rows, 128), scale,
         descriptor(weight, tile.columns, 128), w_scale, tokens, rows, depth, scale.stride(0), out.stride(0),
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, GROUP=tile.group, STAGES=tile.stages, num_warps=tile.warps,
-        num_stages=tile.stages, **limits, **programmatic(q.device),
+        num_stages=tile.stages, **limits, **programmatic(q.device, "product"),
     )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..block_fp8 import BLOCK, E4M3, LARGEST, LEAST_SCALE
-from .language import silu_of_rounded, start_next, wait_for_inputs
+from .language import FIRST, LOADED, silu_of_rounded, start_next, wait_for_inputs
 from .launch import launch, programmatic
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ GROUPS = 4
 def _quantise_kernel(out, scale, x, K, x_row, out_row, scale_row, largest, least, GATED: tl.constexpr, GROUPS: tl.constexpr,
                      BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     k = group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -32,6 +32,7 @@ def _quantise_kernel(out, scale, x, K, x_row, out_row, scale_row, largest, least
     if GATED:
         value = silu_of_rounded(value.to(tl.float32), tl.load(at + K, mask=k < K, other=0.0).to(tl.float32), value.dtype)
         value = value.to(x.dtype.element_ty)
+    start_next(PDL, LOADED)
     value = value.to(tl.float32)
     s = tl.maximum(tl.max(tl.abs(value), 1) / largest, least)
     q = tl.minimum(tl.maximum(value / s[:, None], -largest), largest)

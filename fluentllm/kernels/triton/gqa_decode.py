@@ -1,4 +1,5 @@
-"""Attention of decode and verification over paged KV with grouped heads: each item of the plan by one program, then a merge.
+"""Attention of decode and verification over paged KV with grouped heads: each item of the plan by one program, then a merge, by
+a launch of its own or by the last program of a sequence to finish (`gqa_plan.MERGE_INSIDE`).
 
 The arithmetic is FlashAttention's (arXiv:2205.14135) with keys split among programs; scores are kept in units of log2.
 """
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .gqa_plan import BLOCK, GqaPlan
-from .language import dot, start_next, wait_for_inputs
+from .language import FIRST, LOADED, dot, start_next, wait_for_inputs
 from .launch import launch, power_of_2, programmatic, split_width
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ SHARED_BYTES = 100 * 1024
 
 @triton.jit
 def _decode_kernel(
-    out, partial, lse, q, k_pages, v_pages, page_table, lengths, items, starts, spans, score_scale, value_scale,
+    out, partial, lse, counters, q, k_pages, v_pages, page_table, lengths, items, starts, spans, score_scale, value_scale,
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
     ROWS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILES: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -35,7 +36,7 @@ def _decode_kernel(
     kv_head = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     item = tl.program_id(1)
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     sequence = tl.load(items + item)
     if sequence >= 0:
@@ -95,6 +96,7 @@ def _decode_kernel(
             acc = dot(weights.to(queries.dtype), values, acc * fade[:, None])
             highest = higher
 
+        start_next(PDL, LOADED)
         result = acc * (value_scale / tl.where(total > 0, total, 1.0))[:, None]
         row = query * HEADS + head
         store = valid[:, None] & (dv < VALUE_DIM)[None, :]
@@ -109,6 +111,30 @@ def _decode_kernel(
             slot_row = (item * (ROWS * HEADS) + row).to(tl.int64)
             tl.store(partial + (slot_row * VALUE_DIM)[:, None] + dv[None, :], result, mask=store)
             tl.store(lse + slot_row, highest + tl.log2(total), mask=valid)
+            if counters is not None:
+                # All threads' sums are written before the one that counts says so.
+                tl.debug_barrier()
+                counter = counters + sequence * tl.num_programs(0) + tl.program_id(0)
+                runs = tl.load(starts + sequence + 1) - start_item
+                if tl.atomic_add(counter, 1, sem="acq_rel") == runs - 1:
+                    tl.store(counter, 0)
+                    highest = tl.full([BLOCK_M], -1.0e30, tl.float32)
+                    for run in range(start_item, start_item + runs):
+                        at_lse = lse + (run * (ROWS * HEADS) + row).to(tl.int64)
+                        known = tl.load(at_lse, mask=valid, other=float("-inf"), cache_modifier=".cg")
+                        highest = tl.maximum(highest, known)
+                    total = tl.zeros([BLOCK_M], tl.float32)
+                    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+                    for run in range(start_item, start_item + runs):
+                        slot_row = (run * (ROWS * HEADS) + row).to(tl.int64)
+                        known = tl.load(lse + slot_row, mask=valid, other=float("-inf"), cache_modifier=".cg")
+                        weight = tl.exp2(known - highest)
+                        at_values = partial + (slot_row * VALUE_DIM)[:, None] + dv[None, :]
+                        acc += tl.load(at_values, mask=store, other=0.0, cache_modifier=".cg") * weight[:, None]
+                        total += weight
+                    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+                    at = out + ((sequence * (ROWS * HEADS) + row).to(tl.int64) * VALUE_DIM)[:, None] + dv[None, :]
+                    tl.store(at, result.to(out.dtype.element_ty), mask=store)
 
 
 @triton.jit
@@ -116,7 +142,7 @@ def _merge_kernel(out, partial, lse, starts, COUNT: tl.constexpr, VALUE_DIM: tl.
                   BLOCK_V: tl.constexpr, RUNS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Rows of one sequence: COUNT = query rows × heads. Sequences with one item are left alone: it wrote their output."""
     sequence = tl.program_id(1)
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     first = tl.load(starts + sequence)
     last = tl.load(starts + sequence + 1)
@@ -142,9 +168,16 @@ def _merge_kernel(out, partial, lse, starts, COUNT: tl.constexpr, VALUE_DIM: tl.
             at_values = partial + at[:, :, None] * VALUE_DIM + dv[None, None, :]
             values = tl.load(at_values, mask=present[:, :, None] & (dv < VALUE_DIM)[None, None, :], other=0.0)
             acc += tl.sum(values * weight[:, :, None], 0)
+        start_next(PDL, LOADED)
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
         at_out = out + ((sequence * COUNT + row).to(tl.int64) * VALUE_DIM)[:, None] + dv[None, :]
         tl.store(at_out, result.to(out.dtype.element_ty), mask=valid[:, None] & (dv < VALUE_DIM)[None, :])
+
+
+def query_tiles(rows: int, group: int) -> tuple[int, int]:
+    """Rows of a tile of queries, and tiles, of `rows` query rows with `group` heads a KV head."""
+    block_m = min(64, max(16, power_of_2(rows * group)))
+    return block_m, -(-rows * group // block_m)
 
 
 def gqa_decode(
@@ -181,23 +214,24 @@ def gqa_decode(
     parts = 0 if plan.single else items
     partial = torch.empty(parts, per_sequence, value_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(parts, per_sequence, dtype=torch.float32, device=q.device)
-    block_m = min(64, max(16, power_of_2(rows * group)))
-    tiles = -(-rows * group // block_m)
+    block_m, tiles = query_tiles(rows, group)
+    if plan.counters is not None and plan.counters.shape[0] < lengths.shape[0] * kv_heads * tiles:
+        raise ValueError(f"the plan was made for fewer than {tiles} tiles of queries")
     (block_d, block_e), block_v = split_width(dim), max(16, power_of_2(value_dim))
     block_n = BLOCK
     stage = (block_d + block_e + block_v) * k_pages.element_size()
     while block_n > 16 and block_n * stage > SHARED_BYTES:
         block_n //= 2
     launch(
-        _decode_kernel, (kv_heads * tiles, items), out, partial, lse, q, k_pages, v_pages, page_table, lengths,
+        _decode_kernel, (kv_heads * tiles, items), out, partial, lse, plan.counters, q, k_pages, v_pages, page_table, lengths,
         plan.items, plan.starts, plan.spans, scale * k_scale * math.log2(math.e), v_scale,
         q.stride(0), q.stride(1), *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         ROWS=rows, GROUP=group, HEADS=heads, DIM=dim, VALUE_DIM=value_dim, TILES=tiles, PAGE=page, BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_V=block_v, SINGLE=plan.single, FIRST_KEY=first_key,
         num_warps=4, num_stages=1 + max(1, min(3, SHARED_BYTES // (block_n * stage))),
-        **programmatic(q.device),
+        **programmatic(q.device, "product"),
     )  # fmt: skip
-    if plan.single:
+    if plan.single or plan.counters is not None:
         return out
     sequences = lengths.shape[0]
     # Few rows: one a program, many runs in flight. Many rows: most have nothing to merge, so fewer programs.

@@ -22,6 +22,8 @@ BLOCK = 64
 """Runs of keys start at multiples of this."""
 LEAST_RUN = 64
 """One block: at batch 1 a chain of two blocks takes longer than merging two runs (H100, 16 and 32 heads, 1,024 keys)."""
+MERGE_INSIDE = False
+"""Let the last program of a sequence merge its runs: a launch less a layer. To be measured: benchmarks/gpu/launches.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +36,14 @@ class GqaPlan:
     """[N] int32, keys of each of a sequence's runs but its last, a multiple of `BLOCK`."""
     single: bool
     """No sequence can have more than one item, so nothing needs merging."""
+    counters: Tensor | None = None
+    """[N · KV heads · tiles] int32, zeros between calls: programs count themselves there, and a sequence's last one merges.
+    None: runs are merged by a launch of their own. Calls that may run at the same time must not share a plan with counters."""
 
 
 @triton.jit
-def _plan_kernel(items, starts, spans, lengths, n, count, parts, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
-                 LEAST: tl.constexpr, FILL: tl.constexpr):  # fmt: skip
+def _plan_kernel(items, starts, spans, counters, lengths, n, count, parts, cells, N: tl.constexpr,
+                 SPAN: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr, FILL: tl.constexpr):  # fmt: skip
     i = tl.arange(0, N)
     length = tl.load(lengths + i, mask=i < n, other=0)
     if SPAN == 0:
@@ -64,13 +69,21 @@ def _plan_kernel(items, starts, spans, lengths, n, count, parts, N: tl.constexpr
     for base in range(0, count, FILL):
         unused = base + tl.arange(0, FILL)
         tl.store(items + unused, unused * 0 - 1, mask=(unused >= total) & (unused < count))
+    if counters is not None:
+        for base in range(0, cells, FILL):
+            cell = base + tl.arange(0, FILL)
+            tl.store(counters + cell, cell * 0, mask=cell < cells)
 
 
-def plan_gqa(lengths: Tensor, *, kv_heads: int, longest: int, per_multiprocessor: int = 1, fixed_span: int = 0) -> GqaPlan:
+def plan_gqa(
+    lengths: Tensor, *, kv_heads: int, longest: int, per_multiprocessor: int = 1, fixed_span: int = 0, tiles: int = 1,
+    inside: bool | None = None,
+) -> GqaPlan:  # fmt: skip
     """lengths [N] int32, keys of each sequence on the device, 0 allowed; longest: host bound of them.
 
     Aims at `per_multiprocessor` programs a multiprocessor over all `kv_heads`. `fixed_span` (keys, a multiple of `BLOCK`) makes
-    runs the same whatever else is in the batch: deterministic mode. Reference: `gqa_plan_reference`.
+    runs the same whatever else is in the batch: deterministic mode. inside: merge inside the attention kernel (`MERGE_INSIDE`
+    unless given), whose queries make `tiles` tiles (`gqa_decode.query_tiles`). Reference: `gqa_plan_reference`.
     """
     n = lengths.shape[0]
     if fixed_span % BLOCK:
@@ -82,11 +95,14 @@ def plan_gqa(lengths: Tensor, *, kv_heads: int, longest: int, per_multiprocessor
     items = torch.empty(max(count, 1), dtype=torch.int32, device=lengths.device)
     starts = torch.empty(n + 1, dtype=torch.int32, device=lengths.device)
     spans = torch.empty(max(n, 1), dtype=torch.int32, device=lengths.device)
+    single = most <= 1
+    cells = 0 if single or not (MERGE_INSIDE if inside is None else inside) else n * kv_heads * tiles
+    counters = torch.empty(cells, dtype=torch.int32, device=lengths.device) if cells else None
     launch(
-        _plan_kernel, (1,), items, starts, spans, lengths, n, count, parts,
+        _plan_kernel, (1,), items, starts, spans, counters, lengths, n, count, parts, cells,
         N=power_of_2(n), SPAN=fixed_span, BLOCK=BLOCK, LEAST=LEAST_RUN, FILL=1024, num_warps=4,
     )  # fmt: skip
-    return GqaPlan(items[:count], starts, spans, single=most <= 1)
+    return GqaPlan(items[:count], starts, spans, single, counters)
 
 
 def gqa_plan_reference(

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .language import start_next, wait_for_inputs
+from .language import FIRST, LOADED, start_next, wait_for_inputs
 from .launch import launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def _rotate_and_append_kernel(
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
@@ -62,6 +62,7 @@ def _rotate_and_append_kernel(
         at = tl.load(positions + token).to(tl.int64)
     c = tl.load(cos + at * rope_row + d, mask=rotates, other=1.0).to(tl.float32)[None, :]
     s = tl.load(sin + at * rope_row + d, mask=rotates, other=0.0).to(tl.float32)[None, :]
+    start_next(PDL, LOADED)
     rotated = (y * c + p * s).to(dtype)
 
     tl.store(q_out + token * q_row + (head * DIM)[:, None] + d[None, :], rotated, mask=is_q[:, None] & inside)
@@ -116,19 +117,20 @@ def rotate_and_append(
 
 @triton.jit
 def _append_kernel(first_out, second_out, first, second, rows, first_row, second_row, first_out_row, second_out_row,
-                   inverse_first_scale, inverse_second_scale, FIRST: tl.constexpr, SECOND: tl.constexpr,
+                   inverse_first_scale, inverse_second_scale, FIRST_SIZE: tl.constexpr, SECOND_SIZE: tl.constexpr,
                    BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + token).to(tl.int64)
-    a = tl.load(first + token * first_row + i, mask=i < FIRST, other=0.0)
-    b = tl.load(second + token * second_row + i, mask=i < SECOND, other=0.0)
+    a = tl.load(first + token * first_row + i, mask=i < FIRST_SIZE, other=0.0)
+    b = tl.load(second + token * second_row + i, mask=i < SECOND_SIZE, other=0.0)
+    start_next(PDL, LOADED)
     a = (a.to(tl.float32) * inverse_first_scale).to(first_out.dtype.element_ty)
     b = (b.to(tl.float32) * inverse_second_scale).to(second_out.dtype.element_ty)
-    tl.store(first_out + row * first_out_row + i, a, mask=i < FIRST)
-    tl.store(second_out + row * second_out_row + i, b, mask=i < SECOND)
+    tl.store(first_out + row * first_out_row + i, a, mask=i < FIRST_SIZE)
+    tl.store(second_out + row * second_out_row + i, b, mask=i < SECOND_SIZE)
 
 
 def append(
@@ -148,7 +150,7 @@ def append(
     launch(
         _append_kernel, (rows.shape[0], blocks), first_out, second_out, first, second, rows,
         first.stride(0), second.stride(0), first_out.stride(0), second_out.stride(0), 1 / first_scale, 1 / second_scale,
-        FIRST=first.shape[1], SECOND=second.shape[1], BLOCK=block, num_warps=4, **programmatic(first.device),
+        FIRST_SIZE=first.shape[1], SECOND_SIZE=second.shape[1], BLOCK=block, num_warps=4, **programmatic(first.device),
     )  # fmt: skip
 
 

@@ -10,6 +10,13 @@ UPCAST: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Triton's interpreter multiplies bfloat16 matrices wrongly; there, and only there, operands are taken to float32."""
 
 
+FIRST: tl.constexpr = tl.constexpr(1)
+"""Place of `start_next`: before anything else."""
+LOADED: tl.constexpr = tl.constexpr(2)
+"""Place of `start_next`: when all that the program reads is there or on its way: behind the main loop, before the reductions
+and stores at the end."""
+
+
 @triton.jit
 def dot(a, b, acc):
     """acc + a b, accumulated in float32; float32 operands are not rounded to TF32."""
@@ -32,16 +39,17 @@ def silu_of_rounded(gate, up, dtype: tl.constexpr):
 
 
 @triton.jit
-def start_next(PDL: tl.constexpr):
-    """Programmatic dependent launch: the next kernel may be set up now. It still waits for all of this one's writes."""
-    if PDL:
+def start_next(PDL: tl.constexpr, WHERE: tl.constexpr):
+    """Programmatic dependent launch: the next kernel may be set up from here on, if WHERE is the place that PDL
+    names. It still waits for all of this one's writes."""
+    if PDL == WHERE:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
     """Programmatic dependent launch: what the kernels before wrote is there after this; nothing may be written before it."""
-    if PDL:
+    if PDL > 0:
         gdc_wait()
 
 

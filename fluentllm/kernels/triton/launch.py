@@ -76,10 +76,17 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "meta" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def programmatic(device: torch.device) -> dict[str, Any]:
-    """Options of a kernel with a parameter `PDL` that calls `language.wait_for_inputs` before it touches anything that another
-    kernel writes, or writes anything itself."""
-    return {"PDL": True, "launch_pdl": True} if overlaps(device) else {"PDL": False}
+START_NEXT = {"small": 1, "product": 1}
+"""Where a kernel lets the next one start, by its kind: 1 `language.FIRST`, 2 `language.LOADED`, 3 nowhere (when it has ended).
+
+small: a few rows, done in a microsecond or two. product: fills the chip and holds most of its shared memory; whoever is placed
+while it runs is placed where there happens to be room. Which places are best is to be measured: benchmarks/gpu/launches.py."""
+
+
+def programmatic(device: torch.device, kind: str = "small") -> dict[str, Any]:
+    """Options of a kernel with a parameter `PDL` that calls `language.start_next` at each place, and `language.wait_for_inputs`
+    before it touches anything that another kernel writes, or writes anything itself. `kind`: of `START_NEXT`."""
+    return {"PDL": START_NEXT[kind], "launch_pdl": True} if overlaps(device) else {"PDL": 0}
 
 
 def bulk_copies(tensor: torch.Tensor) -> bool:

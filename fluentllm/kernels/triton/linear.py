@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .language import silu_of_rounded, start_next, wait_for_inputs
+from .language import FIRST, LOADED, silu_of_rounded, start_next, wait_for_inputs
 from .launch import bulk_copies, descriptor, launch, programmatic
 from .linear_tiles import LinearTile, linear_tile
 from .streaming import SCALE_BLOCK, prefetch_weights, stream
@@ -45,12 +45,13 @@ def _linear_kernel(out, x, x_scale, w, w_box, w_scale, other, partial, counters,
     n = n0 + tl.arange(0, BLOCK_N)
     first = split * steps
     last = tl.minimum(first + steps, tl.cdiv(K, BLOCK_K))
-    start_next(PDL)
+    start_next(PDL, FIRST)
     if CHUNKS > 0:
         prefetch_weights(w, n0, N, N, K, w_row, first, last, BLOCK_N, BLOCK_K, GATED, CHUNKS, WIDTH)
     wait_for_inputs(PDL)
     acc, up = stream(x, x_scale, w, w_box, w_scale, m.to(tl.int64), m < M, n0, N, N, K, x_row, w_row, scale_row, first, last,
                      BLOCK_M, BLOCK_N, BLOCK_K, GATED, STAGES)  # fmt: skip
+    start_next(PDL, LOADED)
     if GATED:
         acc = silu_of_rounded(acc, up, out.dtype.element_ty)
     if SPLITS == 1:
@@ -103,7 +104,7 @@ def linear(
     out = torch.empty(tokens, rows, dtype=out_dtype or (x.dtype if x_scale is None else torch.bfloat16), device=x.device)
     if tile is None:
         tile = linear_tile(tokens, rows, depth, x.element_size(), gated)
-    pdl = programmatic(x.device)
+    pdl = programmatic(x.device, "product")
     splits = tile.splits if counters is not None and not gated else 1
     columns, m_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
     if splits > 1 and counters is not None and columns * m_tiles > counters.shape[0]:

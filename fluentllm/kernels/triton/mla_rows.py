@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .language import start_next, wait_for_inputs
+from .language import FIRST, LOADED, start_next, wait_for_inputs
 from .launch import launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
@@ -32,18 +32,20 @@ def _append_latents_kernel(q_out, cache, down, q_weight, kv_weight, cos, sin, kv
                            BLOCK_R: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Program (t, 0) does token t's KV, program (t, 1) its query latent."""
     token = tl.program_id(0).to(tl.int64)
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     row = down + token * down_row
     if tl.program_id(1) == 1:
         if q_weight is not None:
             j = tl.arange(0, BLOCK_Q)
             query = tl.load(row + j, mask=j < Q, other=0.0)
+            start_next(PDL, LOADED)
             tl.store(q_out + token * q_row + j, _norm(query, q_weight, j, eps, Q), mask=j < Q)
     else:
         target = cache + tl.load(kv_rows + token).to(tl.int64) * cache_row
         i = tl.arange(0, BLOCK_KV)
         x = tl.load(row + Q + i, mask=i < KV, other=0.0)
+        start_next(PDL, LOADED)
         latent = _norm(x, kv_weight, i, eps, KV)
         if latent_scale != 1.0:
             latent = (latent.to(tl.float32) * latent_scale).to(x.dtype)
@@ -99,7 +101,7 @@ def _rotate_queries_kernel(out, x, cos, sin, x_row, x_head, out_row, out_head, r
                            ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
                            PDL: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_R)
@@ -115,6 +117,7 @@ def _rotate_queries_kernel(out, x, cos, sin, x_row, x_head, out_row, out_head, r
     s = tl.load(sin + token * rope_row + d, mask=d < ROPE, other=0.0).to(tl.float32)[None, :]
     # `out` may be x: every thread has read before any writes.
     tl.debug_barrier()
+    start_next(PDL, LOADED)
     rotated = (y.to(tl.float32) * c + p.to(tl.float32) * s).to(out.dtype.element_ty)
     tl.store(out + token * out_row + (head * out_head)[:, None] + d[None, :], rotated, mask=inside)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .language import start_next, wait_for_inputs
+from .language import FIRST, LOADED, start_next, wait_for_inputs
 from .launch import launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def _combine_kernel(out, y, x, shared, weights, ids, x_row, shared_row, EXPERTS:
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < SIZE
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     acc = tl.zeros([BLOCK], tl.float32)
     kept = 0.0
@@ -34,6 +34,7 @@ def _combine_kernel(out, y, x, shared, weights, ids, x_row, shared_row, EXPERTS:
     acc += kept * tl.load(x + token * x_row + i, mask=inside, other=0.0).to(tl.float32)
     if shared is not None:
         acc += tl.load(shared + token * shared_row + i, mask=inside, other=0.0).to(tl.float32)
+    start_next(PDL, LOADED)
     tl.store(out + token * SIZE + i, acc.to(out.dtype.element_ty), mask=inside)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .language import dot, silu_of_rounded, start_next, wait_for_inputs
+from .language import FIRST, LOADED, dot, silu_of_rounded, start_next, wait_for_inputs
 from .launch import launch, programmatic
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def _grouped_kernel(
     rest = pid % (TILE_GROUP * columns)
     tile = group * TILE_GROUP + rest % size
     column = rest // size
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     expert = tl.load(tile_experts + tile)
     if expert >= 0:
@@ -62,6 +62,7 @@ def _grouped_kernel(
             if GATED:
                 b = tl.load(w_at + N * w_row + base, mask=(n < N)[:, None] & deep, other=0.0)
                 up = dot(a, tl.trans(b), up)
+        start_next(PDL, LOADED)
         if GATED:
             acc = silu_of_rounded(acc, up, out.dtype.element_ty)
         at = out + (target * out_row)[:, None] + n[None, :]
@@ -94,5 +95,5 @@ def _launch(
         _grouped_kernel, (count * -(-n // columns),), out, x, w, tiles.order, tiles.offsets, tiles.experts, tiles.firsts, count,
         x.stride(0), w.stride(0), w.stride(1), out.stride(0),
         N=n, K=x.shape[1], TOP_K=top_k, GATED=gated, BLOCK_M=tile.rows, BLOCK_N=columns, BLOCK_K=tile.depth, TILE_GROUP=8,
-        num_warps=tile.warps, num_stages=tile.stages, **programmatic(x.device),
+        num_warps=tile.warps, num_stages=tile.stages, **programmatic(x.device, "product"),
     )  # fmt: skip

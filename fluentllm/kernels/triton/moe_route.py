@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .language import start_next, wait_for_inputs
+from .language import FIRST, LOADED, start_next, wait_for_inputs
 from .launch import launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
@@ -25,9 +25,10 @@ def _route_kernel(weights, ids, logits, bias, row_stride, scale, TOTAL: tl.const
     token = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK)
     inside = e < TOTAL
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     x = tl.load(logits + token * row_stride + e, mask=inside, other=float("-inf")).to(tl.float32)
+    start_next(PDL, LOADED)
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-x))
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .language import silu_of_rounded, start_next, wait_for_inputs
+from .language import FIRST, LOADED, silu_of_rounded, start_next, wait_for_inputs
 from .launch import launch, programmatic
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def _gate_up_kernel(out, x, w, ids, x_row, w_expert, w_row, EXPERTS: tl.constexp
                     TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
                     PDL: tl.constexpr):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     expert = tl.load(ids + pair).to(tl.int64)
     if expert < EXPERTS:
@@ -37,6 +37,7 @@ def _gate_up_kernel(out, x, w, ids, x_row, w_expert, w_row, EXPERTS: tl.constexp
             a = tl.load(row + base + k, mask=base + k < HIDDEN, other=0.0).to(tl.float32)[None, :]
             gate += tl.load(at + base, mask=mask, other=0.0).to(tl.float32) * a
             up += tl.load(at + INNER * w_row + base, mask=mask, other=0.0).to(tl.float32) * a
+        start_next(PDL, LOADED)
         h = silu_of_rounded(tl.sum(gate, 1), tl.sum(up, 1), out.dtype.element_ty)
         tl.store(out + pair * INNER + n, h.to(out.dtype.element_ty), mask=n < INNER)
 
@@ -50,7 +51,7 @@ def _down_kernel(out, h, w, x, shared, weights, ids, x_row, shared_row, w_expert
     k = tl.arange(0, BLOCK_K)
     steps: tl.constexpr = (INNER + BLOCK_K - 1) // BLOCK_K
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     for step in tl.range(0, TOP_K * steps, num_stages=STAGES):
         pair = token * TOP_K + step // steps
@@ -60,6 +61,7 @@ def _down_kernel(out, h, w, x, shared, weights, ids, x_row, shared_row, w_expert
         a = tl.load(h + pair * INNER + base + k, mask=mask, other=0.0).to(tl.float32) * tl.load(weights + pair)
         at = w + expert * w_expert + (n.to(tl.int64) * w_row)[:, None] + (base + k)[None, :]
         acc += tl.load(at, mask=(n < HIDDEN)[:, None] & mask[None, :], other=0.0).to(tl.float32) * a[None, :]
+    start_next(PDL, LOADED)
     total = tl.sum(acc, 1)
     kept = 0.0
     for i in tl.static_range(TOP_K):
@@ -81,12 +83,12 @@ def small_moe(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Te
     launch(
         _gate_up_kernel, (tokens * top_k, -(-inner // block_n)), h, x, gate_up, ids, x.stride(0), *gate_up.stride()[:2],
         EXPERTS=experts, INNER=inner, HIDDEN=hidden, TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=3, num_warps=4,
-        **programmatic(x.device),
+        **programmatic(x.device, "product"),
     )  # fmt: skip
     launch(
         _down_kernel, (tokens, -(-hidden // block_n)), out, h, down, x, shared, weights, ids, x.stride(0),
         0 if shared is None else shared.stride(0), *down.stride()[:2],
         EXPERTS=experts, INNER=inner, HIDDEN=hidden, TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=3, num_warps=4,
-        **programmatic(x.device),
+        **programmatic(x.device, "product"),
     )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .language import start_next, wait_for_inputs
+from .language import FIRST, LOADED, start_next, wait_for_inputs
 from .launch import launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class ExpertTiles:
 def _sort_kernel(order, offsets, tile_experts, tile_firsts, ids, pairs, tiles, EXPERTS: tl.constexpr, BINS: tl.constexpr,
                  ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     expert = tl.program_id(0)
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     bins = tl.arange(0, BINS)
     counts = tl.zeros([BINS], tl.int32)
@@ -49,6 +49,7 @@ def _sort_kernel(order, offsets, tile_experts, tile_firsts, ids, pairs, tiles, E
         chosen = tl.load(ids + pair, mask=pair < pairs, other=EXPERTS)
         # Zero experts compute nothing: they share the bin behind the last expert.
         counts += tl.histogram(tl.minimum(chosen, EXPERTS), BINS)
+    start_next(PDL, LOADED)
     needed = tl.where(bins < EXPERTS, tl.cdiv(counts, ROWS), 0)
     offset = tl.sum(tl.where(bins < expert, counts, 0), 0)
     count = tl.sum(tl.where(bins == expert, counts, 0), 0)

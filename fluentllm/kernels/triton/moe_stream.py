@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .language import silu_of_rounded, start_next, wait_for_inputs
+from .language import FIRST, LOADED, silu_of_rounded, start_next, wait_for_inputs
 from .launch import bulk_copies, descriptor, launch, programmatic
 from .streaming import stream
 
@@ -38,7 +38,7 @@ def _stream_kernel(out, x, x_scale, w, w_box, w_scale, order, offsets, tile_expe
     rest = pid % (TILE_GROUP * columns)
     tile = group * TILE_GROUP + rest % size
     n0 = rest // size * BLOCK_N
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     expert = tl.load(tile_experts + tile)
     if expert >= 0:
@@ -54,6 +54,7 @@ def _stream_kernel(out, x, x_scale, w, w_box, w_scale, order, offsets, tile_expe
         r0 = expert * ROWS
         acc, up = stream(x, x_scale, w, w_box, w_scale, row, valid, r0 + n0, r0 + N, N, K, x_row, w_row, scale_row, 0,
                          tl.cdiv(K, BLOCK_K), BLOCK_M, BLOCK_N, BLOCK_K, GATED, STAGES)  # fmt: skip
+        start_next(PDL, LOADED)
         if GATED:
             acc = silu_of_rounded(acc, up, out.dtype.element_ty)
         n = n0 + tl.arange(0, BLOCK_N)
@@ -107,5 +108,5 @@ def _launch(
         tiles.experts, tiles.firsts, count, n, x.shape[1], x.stride(0), flat.stride(0),
         0 if x_scale is None else x_scale.stride(0), out.stride(0),
         ROWS=w.shape[1], TOP_K=top_k, GATED=gated, BLOCK_M=tile.rows, BLOCK_N=columns, BLOCK_K=tile.depth, TILE_GROUP=8,
-        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, **programmatic(x.device),
+        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, **programmatic(x.device, "product"),
     )  # fmt: skip

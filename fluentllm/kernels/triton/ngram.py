@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .language import start_next, wait_for_inputs
+from .language import FIRST, start_next, wait_for_inputs
 from .launch import launch, power_of_2, programmatic
 from .linear import linear
 
@@ -30,7 +30,7 @@ def _ngram_gather_kernel(rows, word_rows, tokens, positions, slots, history, sto
     i = tl.program_id(1)
     d = tl.arange(0, BLOCK)
     inside = d < WIDTH
-    start_next(PDL)
+    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     token = tl.load(tokens + t).to(tl.int64)
     if i < TABLES:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .language import start_next, wait_for_inputs
+from .language import FIRST, LOADED, start_next, wait_for_inputs
 from .launch import launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
@@ -20,11 +20,12 @@ def _rms_norm_kernel(out, x, delta, weight, eps, groups, x_row, x_group, delta_r
     """Row i is group i % groups of token i // groups."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
-    start_next(PDL)
+    start_next(PDL, FIRST)
     factor = tl.load(weight + i, mask=i < SIZE, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
     at = x + row // groups * x_row + row % groups * x_group + i
     value = tl.load(at, mask=i < SIZE, other=0.0)
+    start_next(PDL, LOADED)
     if delta is not None:
         # The sum has the stream's dtype, as an addition of its own would leave it.
         value = (value.to(tl.float32) + tl.load(delta + row * delta_row + i, mask=i < SIZE, other=0.0).to(tl.float32)).to(

@@ -11,7 +11,7 @@ from .. import in_kernels
 from ..fp8_weight import Fp8BlockWeight
 from ..plain import PlainOps
 from ..weights import DenseWeight
-from . import elementwise, fp8_gemm, fp8_quantise, linear, linear_tiles, moe, moe_route, moe_scores, norm
+from . import elementwise, fp8_gemm, fp8_quantise, linear, linear_tiles, moe, moe_route, moe_scores, ngram as ngrams, norm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..moe import Routing
+    from ..ngram import NgramTables
     from ..ops import ExpertWeights
     from ..weights import Weight
 
@@ -31,7 +32,7 @@ class StreamedWeight(DenseWeight):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight)
-        self._counters = linear.new_counters(self.out_features, weight.device)
+        self.counters = linear.new_counters(self.out_features, weight.device)
 
     def streams(self, x: Tensor) -> bool:
         return x.shape[0] <= linear_tiles.MOST_TOKENS and x.dtype is self.weight.dtype and x.stride(-1) == 1
@@ -39,7 +40,7 @@ class StreamedWeight(DenseWeight):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if not self.streams(x):
             return super().product(x, bias)
-        return linear.linear(x, self.weight, other=bias, counters=self._counters)
+        return linear.linear(x, self.weight, other=bias, counters=self.counters)
 
 
 class StreamedFp8Weight(Fp8BlockWeight):
@@ -97,6 +98,28 @@ class TritonOps(PlainOps):
         if weight.streams(hidden):
             return linear.linear(hidden, weight.weight, out_dtype=torch.float32)
         return torch.mm(hidden, weight.weight.T, out_dtype=torch.float32)
+
+    def ngram_embedding(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        history: Tensor,
+        ngram: NgramTables,
+        words: Tensor,
+        projection: Weight,
+    ) -> Tensor:
+        """Rows of tables in pinned host memory are read over the bus by the kernel itself: nothing waits."""
+        host = ngram.rows.device.type == "cpu" and words.is_cuda
+        if not isinstance(projection, DenseWeight) or (host and not ngram.rows.is_pinned()):
+            return super().ngram_embedding(tokens, positions, slots, history, ngram, words, projection)
+        rows, word_rows = ngrams.ngram_gather(
+            tokens, positions, slots, history, ngram.stops, ngram.factors, ngram.moduli, ngram.starts, ngram.rows, words
+        )
+        tables = ngram.starts.shape[0]
+        if isinstance(projection, StreamedWeight) and projection.streams(rows):
+            return ngrams.ngram_embedding(rows, word_rows, projection.weight, tables, counters=projection.counters)
+        return self.linear(rows, projection).add_(word_rows).div_(1 + tables)
 
     def router_logits(self, x: Tensor, weight: Weight) -> Tensor:
         if isinstance(weight, DenseWeight) and x.shape[0] <= moe_scores.MOST_TOKENS:

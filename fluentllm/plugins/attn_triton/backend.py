@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fluentllm.core.protocols import FusedGQA, FusedMLA
-from fluentllm.kernels.triton.gqa_decode import gqa_decode
+from fluentllm.kernels.triton.gqa_decode import gqa_decode, query_tiles
 from fluentllm.kernels.triton.gqa_plan import GqaPlan, plan_gqa
 from fluentllm.kernels.triton.gqa_prefill import PrefillTiles, gqa_prefill, prefill_tiles
 from fluentllm.kernels.triton.kv_append import append, flat_heads, rotate_and_append
@@ -37,6 +37,7 @@ class TritonAttention(FusedGQA, FusedMLA):
     def __init__(self, context: AttentionContext) -> None:
         pool = context.pool
         self._kv = pool.spec
+        self._heads = context.spec.model.heads
         layers = range(pool.spec.layers)
         self._rows = [pool.rows(layer) for layer in layers]
         if pool.spec.kind == "mla":
@@ -56,7 +57,8 @@ class TritonAttention(FusedGQA, FusedMLA):
         if batch.query_length is not None:
             if self._kv.kind == "gqa":
                 longest = batch.page_table.shape[1] * batch.page_size
-                self._plan = plan_gqa(batch.kv_lengths, kv_heads=self._kv.heads, longest=longest)
+                _, tiles = query_tiles(batch.query_length, self._heads // self._kv.heads)
+                self._plan = plan_gqa(batch.kv_lengths, kv_heads=self._kv.heads, longest=longest, tiles=tiles)
             return
         assert batch.query_lengths is not None
         assert batch.kv_lengths_host is not None

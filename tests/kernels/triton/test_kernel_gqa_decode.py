@@ -8,7 +8,7 @@ from paged import Paged, random_paged
 
 from fluentllm.kernels.attention_reference import gqa_reference
 from fluentllm.kernels.triton import gqa_plan
-from fluentllm.kernels.triton.gqa_decode import gqa_decode
+from fluentllm.kernels.triton.gqa_decode import gqa_decode, query_tiles
 from fluentllm.kernels.triton.gqa_plan import gqa_plan_reference, plan_gqa
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 4e-2}
@@ -62,16 +62,20 @@ def test_ragged_batch(
     lengths = [rows, 520, 64]
     paged = random_paged(lengths, rng, device, kv_heads=kv_heads, dim=dim, page_size=page_size, dtype=dtype)
     q = torch.randn(len(lengths) * rows, heads, dim, generator=rng).to(device, dtype)
-    plan = plan_gqa(paged.lengths, kv_heads=kv_heads, longest=1024)
-    out = gqa_decode(q, paged.k, paged.v, paged.table, paged.lengths, plan, rows, dim**-0.5)
-    assert plan.starts.tolist()[-1] > len(lengths)  # something was merged
-    torch.testing.assert_close(out.double(), expected(q, paged, rows, dim**-0.5), rtol=0, atol=TOLERANCE[dtype])
+    _, tiles = query_tiles(rows, heads // kv_heads)
+    for inside in (False, True):
+        plan = plan_gqa(paged.lengths, kv_heads=kv_heads, longest=1024, tiles=tiles, inside=inside)
+        assert plan.starts.tolist()[-1] > len(lengths)  # something was merged
+        assert (plan.counters is not None) == inside
+        for _ in range(1 + inside):  # the counters must be left as they were found
+            out = gqa_decode(q, paged.k, paged.v, paged.table, paged.lengths, plan, rows, dim**-0.5)
+            torch.testing.assert_close(out.double(), expected(q, paged, rows, dim**-0.5), rtol=0, atol=TOLERANCE[dtype])
 
 
 def test_short_context_needs_no_merge_and_an_empty_sequence_gets_zeros(device: torch.device, rng: torch.Generator) -> None:
-    paged = random_paged([5, 0, 200], rng, device, kv_heads=1, dim=64)
+    paged = random_paged([5, 0, 60], rng, device, kv_heads=1, dim=64)
     q = torch.randn(3, 2, 64, generator=rng).to(device)
-    plan = plan_gqa(paged.lengths, kv_heads=1, longest=224)
+    plan = plan_gqa(paged.lengths, kv_heads=1, longest=64)
     assert plan.single
     out = gqa_decode(q, paged.k, paged.v, paged.table, paged.lengths, plan, 1, 0.1)
     torch.testing.assert_close(out.double(), expected(q, paged, 1, 0.1), rtol=0, atol=2e-6)

@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from fluentllm.kernels.ngram import NgramHash, ngram_ids
+from fluentllm.kernels.ngram import NgramHash, NgramTables, ngram_ids
+from fluentllm.kernels.plain import PlainOps
 from fluentllm.kernels.triton.ngram import ngram_embedding, ngram_gather
+from fluentllm.kernels.triton.ops import StreamedWeight, TritonOps
+from fluentllm.kernels.weights import DenseWeight
 
 
 @pytest.mark.parametrize("pinned", [False, True])
@@ -35,3 +38,9 @@ def test_ngram(tokens: int, pinned: bool, device: torch.device, rng: torch.Gener
     assert torch.equal(word_rows.cpu(), words[ids])
     mean = (words[ids] + expected @ projection.T) / (1 + hash_.tables)
     assert_close(ngram_embedding(rows, word_rows, projection.to(device), hash_.tables).cpu(), mean, rtol=1e-4, atol=1e-4)
+    # As a model asks for it: with weights for few rows, and for any number.
+    made = NgramTables(tables.pin_memory() if pinned else tables.to(device), *on_device[7:8], *on_device[5:7], on_device[4])
+    for packed in (StreamedWeight(projection.to(device)), DenseWeight(projection.to(device))):
+        for ops in (TritonOps(), PlainOps()):
+            out = ops.ngram_embedding(*on_device[:4], made, words.to(device), packed)
+            assert_close(out.cpu(), mean, rtol=1e-4, atol=1e-4)

@@ -72,11 +72,11 @@ def test_thresholds_keep_what_the_filter_keeps(device: torch.device, rng: torch.
 
 
 def test_a_filtered_draw_stays_within_the_filter(device: torch.device, rng: torch.Generator) -> None:
-    logits = torch.randn(12, 500, generator=rng).to(device)
-    floats = torch.tensor([[1.0, 1.0, 0.0]], device=device)
+    logits = torch.randn(8, 500, generator=rng).to(device)
+    floats = torch.tensor([[4.0, 1.0, 0.0]], device=device)
     ints = torch.tensor([[5, 1234]], device=device)
-    slots = torch.zeros(12, dtype=torch.int64, device=device)
+    slots = torch.zeros(8, dtype=torch.int64, device=device)
     thresholds = filter_thresholds(logits, slots, floats[:, 0], ints[:, 0], floats[:, 1], floats[:, 2])
-    drawn = draw(logits, slots, torch.arange(12, device=device), floats[:, 0], ints[:, 1], thresholds)
+    drawn = draw(logits, slots, torch.arange(8, device=device), floats[:, 0], ints[:, 1], thresholds)
     assert (drawn.unsqueeze(1) == logits.topk(5, dim=1).indices).any(1).all()
     assert (drawn != logits.argmax(1)).any()
