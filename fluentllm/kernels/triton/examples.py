@@ -66,8 +66,7 @@ def decode_attention() -> None:
         (1, 16, 8, 128, 1, 16, BF16, BF16),
         (32, 32, 8, 128, 1, 64, BF16, BF16),
         (32, 32, 8, 128, 4, 64, BF16, FP8),
-        (8, 9, 3, 64, 1, 16, torch.float16, torch.float16),
-        (128, 32, 4, 96, 8, 32, BF16, BF16),
+        (128, 36, 4, 96, 8, 32, torch.float16, torch.float16),
         (4, 8, 1, 256, 2, 64, BF16, BF16),
         (2, 4, 4, 64, 1, 16, torch.float32, torch.float32),
     ]
@@ -78,7 +77,7 @@ def decode_attention() -> None:
             plan = plan_gqa(lengths, kv_heads=kv_heads, longest=longest, fixed_span=span)
             q = _empty(n * rows, heads, dim, dtype=dtype)
             gqa_decode(q, cache, cache, _ints(n, longest // page), lengths, plan, rows, dim**-0.5)
-        if dim == 128:
+        if rows == 4:
             _, tiles = query_tiles(rows, heads // kv_heads)
             plan = plan_gqa(lengths, kv_heads=kv_heads, longest=4096, tiles=tiles, inside=True)
             gqa_decode(_empty(n * rows, heads, dim), cache, cache, _ints(n, 4096 // page), lengths, plan, rows, dim**-0.5)
@@ -86,7 +85,6 @@ def decode_attention() -> None:
 
 def prefill_attention() -> None:
     for heads, kv_heads, dim, page, dtype, kv_dtype, rows in (
-        (32, 8, 128, 16, BF16, BF16, 128),
         (16, 8, 128, 64, BF16, FP8, 128),
         (32, 4, 96, 32, torch.float16, torch.float16, 64),
         (8, 1, 256, 64, BF16, BF16, 128),

@@ -25,7 +25,7 @@ SHARED_BYTES = 100 * 1024
 
 
 @triton.jit
-def _decode_kernel(
+def _decode_kernel(  # noqa: PLR0912 - one kernel, every path of it compiled apart
     out, partial, lse, counters, q, k_pages, v_pages, page_table, lengths, items, starts, spans, score_scale, value_scale,
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
     ROWS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,

@@ -77,16 +77,18 @@ def overlaps(device: torch.device) -> bool:
 
 
 START_NEXT = {"small": 1, "product": 1}
-"""Where a kernel lets the next one start, by its kind: 1 `language.FIRST`, 2 `language.LOADED`, 3 nowhere (when it has ended).
+"""Where a kernel lets the next one start, by its kind: 1 `language.FIRST`, 2 `language.LOADED`, 3 nowhere (when it has
+ended), 0: launched normally.
 
 small: a few rows, done in a microsecond or two. product: fills the chip and holds most of its shared memory; whoever is placed
-while it runs is placed where there happens to be room. Which places are best is to be measured: benchmarks/gpu/launches.py."""
+while it runs is placed where there happens to be room. What is best is to be measured: benchmarks/kernels/launches.py."""
 
 
 def programmatic(device: torch.device, kind: str = "small") -> dict[str, Any]:
     """Options of a kernel with a parameter `PDL` that calls `language.start_next` at each place, and `language.wait_for_inputs`
     before it touches anything that another kernel writes, or writes anything itself. `kind`: of `START_NEXT`."""
-    return {"PDL": START_NEXT[kind], "launch_pdl": True} if overlaps(device) else {"PDL": 0}
+    place = START_NEXT[kind] if overlaps(device) else 0
+    return {"PDL": place, "launch_pdl": True} if place else {"PDL": 0}
 
 
 def bulk_copies(tensor: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .language import FIRST, start_next, wait_for_inputs
+from .language import FIRST, LOADED, start_next, wait_for_inputs
 from .launch import launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def _scores_kernel(logits, x, w, tokens, x_row, w_row, total, HIDDEN: tl.constex
     # The router's weights are nobody's output: they may be read early.
     row = tl.load(w + expert.to(tl.int64) * w_row + i, mask=i < HIDDEN, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
+    start_next(PDL, LOADED)
     for t in tl.static_range(TOKENS):
         token = tl.program_id(1) * TOKENS + t
         if token < tokens:

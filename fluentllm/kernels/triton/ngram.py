@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .language import FIRST, start_next, wait_for_inputs
+from .language import FIRST, LOADED, start_next, wait_for_inputs
 from .launch import launch, power_of_2, programmatic
 from .linear import linear
 
@@ -47,10 +47,12 @@ def _ngram_gather_kernel(rows, word_rows, tokens, positions, slots, history, sto
                 open_ = tl.where(before == tl.load(stops + e), 0, open_)
             total += tl.where(open_ > 0, before, 0) * tl.load(factors + back * TABLES + i)
         row = tl.load(starts + i) + total % modulus
+        start_next(PDL, LOADED)
         value = tl.load(tables + row * table_row + d, mask=inside, other=0.0)
         tl.store(rows + (t * TABLES + i) * WIDTH + d, value, mask=inside)
     else:
         part = (i - TABLES) * WIDTH + d
+        start_next(PDL, LOADED)
         value = tl.load(words + token * word_row + part, mask=inside, other=0.0)
         tl.store(word_rows + t * (TABLES * WIDTH) + part, value, mask=inside)
 

@@ -11,7 +11,7 @@ import triton
 import fluentllm.kernels.triton as room
 from fluentllm.kernels.triton.compile import OPTIONS, compile_launch, specialise
 from fluentllm.kernels.triton.examples import EXAMPLES, example_launches
-from fluentllm.kernels.triton.launch import Launch, launch, recording
+from fluentllm.kernels.triton.launch import START_NEXT, Launch, launch, recording
 
 HOPPER_SHARED_BYTES = 227 * 1024
 
@@ -37,6 +37,16 @@ def test_compiles_for_hopper(example) -> None:
         compiled = compile_launch(one)
         assert "cubin" in compiled.asm
         assert compiled.metadata.shared <= HOPPER_SHARED_BYTES, (one.kernel.__name__, one.options)
+
+
+def test_every_programmatic_kernel_starts_the_next_at_any_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in START_NEXT:
+        monkeypatch.setitem(START_NEXT, place, 2)
+    one_each = {one.kernel.__name__: one for _, one in example_launches() if one.options.get("PDL")}
+    assert len(one_each) > 15
+    for name, one in one_each.items():
+        assert one.options["PDL"] == 2
+        assert "griddepcontrol.launch_dependents" in compile_launch(one).asm["ptx"], name
 
 
 def test_the_check_sees_what_would_not_compile() -> None:

@@ -1,0 +1,129 @@
+"""Whole steps under different ways of launching: where kernels let the next one start, who merges attention's runs, which tiles
+products of few rows take. Run it before changing a default.
+
+    python benchmarks/kernels/launches.py --model benchmarks/gpu/models/qwen3-0.6b --batches 1,32 --kv-memory 8GiB --json FILE
+
+Every variant is an engine of its own with random weights (about 8 s each with a model of 1 GB, 12 s with one of 50 GB), so that
+its graphs are captured with the variant's choices. TPOT as `fluent bench latency` takes it. The first variant is measured again
+at the end: the difference between the two is the noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from fluentllm.bench.offline import latency
+from fluentllm.core.config import load
+from fluentllm.kernels.triton import gqa_plan, linear, linear_tiles
+from fluentllm.kernels.triton.launch import START_NEXT
+from fluentllm.local import LocalEngine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    product: int = 1
+    """Of `launch.START_NEXT`: 0 no programmatic launch, 1 first, 2 loaded, 3 at the end."""
+    small: int = 1
+    merge_inside: bool = False
+    prefetch: int = 0
+    measured: bool = True
+    """Tiles from `linear_tiles.MEASURED`, else the rule's."""
+    most_tokens: int = linear_tiles.MOST_TOKENS
+    """0: all products are torch's."""
+
+
+VARIANTS = [
+    Variant("base"),
+    Variant("product loaded", product=2),
+    Variant("product at end", product=3),
+    Variant("small loaded", small=2),
+    Variant("small at end", small=3),
+    Variant("all loaded", product=2, small=2),
+    Variant("all at end", product=3, small=3),
+    Variant("not programmatic", product=0, small=0),
+    Variant("merge inside", merge_inside=True),
+    Variant("merge inside, product loaded", merge_inside=True, product=2),
+    Variant("prefetch 8, product loaded", prefetch=8, product=2),
+    Variant("tiles by rule", measured=False),
+    Variant("torch's products", most_tokens=0),
+    Variant("base again"),
+]
+
+
+@contextmanager
+def applied(variant: Variant) -> Iterator[None]:
+    """The room's choices are the variant's inside."""
+
+    def put(owner: Any, name: str, value: Any) -> None:
+        undo.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
+    with ExitStack() as undo:
+        undo.callback(START_NEXT.update, dict(START_NEXT))
+        START_NEXT.update(product=variant.product, small=variant.small)
+        put(gqa_plan, "MERGE_INSIDE", variant.merge_inside)
+        put(linear_tiles, "MOST_TOKENS", variant.most_tokens)
+        if not variant.measured:
+            put(linear_tiles, "MEASURED", {})
+        if variant.prefetch:
+            choose = linear.linear_tile
+            put(linear, "linear_tile", lambda *shape: replace(choose(*shape), prefetch=variant.prefetch))
+        yield
+
+
+def measure(args: argparse.Namespace, variant: Variant) -> list[dict[str, Any]]:
+    given = {"model.name": args.model, "model.load_format": args.load_format, "kv.memory": args.kv_memory}
+    with applied(variant):
+        settings = load(None, {name: value for name, value in given.items() if value}, {}).settings
+        with LocalEngine(settings) as local:
+            rows = latency(local, args.batches, args.context, args.steps, args.rounds, tell=lambda _: None)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--load-format", default="dummy")
+    parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 32])
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kv-memory")
+    parser.add_argument("--only", help="names of variants, separated by semicolons")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    wanted = args.only.split(";") if args.only else [variant.name for variant in VARIANTS]
+    unknown = set(wanted) - {variant.name for variant in VARIANTS}
+    if unknown:
+        parser.error(f"there is no variant {sorted(unknown)}: {[variant.name for variant in VARIANTS]}")
+    print(f"{'TPOT, ms':30}" + "".join(f"{f'B{batch}':>10}" for batch in args.batches))
+    found = []
+    for variant in VARIANTS:
+        if variant.name in wanted:
+            rows = measure(args, variant)
+            found.append({"variant": variant.name, "rows": rows})
+            print(f"{variant.name:30}" + "".join(f"{row['tpot_ms']:>10.3f}" for row in rows), flush=True)
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
