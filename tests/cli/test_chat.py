@@ -13,6 +13,8 @@ from processes.server import Server, write_tiny_llama
 from .conftest import environment
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+TALKATIVE = ("--set", "plugins.weights_dummy.seed=8")
+"""Random weights whose answers to the two questions below differ."""
 Chat = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -27,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     template = ("--set", f"model.chat_template={folder / 'chat.jinja'}", "--api-key", "secret", "--deterministic")
-    server = Server(folder / "tiny", *template, temporary=folder)
+    server = Server(folder / "tiny", *template, *TALKATIVE, temporary=folder)
     yield server
     server.client.close()
     server.process.terminate()
@@ -48,7 +50,15 @@ def talk(lines: list[str], *arguments: str, code: int = 0, **environ: str) -> su
 
 def in_this_process(folder: Path) -> tuple[str, ...]:
     dummy = ("--set", "model.load_format=dummy", "--set", "engine.threads=1", "--set", "engine.deterministic=true")
-    return (str(folder / "tiny"), "--device", "cpu", *dummy, "--set", f"model.chat_template={folder / 'chat.jinja'}")
+    return (
+        str(folder / "tiny"),
+        "--device",
+        "cpu",
+        *dummy,
+        *TALKATIVE,
+        "--set",
+        f"model.chat_template={folder / 'chat.jinja'}",
+    )
 
 
 def answers(result: subprocess.CompletedProcess[str]) -> list[str]:
