@@ -66,6 +66,20 @@ def test_the_line_in_the_banner_works_when_pasted(server):
     assert json.loads(pasted.stdout)["choices"], pasted.stdout
 
 
+def test_metrics_come_from_both_processes(server):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    def value(name, **labels):
+        families = text_string_to_metric_families(server.client.get("/metrics").text)
+        return next(s.value for f in families for s in f.samples if s.name == name and s.labels == labels)
+
+    before = value("fluent_generation_tokens_total")
+    assert server.complete(max_tokens=7).status_code == 200
+    assert value("fluent_generation_tokens_total") == before + 7
+    assert value("fluent_engine_up") == 1
+    assert value("fluent_time_to_first_token_seconds_count") >= 1
+
+
 def test_the_start_has_a_timeline(server):
     """Printed by the banner and served as JSON; the first request ends it with a line."""
     printed = [line for line in server.lines if line.startswith("    ") and line.rstrip().endswith(" s")]
@@ -233,17 +247,3 @@ def test_an_engine_that_refuses_to_start_is_not_started_again(tmp_path):
     assert "fix: Use at most 8192." in ended.stderr
     assert "restarted" not in ended.stderr
     assert "Traceback" not in ended.stderr
-
-
-def test_metrics_come_from_both_processes(server):
-    from prometheus_client.parser import text_string_to_metric_families
-
-    def value(name, **labels):
-        families = text_string_to_metric_families(server.client.get("/metrics").text)
-        return next(s.value for f in families for s in f.samples if s.name == name and s.labels == labels)
-
-    before = value("fluent_generation_tokens_total")
-    assert server.complete(max_tokens=7).status_code == 200
-    assert value("fluent_generation_tokens_total") == before + 7
-    assert value("fluent_engine_up") == 1
-    assert value("fluent_time_to_first_token_seconds_count") >= 1

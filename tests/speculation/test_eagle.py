@@ -189,8 +189,10 @@ def test_bad_drafts_are_refused_at_start(tmp_path: Path, bad: str) -> None:
 
 
 def start(folder: Path, draft: Any, **settings: Any) -> None:
-    chosen = {"speculative.method": "eagle", "speculative.model": draft and str(draft), **settings}
-    model = Harness(write_tiny_llama(folder / "target"), **chosen)
+    target = write_tiny_llama(folder / "target")
+    # Not the default model, which brings a head of its own.
+    chosen = {"model.name": str(target), "speculative.method": "eagle", "speculative.model": draft and str(draft), **settings}
+    model = Harness(target, **chosen)
     assemble(model.settings(), "tiny", model.loaded, model.plugins).executor.close()
 
 
