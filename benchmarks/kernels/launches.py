@@ -3,15 +3,14 @@ products of few rows take. Run it before changing a default.
 
     python benchmarks/kernels/launches.py --model benchmarks/gpu/models/qwen3-0.6b --batches 1,32 --kv-memory 8GiB --json FILE
 
-Every variant is an engine of its own with random weights (about 8 s each with a model of 1 GB, 12 s with one of 50 GB), so that
-its graphs are captured with the variant's choices. TPOT as `fluent bench latency` takes it. The first variant is measured again
-at the end: the difference between the two is the noise.
+One engine with random weights; before each variant its graphs are given up, so that they are captured again with the variant's
+choices. TPOT as `fluent bench latency` takes it. The first variant is measured again at the end: the difference between the two
+is the noise.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 from contextlib import ExitStack, contextmanager
@@ -20,8 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import torch
 
 from fluentllm.bench.offline import latency
 from fluentllm.core.config import load
@@ -86,16 +83,13 @@ def applied(variant: Variant) -> Iterator[None]:
         yield
 
 
-def measure(args: argparse.Namespace, variant: Variant) -> list[dict[str, Any]]:
-    given = {"model.name": args.model, "model.load_format": args.load_format, "kv.memory": args.kv_memory}
+def measure(local: LocalEngine, args: argparse.Namespace, variant: Variant) -> list[dict[str, Any]]:
+    executor = local.engine.executor
+    graphs = executor.programs._graphs
     with applied(variant):
-        settings = load(None, {name: value for name, value in given.items() if value}, {}).settings
-        with LocalEngine(settings) as local:
-            rows = latency(local, args.batches, args.context, args.steps, args.rounds, tell=lambda _: None)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return rows
+        if graphs is not None:
+            executor.call(graphs.clear).result()
+        return latency(local, args.batches, args.context, args.steps, args.rounds, tell=lambda _: None)
 
 
 def main() -> None:
@@ -115,12 +109,14 @@ def main() -> None:
     if unknown:
         parser.error(f"there is no variant {sorted(unknown)}: {[variant.name for variant in VARIANTS]}")
     print(f"{'TPOT, ms':30}" + "".join(f"{f'B{batch}':>10}" for batch in args.batches))
+    given = {"model.name": args.model, "model.load_format": args.load_format, "kv.memory": args.kv_memory}
     found = []
-    for variant in VARIANTS:
-        if variant.name in wanted:
-            rows = measure(args, variant)
-            found.append({"variant": variant.name, "rows": rows})
-            print(f"{variant.name:30}" + "".join(f"{row['tpot_ms']:>10.3f}" for row in rows), flush=True)
+    with LocalEngine(load(None, {name: value for name, value in given.items() if value}, {}).settings) as local:
+        for variant in VARIANTS:
+            if variant.name in wanted:
+                rows = measure(local, args, variant)
+                found.append({"variant": variant.name, "rows": rows})
+                print(f"{variant.name:30}" + "".join(f"{row['tpot_ms']:>10.3f}" for row in rows), flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1))
 
