@@ -78,18 +78,18 @@ class SlotTables:
     def admit(self, init: SlotInit, features: int) -> None:
         """Fill the row of a request that enters, or comes back after a preemption."""
         row, params = init.slot, init.params
-        self.history[row, : len(init.tokens)] = self._upload(init.tokens, torch.int32)
+        self._put(self.history[row, : len(init.tokens)], init.tokens)
         # What is written past the pages of a request goes to the scratch page, never to those of the slot's last one.
         self.page_table[row] = 0
-        self.page_table[row, : len(init.pages)] = self._upload(init.pages, torch.int32)
-        stops = (init.stop_ids + [-1] * MAX_STOP_IDS)[:MAX_STOP_IDS]
-        self.stop_ids[row] = self._upload(stops, torch.int32)
-        self.ints[row] = self._upload(_ints(init), torch.int64)
-        self.floats[row] = self._upload(_floats(params), torch.float32)
-        self.finished[row] = False
+        self._put(self.page_table[row, : len(init.pages)], init.pages)
+        self._put(self.stop_ids[row], (init.stop_ids + [-1] * MAX_STOP_IDS)[:MAX_STOP_IDS])
+        self._put(self.ints[row], _ints(init))
+        self._put(self.floats[row], _floats(params))
+        # Not by assignment: one value is copied from pageable memory then, and the host waits for all that is queued.
+        self.finished[row].fill_(False)
         # A neighbour with a bias makes the step add every row's, so a request without one must not find its predecessor's.
         self.bias_values[row] = 0.0
-        self.grammar_state[row] = init.grammar_state
+        self.grammar_state[row].fill_(init.grammar_state)
         if features & Feature.BIAS:
             self._admit_bias(row, params.logit_bias)
         if features & Feature.PENALTIES:
@@ -102,24 +102,25 @@ class SlotTables:
         self.grammar_next[load.first : load.first + load.states] = table.to(self.device)
 
     def grant(self, grant: PageGrant) -> None:
-        self.page_table[grant.slot, grant.first : grant.first + len(grant.pages)] = self._upload(grant.pages, torch.int32)
+        self._put(self.page_table[grant.slot, grant.first : grant.first + len(grant.pages)], grant.pages)
 
     def _admit_bias(self, row: int, bias: dict[int, float]) -> None:
         # Padding adds 0 to token 0.
         padding = MAX_LOGIT_BIAS - len(bias)
-        self.bias_ids[row] = self._upload([*bias.keys(), *[0] * padding], torch.int64)
-        self.bias_values[row] = self._upload([*bias.values(), *[0.0] * padding], torch.float32)
+        self._put(self.bias_ids[row], [*bias.keys(), *[0] * padding])
+        self._put(self.bias_values[row], [*bias.values(), *[0.0] * padding])
 
     def _admit_counts(self, row: int, init: SlotInit) -> None:
         self.prompt_seen[row] = False
         self.output_counts[row] = 0
-        tokens = self._upload(init.tokens, torch.int64)
+        tokens = upload(init.tokens, torch.int64, self.device)
         prompt, output = tokens[: init.prompt_length], tokens[init.prompt_length :]
-        self.prompt_seen[row, prompt] = True
+        self.prompt_seen[row].index_fill_(0, prompt, True)
         self.output_counts[row].scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32))
 
-    def _upload(self, values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
-        return upload(values, dtype, self.device)
+    def _put(self, place: Tensor, values: list[int] | list[float]) -> None:
+        """Write values over a piece of a table, in stream order."""
+        place.copy_(torch.tensor(values, dtype=place.dtype, pin_memory=self.device.type == "cuda"), non_blocking=True)
 
 
 def _ints(init: SlotInit) -> list[int]:

@@ -39,6 +39,30 @@ def test_dearer_tokens_come_in_smaller_chunks() -> None:
     assert cost(8, budget.tokens(8), token=4e-5) <= 4.0 * cost(8, 0) * 1.01
 
 
+@pytest.mark.parametrize("floor", [0.03, 0.3])
+def test_what_a_smaller_chunk_would_not_spare_is_not_charged_to_tokens(floor: float) -> None:
+    """Where the host launches kernel by kernel, a step with a prompt takes `floor` at least: no reason to shrink chunks."""
+    budget, token = PrefillBudget(8192, 4.0), 2e-6
+    for tokens in (0, 8192, 100, 3000):
+        step(budget, 8, tokens, cost(8, 0) + (max(floor, token * tokens) if tokens else 0.0))
+    used = []
+    for _ in range(60):
+        used.append(budget.tokens(8))
+        step(budget, 8, used[-1], cost(8, 0) + max(floor, token * used[-1]))
+    assert sum(used[10:]) / 50 >= min(8192, floor / token) / 2
+    assert min(used[10:]) > 1000
+
+
+def test_a_fixed_part_is_told_from_the_tokens() -> None:
+    budget = PrefillBudget(8192, 4.0)
+    step(budget, 8, 0, cost(8, 0))
+    for _ in range(30):
+        tokens = budget.tokens(8)
+        step(budget, 8, tokens, cost(8, tokens) + 0.004)
+    allowed = 3 * cost(8, 0)
+    assert budget.tokens(8) == pytest.approx((allowed - 0.004) / 1e-5, rel=0.02)
+
+
 def test_nobody_waits_nobody_bounds() -> None:
     bounded, free = PrefillBudget(8192, 2.0), PrefillBudget(8192, None)
     for budget in (bounded, free):

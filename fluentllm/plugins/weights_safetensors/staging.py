@@ -133,8 +133,8 @@ class _Reader:
 
     def _copy(self, part: Tensor, target: Tensor, free: torch.cuda.Event) -> torch.cuda.Event:
         if not hasattr(self._own, "stream"):
-            torch.cuda.set_device(self._device)
             self._own.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            torch.cuda.set_device(self._own.stream.device)  # `cuda` has a number there
         with torch.cuda.stream(self._own.stream):
             self._own.stream.wait_event(free)
             target.copy_(part, non_blocking=True)
