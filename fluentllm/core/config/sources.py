@@ -64,7 +64,7 @@ class ConfigFile:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise ConfigError(
-                f"Cannot read the config file {path}: {reason}.", fix="Give the path of a YAML or TOML file."
+                f"Cannot read {path}: {reason}.", fix="Give the path of a YAML or TOML file."
             ) from error
         if path.suffix.lower() == ".toml":
             self.tree = self._parse_toml(text)
@@ -72,7 +72,7 @@ class ConfigFile:
             self.tree = self._parse_yaml(text)
         else:
             raise ConfigError(
-                f"The config file {path} is neither YAML nor TOML by its name.", fix="Name it .yaml, .yml or .toml."
+                f"{path} is neither YAML nor TOML by its name.", fix="Name it .yaml, .yml or .toml."
             )
 
     def where(self, path: KeyPath) -> str:
