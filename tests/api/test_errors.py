@@ -54,7 +54,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"messages": HI, "stop_token_ids": [-1]}, "stop_token_ids[0]", "-1"),
     (CHAT, {"messages": HI, "logit_bias": {"400": 1}}, "logit_bias", "400 entries"),
     (CHAT, {"messages": HI, "logit_bias": {"Paris": 1}}, "logit_bias", "'Paris'"),
-    (CHAT, {"messages": HI, "logit_bias": {"1": 101}}, "logit_bias", "{\"1\": 101}"),
+    (CHAT, {"messages": HI, "logit_bias": {"1": 101}}, "logit_bias", '{"1": 101}'),
     (CHAT, {"messages": HI, "logit_bias": {"01": 1}}, "logit_bias", "'01'"),
     (CHAT, {"messages": HI, "metadata": {"a": 1}}, "metadata", "expected `str`"),
     (CHAT, {"messages": HI, "top_logprobs": 2}, "top_logprobs", "logprobs is not true"),
