@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 os.environ["FLUENT_PLUGINS"] = ""
@@ -58,14 +59,26 @@ def make_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeDi
 def third_party_plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`tests/third_party_plugin`, installed by pip into this environment while a module's tests run → the plugin's name.
 
-    Other modules must not see it, even where they start servers with an environment of their own.
+    Other modules must not see it, even where they start servers with an environment of their own. Workers of pytest-xdist share
+    the environment: the first that comes installs it, the last that leaves uninstalls it.
     """
-    source = tmp_path_factory.mktemp("third_party") / "source"
-    shutil.copytree(Path(__file__).parent / "third_party_plugin", source)  # building leaves files behind
-    _pip("install", "--quiet", "--no-build-isolation", "--no-deps", str(source))
+    folder = tmp_path_factory.mktemp("third_party")
+    shared = folder.parent.parent if "PYTEST_XDIST_WORKER" in os.environ else folder.parent
+    users, lock = shared / "third_party_users", FileLock(shared / "third_party.lock")
+    with lock:
+        before = int(users.read_text()) if users.exists() else 0
+        if before == 0:
+            source = folder / "source"
+            shutil.copytree(Path(__file__).parent / "third_party_plugin", source)  # building leaves files behind
+            _pip("install", "--quiet", "--no-build-isolation", "--no-deps", str(source))
+        users.write_text(str(before + 1))
     importlib.invalidate_caches()
     yield "shortest_first"
-    _pip("uninstall", "--quiet", "--yes", "fluent-shortest-first")
+    with lock:
+        left = int(users.read_text()) - 1
+        users.write_text(str(left))
+        if left == 0:
+            _pip("uninstall", "--quiet", "--yes", "fluent-shortest-first")
 
 
 def _pip(command: str, *arguments: str) -> None:

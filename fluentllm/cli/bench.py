@@ -10,6 +10,7 @@ import typer
 
 from ..core.errors import ConfigError
 from . import bench_step, options
+from .server import root
 
 if TYPE_CHECKING:
     from ..bench.offline import Drafts
@@ -95,7 +96,7 @@ def serve(
     from ..bench import online, report
 
     load = online.Load(
-        url=url,
+        url=root(url),
         requests=requests,
         rate=rate,
         inputs=_range("--input-len", input_len),

@@ -13,7 +13,7 @@ import typer
 
 from ..core.errors import FluentError
 from . import options
-from .server import ServerFailed
+from .server import ServerFailed, root
 
 if TYPE_CHECKING:
     import httpx
@@ -42,7 +42,7 @@ def chat(
     flags = {"model.name": model, "engine.device": device, "server.api_key": api_key}
     settings = options.load(config, flags, sets).settings
     if url is not None:
-        server = _Server(url, settings.server.api_key, model, {"temperature": temperature, "max_tokens": max_tokens})
+        server = _Server(root(url), settings.server.api_key, model, {"temperature": temperature, "max_tokens": max_tokens})
         _talk(lambda messages: asyncio.run(_print(server.answer(messages))), system)
         return
 

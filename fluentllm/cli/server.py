@@ -13,13 +13,18 @@ class ServerFailed(FluentError):
     status, code = 502, "server_failed"
 
 
+def root(url: str) -> str:
+    """Without the `/v1` that OpenAI's clients want, which the banner's URL has."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
 def get_json(url: str, path: str, api_key: str | None) -> Any:
     """What the server at `url` answers to GET `path`. Raises `ServerFailed`."""
     import httpx
 
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        response = httpx.get(url.rstrip("/") + path, headers=headers, timeout=30)
+        response = httpx.get(root(url) + path, headers=headers, timeout=30)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         message = f"{url} does not answer: {error or type(error).__name__}."
         raise ServerFailed(message, fix="Start `fluent serve`, or give another --url.") from None

@@ -95,7 +95,10 @@ class SchedulerSettings(Struct, kw_only=True, forbid_unknown_fields=True):
 
 class KVSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     page_size: Annotated[Annotated[int, Meta(ge=1)] | None, _help("Tokens a page. auto: 16, 64 for MLA.", "tokens")] = None
-    memory: Annotated[str | None, _help("Size of the KV pool, such as 2GiB; planned from what is free if null.")] = None
+    memory: Annotated[
+        Annotated[str, Meta(pattern=r"^\s*\d+(\.\d+)?\s*(([kKmMgGtT][iI]?)?[bB])?\s*$", examples=["2GiB", "500MB"])] | None,
+        _help("Size of the KV pool; planned from what is free if null."),
+    ] = None
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "fp8"], _help("auto: the model's dtype.")] = "auto"
     prefix_cache: Annotated[bool, _help("Keep finished prompts' pages in a radix tree.")] = True
 

@@ -140,7 +140,7 @@ async def _on_fluent_error(request: Request, error: Any) -> Response:
 
 async def _on_http_exception(request: Request, error: Any) -> Response:
     if error.status_code == 404:
-        known = ", ".join(sorted({route.path for route in request.app.routes}))
+        known = ", ".join(sorted({route.path.replace(":path}", "}") for route in request.app.routes}))
         return error_response(f"There is no {request.url.path} here. There are: {known}.", status=404, code="unknown_path")
     if error.status_code == 405:
         allowed = error.headers["Allow"]

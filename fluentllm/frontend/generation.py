@@ -25,7 +25,7 @@ from ..core.types import Handoff, HandoffReport, Request, SamplingParams, Specul
 from .choices import Choice, Delta, Ending, TokenInfo
 from .detokenizer import Detokenizer
 from .merge import merge
-from .sampling import SamplingOptions, check_prompt, choice_seed, context_limit, sampling_params
+from .sampling import SamplingOptions, check_ids, choice_seed, context_limit, sampling_params
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -144,7 +144,7 @@ class Generation:
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """Text of a whole sequence, special tokens spelt out. Raises `InvalidRequest` for ids outside the vocabulary."""
-        check_prompt(list(tokens), self.info.spec.vocab_size)
+        check_ids(tokens, self.info.spec.vocab_size, "tokens")
         return await self._off_loop(len(tokens), lambda: self.tokenizer.decode(tokens, skip_special_tokens=False))
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
@@ -173,18 +173,19 @@ class Generation:
         pieces.append(detokenizer.flush())
         return "".join(pieces), offsets
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _encode(self, text: str, add_special_tokens: bool, field: str = "prompt") -> list[int]:
         limit, why = context_limit(self.info)
         least = self.tokenizer.least_tokens(text)
         if least > limit:
             raise ContextTooLong(
                 f"The prompt has {len(text)} characters, at least {least} tokens, but {why}.",
                 fix=f"Shorten the prompt to at most {limit - 1} tokens.",
+                param=field,
             )
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[int]:
-        return self._encode(self.render(messages, add_generation_prompt=add_generation_prompt), False)
+        return self._encode(self.render(messages, add_generation_prompt=add_generation_prompt), False, "messages")
 
     async def _off_loop(self, size: int, call: Callable[..., T], *args: Any) -> T:
         """Run in the pool; but a short text takes less time than the way there and back, unless a template is slow."""
@@ -207,16 +208,17 @@ class Generation:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         handoff: Handoff | None = None,
+        field: str = "prompt",
     ) -> Job:
         """Check everything that can be checked before the engine sees it.
 
-        `default_max_tokens` holds where the options have no max_tokens; None means what is left of the context. Raises
-        `InvalidRequest`, `ContextTooLong`, `EngineUnavailable`.
+        `default_max_tokens` holds where the options have no max_tokens; None means what is left of the context. `field`: what
+        the caller calls the prompt, for errors. Raises `InvalidRequest`, `ContextTooLong`, `EngineUnavailable`.
         """
         info = self.info
         params = []
         for prompt in prompts:
-            check_prompt(prompt, info.spec.vocab_size)
+            check_ids(prompt, info.spec.vocab_size, field)
             params.append(
                 sampling_params(
                     options,
@@ -226,6 +228,7 @@ class Generation:
                     default_max_tokens=default_max_tokens,
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
+                    field=field,
                 )
             )
         return Job(

@@ -17,6 +17,8 @@ from ..core.errors import ContextTooLong, InvalidRequest
 from ..core.types import MAX_LOGIT_BIAS, MAX_STOP_IDS, GrammarSpec, SamplingParams
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..core.types import ModelInfo
     from .tokenizer import Tokenizer
 
@@ -90,8 +92,9 @@ def check_options(options: SamplingOptions) -> SamplingOptions:
     """The bounds, for options that were made in Python rather than decoded. Raises `InvalidRequest` naming the field."""
     for name in options.__struct_fields__:
         value = getattr(options, name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InvalidRequest(f"{name} is {value}.", fix="Use a finite number.", param=name)
+        for number in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise InvalidRequest(f"{name} is {value}.", fix="Use a finite number.", param=name)
     try:
         return msgspec.convert(msgspec.structs.asdict(options), type(options))
     except msgspec.ValidationError as error:
@@ -105,16 +108,17 @@ def context_limit(info: ModelInfo) -> tuple[int, str]:
     return info.max_model_len, f"the model's context is {info.max_model_len} tokens"
 
 
-def room_for_answer(prompt_tokens: int, info: ModelInfo) -> int:
+def room_for_answer(prompt_tokens: int, info: ModelInfo, field: str = "prompt") -> int:
     """New tokens that fit after the prompt, at least 1. Raises `InvalidRequest`, `ContextTooLong`."""
     if prompt_tokens == 0:
-        raise InvalidRequest("The prompt has no tokens.", fix="Send at least one token of text.", param="prompt")
+        raise InvalidRequest("The prompt has no tokens.", fix="Send at least one token of text.", param=field)
     limit, why = context_limit(info)
     room = limit - prompt_tokens
     if room < 1:
         raise ContextTooLong(
             f"The prompt has {prompt_tokens} tokens, but {why}, prompt and answer together.",
             fix=f"Shorten the prompt to at most {limit - 1} tokens.",
+            param=field,
         )
     return room
 
@@ -128,12 +132,14 @@ def sampling_params(
     default_max_tokens: int | None = None,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    field: str = "prompt",
 ) -> SamplingParams:
     """`options` for a prompt of `prompt_tokens` on this model; `default_max_tokens` None means what is left of the context.
+    `field`: what the caller calls the prompt, for errors.
 
     Raises `ContextTooLong` with the numbers, `InvalidRequest` for token ids outside the vocabulary.
     """
-    room = room_for_answer(prompt_tokens, info)
+    room = room_for_answer(prompt_tokens, info, field)
     wanted = options.max_tokens
     if wanted is not None and wanted > room:
         raise ContextTooLong(
@@ -186,11 +192,11 @@ def choice_seed(seed: int, choice: int) -> int:
     return (z ^ (z >> 31)) & (2**63 - 1)
 
 
-def check_prompt(prompt: list[int], vocab_size: int) -> None:
+def check_ids(tokens: Sequence[int], vocab_size: int, param: str) -> None:
     """Raises `InvalidRequest` for ids that the model has no embedding for."""
-    if prompt and (min(prompt) < 0 or max(prompt) >= vocab_size):
-        bad = next(token for token in prompt if not 0 <= token < vocab_size)
-        _check_token(bad, vocab_size, "prompt")
+    if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
+        bad = next(token for token in tokens if not 0 <= token < vocab_size)
+        _check_token(bad, vocab_size, param)
 
 
 def _check_token(token: int, vocab_size: int, param: str) -> None:
@@ -205,7 +211,7 @@ def _check_token(token: int, vocab_size: int, param: str) -> None:
 def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
     result = {}
     for key, value in bias.items():
-        if not key.isascii() or not key.isdigit():
+        if not key.isascii() or not key.isdigit() or (key[0] == "0" and key != "0"):
             raise InvalidRequest(
                 f"logit_bias has the key {key!r}.", fix='Use token ids, such as {"50256": -100}.', param="logit_bias"
             )

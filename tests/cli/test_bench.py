@@ -131,7 +131,7 @@ class TestServe:
     def test_a_goal_that_nothing_meets(self, fluent_process: Fluent, url: str, tmp_path: Path) -> None:
         file = tmp_path / "serve.json"
         sizes = ("--requests", "3", "--rate", "0", "--input-len", "8", "--output-len", "4", "--ttft-goal", "0")
-        fluent_process("bench", "serve", "--url", url, *sizes, "--api-key", "secret", "--json", str(file))
+        fluent_process("bench", "serve", "--url", f"{url}/v1", *sizes, "--api-key", "secret", "--json", str(file))
         found = json.loads(file.read_text())["serve"]
         assert found["goodput_requests_s"] == 0
         assert found["requests_s"] > 0

@@ -78,7 +78,7 @@ def test_in_this_process_and_on_a_server_the_answers_are_the_same(folder: Path, 
 
 def test_the_system_message_comes_first(folder: Path, server: Server) -> None:
     plain = answers(talk(["hello"], "--url", server.url, FLUENT_SERVER__API_KEY="secret"))
-    pirate = answers(talk(["hello"], "--url", server.url, "--system", "be a pirate", FLUENT_SERVER__API_KEY="secret"))
+    pirate = answers(talk(["hello"], "--url", f"{server.url}/v1", "--system", "be a pirate", FLUENT_SERVER__API_KEY="secret"))
     assert plain != pirate
 
 

@@ -156,6 +156,7 @@ def test_every_mistake_is_reported_with_line_value_and_nearest_key(write):
           name: x
         engine: fast
         policy: fcfs
+        kv: {memory: 2 potatoes}
     """)
     text = mistakes(file, {"kv.pagesize": "3"}, {"FLUENT_LOG__LEVEL": "loud", "FLUENT_KW__DTYPE": "x"})
     for expected in (
@@ -165,12 +166,14 @@ def test_every_mistake_is_reported_with_line_value_and_nearest_key(write):
         f"{file}, line 5: unknown key 'modle' (its value: {{'name': 'x'}}). Did you mean model?",
         f"{file}, line 7: engine is a section, not a value, but 'fast' was given.",
         f"{file}, line 8: unknown key 'policy' (its value: 'fcfs'). Did you mean scheduler.policy?",
+        f"{file}, line 9: kv.memory is '2 potatoes': Expected `str` matching regex",
+        "Give str such as 2GiB, 500MB or null.",
         "environment variable FLUENT_LOG__LEVEL: log.level is 'loud': Invalid enum value 'loud'. Give one of debug, info,",
         "environment variable FLUENT_KW__DTYPE: unknown key 'kw' (its value: 'x'). Did you mean FLUENT_KV__DTYPE?",
         "override of kv.pagesize: unknown key 'kv.pagesize' (its value: '3'). Did you mean kv.page_size?",
     ):
         assert expected in text
-    assert text.startswith("9 mistakes")
+    assert text.startswith("10 mistakes")
 
 
 def test_one_mistake_has_its_fix_apart():

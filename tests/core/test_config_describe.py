@@ -55,7 +55,13 @@ def test_an_unknown_key_has_a_neighbour():
 
 @pytest.mark.parametrize(
     ("wrong", "meant"),
-    [("port", "server.port"), ("servr.memory", "kv.memory"), ("scheduler.polcy", "scheduler.policy"), ("zzzz", None)],
+    [
+        ("port", "server.port"),
+        ("servr.memory", "kv.memory"),
+        ("scheduler.polcy", "scheduler.policy"),
+        ("zzzz", None),
+        ("plugins.spec_pld.least", None),  # like many keys of other plugins, and none of its own
+    ],
 )
 def test_the_nearest_key(wrong, meant):
     assert nearest(wrong, [row.key for row in explain("", load(None, {}, {}))]) == meant

@@ -120,10 +120,10 @@ def test_the_ledger_names_who_is_being_called():
 
 def test_nobody_watching_costs_next_to_nothing():
     observers = Observers()
-    started = time.perf_counter()
+    started = time.process_time()
     for _ in range(10_000):
         observers.step(PLAN, RESULT)
-    assert (time.perf_counter() - started) / 10_000 < 20e-6
+    assert (time.process_time() - started) / 10_000 < 20e-6
 
 
 def test_debug_logging_prints_each_call(caplog):

@@ -210,6 +210,7 @@ def test_spellings_of_off(bytelevel: Tokenizer) -> None:
     [
         ({"temperature": 3.0}, "temperature"),
         ({"temperature": float("nan")}, "nan"),
+        ({"logit_bias": {"5": float("nan")}}, "nan"),
         ({"top_p": 2}, "top_p"),
         ({"stop": [""]}, "stop"),
         ({"n": 0}, "n"),

@@ -112,7 +112,7 @@ def test_what_plugins_cost_can_be_read_from_a_running_server(server):
     assert row["failures"] == 0
     assert 0 < row["longest"] <= row["seconds"]
     assert any(hook == "fluent_schedulers" and row["calls"] == 1 for (_, hook), row in engine.items())
-    command = [sys.executable, "-m", "fluentllm.cli", "plugins", "trace", "--url", server.url]
+    command = [sys.executable, "-m", "fluentllm.cli", "plugins", "trace", "--url", f"{server.url}/v1"]
     printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert re.search(r"^engine +scheduler_fcfs +fluent_schedulers +1 +0 ", printed, re.MULTILINE), printed
     wrong = subprocess.run([*command[:-1], "http://127.0.0.1:9"], capture_output=True, text=True, timeout=60, check=False)

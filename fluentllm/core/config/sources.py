@@ -63,17 +63,13 @@ class ConfigFile:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise ConfigError(
-                f"Cannot read the config file {path}: {reason}.", fix="Give the path of a YAML or TOML file."
-            ) from error
+            raise ConfigError(f"Cannot read {path}: {reason}.", fix="Give the path of a YAML or TOML file.") from error
         if path.suffix.lower() == ".toml":
             self.tree = self._parse_toml(text)
         elif path.suffix.lower() in (".yaml", ".yml", ".json"):
             self.tree = self._parse_yaml(text)
         else:
-            raise ConfigError(
-                f"The config file {path} is neither YAML nor TOML by its name.", fix="Name it .yaml, .yml or .toml."
-            )
+            raise ConfigError(f"{path} is neither YAML nor TOML by its name.", fix="Name it .yaml, .yml or .toml.")
 
     def where(self, path: KeyPath) -> str:
         """The line of the key, or of the nearest section around it that has one."""

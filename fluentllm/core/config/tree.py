@@ -122,7 +122,7 @@ def _section(key: str, struct: type[Struct]) -> Section:
 
 
 def nearest(wrong: str, keys: Iterable[str]) -> str | None:
-    """The valid key that was probably meant: like `wrong` as a whole, or in its last part."""
+    """The valid key that was probably meant: like `wrong` in its last part, or, where its section is unknown, as a whole."""
     keys = list(keys)
     parent, _, leaf = wrong.rpartition(".")
     siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == parent}
@@ -133,7 +133,7 @@ def nearest(wrong: str, keys: Iterable[str]) -> str | None:
     if namesakes:
         return max(namesakes, key=lambda key: difflib.SequenceMatcher(None, wrong, key).ratio())
     whole = difflib.get_close_matches(wrong, keys, n=1)
-    if whole:
+    if whole and not siblings:
         return whole[0]
     leaves = {key.rpartition(".")[2]: key for key in keys}
     close = difflib.get_close_matches(leaf, leaves, n=1)
@@ -180,6 +180,9 @@ def type_name(annotation: Any) -> str:
         name = f"mapping of {type_name(arguments[0])} to {type_name(arguments[1])}"
     else:
         name = getattr(plain, "__name__", str(plain))
+    examples = [str(example) for meta in metas for example in meta.examples or ()]
+    if examples:
+        name += f" such as {', '.join(examples)}"
     signs = (("≥", "ge"), (">", "gt"), ("≤", "le"), ("<", "lt"))
     bounds = [f"{sign} {getattr(meta, field)}" for meta in metas for sign, field in signs if getattr(meta, field) is not None]
     return " ".join([name, ", ".join(bounds)]).strip()

@@ -39,7 +39,7 @@ async def read(request: Request, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         raise _explain(str(error), body, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _undecodable(error, body) from None
+        raise _undecodable(error, body, request.headers.get("content-encoding")) from None
 
 
 def check_model(name: str | None, services: Services) -> None:
@@ -48,7 +48,9 @@ def check_model(name: str | None, services: Services) -> None:
         raise ModelNotFound(f"The model {name!r} is not served here.", fix=f"Use {services.model!r}.", param="model")
 
 
-def _undecodable(error: Exception, body: bytes) -> InvalidRequest:
+def _undecodable(error: Exception, body: bytes, encoding: str | None) -> InvalidRequest:
+    if encoding not in (None, "", "identity"):
+        return InvalidRequest(f"The header Content-Encoding is {encoding!r}, which is not supported.", fix="Send plain JSON.")
     try:
         body.decode()
     except UnicodeDecodeError as invalid:
@@ -61,6 +63,8 @@ def _undecodable(error: Exception, body: bytes) -> InvalidRequest:
 def _explain(message: str, body: bytes, kind: type) -> InvalidRequest:
     found = _PATH.search(message)
     steps = [name or number for name, number in _STEP.findall(found[1])] if found else []
+    if steps and steps[-1] == "...":  # a value of a map, whose key the decoder does not tell
+        steps.pop()
     text = message[: found.start()] if found else message
     where = _spell(steps)
     unknown = _UNKNOWN.search(text)
@@ -138,7 +142,7 @@ def _seen(body: bytes, steps: list[str]) -> str:
 
 def _spell(steps: list[str]) -> str:
     """`messages[0].content`."""
-    return "".join(f"[{step}]" if step.isdigit() or step == "..." else f".{step}" for step in steps).lstrip(".")
+    return "".join(f"[{step}]" if step.isdigit() else f".{step}" for step in steps).lstrip(".")
 
 
 def _lower(text: str) -> str:

@@ -47,7 +47,7 @@ async def _job(body: ChatRequest, services: Services) -> Job:
     logprobs = _logprobs(body)
     options = msgspec.structs.replace(body, max_tokens=_max_tokens(body))
     prompt = await generation.encode_chat(to_template(body.messages, generation.template))
-    return generation.job([prompt], options, id=new_id("chatcmpl"), logprobs=logprobs, handoff=handoff)
+    return generation.job([prompt], options, id=new_id("chatcmpl"), logprobs=logprobs, handoff=handoff, field="messages")
 
 
 def _logprobs(body: ChatRequest) -> int | None:

@@ -13,7 +13,9 @@ import torch
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel tests of this folder run on the GPU itself")
 def test_kernels_agree_with_their_references_under_the_interpreter() -> None:
-    environ = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # Without this run's own options: no second report, no workers of workers.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here)]
     done = subprocess.run(command, env=environ, cwd=here.parents[2], capture_output=True, text=True, timeout=600, check=False)
