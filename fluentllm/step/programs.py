@@ -22,6 +22,7 @@ from ..core.staging import to_host, upload
 from ..core.types import FinishReason, PrefillChunk, SlotResult, StepPlan, TokenLogprob
 from .commit import OUT_OF_BUDGET, RUNNING, STOPPED, Committed
 from .decode import decode
+from .left_drafts import LeftDrafts, with_drafts
 from .logprobs import Logprobs, keep_top
 from .prefill import prefill
 from .resume import resume
@@ -94,6 +95,9 @@ class StepPrograms:
             resume(plan.resume, plan.drafting.verify, plan.features, self)
         if plan.decode:
             pending.append(self._decode(plan))
+        if plan.masks and plan.drafting.draft:
+            left = LeftDrafts([masks.slot for masks in plan.masks], plan.drafting.draft, self.tables)
+            pending = with_drafts(pending, left)
         return pending
 
     def _prefill(self, chunks: list[PrefillChunk], plan: StepPlan) -> Pending:
