@@ -108,7 +108,9 @@ def test_the_largest_steps_have_every_feature_and_run(tmp_path: Path) -> None:
     )
     every = sum(value for name, value in vars(Feature).items() if name.isupper())
     for grammars, left_out in ((True, 0), (False, Feature.GRAMMAR | Feature.TOKEN_MASKS)):
-        plugins = PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects={"toys": ToyPlugin()} if grammars else {})
+        plugins = PluginManager.load(
+            {"engine", "executor"}, allow=[], deny=[], objects={"toys": ToyPlugin()} if grammars else {}
+        )
         engine = assemble(settings, "tiny", model.loaded, plugins)
         largest = Largest(prefill_tokens=50, sequences=4, context=40, drafts=2, grammars=engine.grammars.states > 0)
         rehearsed = plans(largest)

@@ -210,6 +210,8 @@ class Engine:
         plan = None if self._stopping else self.scheduler.plan(self._steps, self._drafting())
         if plan is not None:
             self._left_drafts = plan.drafting.draft
+            if self.draft_length is not None:
+                self.draft_length.planned(plan)
             self.grammars.prepare(plan, self.scheduler)
             self._steps += 1
             if self.handoffs is not None and plan.prefill:

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..core.buckets import bucket_of
 from ..core.executor import Pending, SlotRows
 from ..core.graphs import Graphs
 from ..core.handoff import PassWatcher, watched
@@ -132,15 +133,6 @@ class StepPrograms:
             slots.copy_(upload(padded, torch.int64, self.tables.device))
             self._uploaded[bucket] = padded
         return slots
-
-
-def bucket_of(batch: int) -> int:
-    """Slots of the program that runs `batch` of them: 1, 2, 4, 8, then steps of an eighth of the next power of two, so that
-    at most an eighth of the rows is padding."""
-    if batch <= 8:
-        return 1 << max(0, batch - 1).bit_length()
-    step = (1 << (batch - 1).bit_length()) // 8
-    return -(-batch // step) * step
 
 
 def _fetch(result: Result) -> Result:
