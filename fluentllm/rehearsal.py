@@ -5,7 +5,7 @@ The steps are real ones through the real executor. They need no pool to speak of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -45,6 +45,8 @@ class Largest:
     drafts: int = 0
     whole_context: bool = False
     """Does prefill's workspace grow with what was computed before (MLA in expanded form)? Then the chunk ends at `context`."""
+    grammars: bool = False
+    """May requests have grammars? Their masks are as wide as the logits."""
 
 
 def measure(make: Make, largest: Largest, device: torch.device, share: float) -> Room:
@@ -90,7 +92,7 @@ def _do_not_fit(make: Make, largest: Largest, device: torch.device) -> OutOfMemo
     )
     fits = largest.prefill_tokens // 2
     while fits >= 16:
-        smaller = Largest(fits, largest.sequences, largest.context, largest.drafts, largest.whole_context)
+        smaller = replace(largest, prefill_tokens=fits)
         if isinstance(_try(make, smaller, device), int):
             return OutOfMemory(message, fix=f"Set scheduler.prefill_tokens to {fits}.", param="scheduler.prefill_tokens")
         fits //= 2
@@ -112,13 +114,14 @@ def plans(largest: Largest) -> list[StepPlan]:
     """A prefill of the largest chunk, then decode steps of every slot: with every feature, and three without any, of which the
     second is captured and the third replayed. Drafts in all of them."""
     every, none = Drafting(largest.drafts, largest.drafts), Drafting(0, largest.drafts)
+    features = EVERY_FEATURE | (Feature.GRAMMAR | Feature.TOKEN_MASKS if largest.grammars else 0)
     chunks, admitted = _prompts(largest)
     slots = list(range(largest.sequences))
     budget = min(8 * (largest.drafts + 1), largest.context - 2)
     decoding = [_init(slot, [0, 0], 2, budget) for slot in slots]
     return [
-        StepPlan(step=0, admit=admitted, prefill=chunks, drafting=none, features=EVERY_FEATURE),
-        StepPlan(step=1, admit=decoding, decode=slots, drafting=every, features=EVERY_FEATURE),
+        StepPlan(step=0, admit=admitted, prefill=chunks, drafting=none, features=features),
+        StepPlan(step=1, admit=decoding, decode=slots, drafting=every, features=features),
         *(StepPlan(step=2 + i, decode=slots, drafting=every) for i in range(3)),
     ]
 

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.harness import write_tiny_llama
+from engine.harness import Harness, write_tiny_llama
+from speculation.test_grammars import ToyPlugin
 
 from fluentllm import memory
+from fluentllm.assembly import assemble
 from fluentllm.core.errors import ConfigError, OutOfMemory
+from fluentllm.core.plugins import PluginManager
 from fluentllm.core.protocols import WeightSlot
+from fluentllm.core.types import Feature
 from fluentllm.memory import GIB, Room, parse_bytes, plan_pages, weight_bytes, weights_too_large
+from fluentllm.rehearsal import Largest, plans
 
 CUDA = torch.device("cuda", 0)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
@@ -96,6 +101,27 @@ def test_weights_that_do_not_fit_name_the_numbers(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.gpu
+def test_the_largest_steps_have_every_feature_and_run(tmp_path: Path) -> None:
+    model = Harness(write_tiny_llama(tmp_path))
+    settings = model.settings(
+        **{"speculative.method": "pld", "speculative.k": 2, "model.max_model_len": 40, "grammar.states": 3}
+    )
+    every = sum(value for name, value in vars(Feature).items() if name.isupper())
+    for grammars, left_out in ((True, 0), (False, Feature.GRAMMAR | Feature.TOKEN_MASKS)):
+        plugins = PluginManager.load(
+            {"engine", "executor"}, allow=[], deny=[], objects={"toys": ToyPlugin()} if grammars else {}
+        )
+        engine = assemble(settings, "tiny", model.loaded, plugins)
+        largest = Largest(prefill_tokens=50, sequences=4, context=40, drafts=2, grammars=engine.grammars.states > 0)
+        rehearsed = plans(largest)
+        assert rehearsed[0].features == rehearsed[1].features == every & ~left_out
+        try:
+            results = [engine.executor.launch(plan).result() for plan in rehearsed]
+        finally:
+            engine.executor.close()
+        assert [len(result.slots) for result in results] == [2, 4, 4, 4, 4]
+
+
 @gpu
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_on_a_gpu_the_pool_is_planned_beside_the_largest_steps(tmp_path: Path, share: float) -> None:

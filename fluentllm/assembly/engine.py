@@ -107,7 +107,8 @@ def assemble(
     maker = PartsMaker(settings, loaded, plugins, sizes, entry, own, draft_model)
 
     if device.type == "cuda":
-        largest = Largest(prefill_tokens, slots, longest, max_drafts, whole_context=spec.kv.kind == "mla")
+        expanded = spec.kv.kind == "mla"
+        largest = Largest(prefill_tokens, slots, longest, max_drafts, whole_context=expanded, grammars=grammars.states > 0)
         with timeline.stage("kernels awaited"):
             loaded.kernels.wait()
         with timeline.stage("largest steps"):
@@ -198,4 +199,4 @@ def _grammars(settings: Settings, loaded: LoadedModel, plugins: PluginManager) -
     context = GrammarContext(settings, spec, loaded.path)
     compilers = {entry.name: partial(entry.factory, context) for entry in registry.supported(spec)}
     states = settings.grammar.states or GRAMMAR_BYTES // (4 * spec.vocab_size)
-    return GrammarStore(states if compilers else 0, compilers)
+    return GrammarStore(states if compilers else 0, compilers, spec.vocab_size)

@@ -154,16 +154,13 @@ class Engine:
         if request.handoff is not None and self.handoffs is not None:
             request = self.handoffs.prepare(request)
         sequence = Sequence(request, stops, self._arrivals)
-        grammar = request.params.grammar
-        if grammar is not None:
-            self.grammars.acquire(grammar)
+        self.grammars.begin(sequence)
         try:
             adopted = request.handoff is not None and self.handoffs is not None and self.handoffs.adopt(sequence)
             if not adopted:
                 self.scheduler.add(sequence)
         except FluentError:
-            if grammar is not None:
-                self.grammars.release(grammar)
+            self.grammars.end(sequence)
             raise
         return sequence
 
@@ -213,6 +210,8 @@ class Engine:
         plan = None if self._stopping else self.scheduler.plan(self._steps, self._drafting())
         if plan is not None:
             self._left_drafts = plan.drafting.draft
+            if self.draft_length is not None:
+                self.draft_length.planned(plan)
             self.grammars.prepare(plan, self.scheduler)
             self._steps += 1
             if self.handoffs is not None and plan.prefill:
@@ -264,7 +263,12 @@ class Engine:
             report = None
             if self.handoffs is not None and sequence.request.handoff is not None and sequence.generated == 0 and slot.tokens:
                 report = self.handoffs.drew(sequence, slot)
-            output = self._advance(sequence, slot)
+            try:
+                output = self._advance(sequence, slot)
+            except FluentError as error:
+                finished.append(sequence)
+                self.refuse(sequence, error)
+                continue
             if output is not None:
                 output.handoff = report
                 outputs.setdefault(owner, []).append(output)
@@ -282,7 +286,7 @@ class Engine:
         self._flush_kv_events()
 
     def bring(self, sequence: Sequence, result: SlotResult, report: HandoffReport) -> None:
-        """Tokens of a running request that came outside of a step."""
+        """Tokens of a running request that came outside of a step. Raises `FluentError` if it cannot go on."""
         owner = self._owners[sequence]
         output = self._advance(sequence, result)
         if result.finished is not None:
@@ -297,7 +301,7 @@ class Engine:
         self.scheduler.resume(sequence)
 
     def refuse(self, sequence: Sequence, error: FluentError) -> None:
-        """End a request that is not in the scheduler's hands with an error."""
+        """End a request that is not in the scheduler's hands, or just taken out of them, with an error."""
         owner = self._owners[sequence]
         self._retire(sequence, "error")
         owner.deliver(refusal(sequence.request.id, error))
@@ -320,11 +324,14 @@ class Engine:
                 counts.error = result.drafting_error
 
     def _advance(self, sequence: Sequence, slot: SlotResult) -> RequestOutput | None:
-        """Append what a slot brought to its sequence; None while there is nothing to tell."""
+        """Append what a slot brought to its sequence; None while there is nothing to tell. Raises `FluentError` where its
+        grammar's matcher fails."""
         if slot.prompt_logprobs is not None:
             self._prompt_logprobs.setdefault(sequence, [None]).extend(slot.prompt_logprobs)
         if not slot.tokens:
             return None
+        if slot.finished is None:
+            self.grammars.matchers.advance(sequence, slot.tokens, slot.drafts)
         first = sequence.generated == 0
         sequence.tokens.extend(slot.tokens)
         self._generated_tokens += len(slot.tokens)
@@ -349,8 +356,7 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.phase = Phase.FINISHED
         sequence.finish_reason = reason
-        if sequence.request.params.grammar is not None:
-            self.grammars.release(sequence.request.params.grammar)
+        self.grammars.end(sequence)
         self._observe(
             "finished",
             sequence,

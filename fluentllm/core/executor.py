@@ -110,6 +110,8 @@ class Executor:
                 self.tables.admit(init, features_of(init.params))
                 generations[init.slot], logprobs[init.slot] = init.generation, init.params.logprobs
             self._rows = replace(self._rows, generations=tuple(generations), logprobs=tuple(logprobs))
+        for masks in plan.masks:
+            self.tables.mask(masks)
         for grant in plan.grants:
             self.tables.grant(grant)
 

@@ -2,7 +2,8 @@
 
 A plugin compiles a request's grammar to a `GrammarTable` on the host; the store gives it rows of one table on the device, which
 all grammars share (`SlotTables.grammar_next`), and puts what is to be written there into the next plan. A slot keeps its row;
-row 0 allows everything and leads to itself, for requests without a grammar.
+row 0 allows everything and leads to itself, for requests without a grammar. A grammar that is no table has a matcher on the
+host instead (`core.host_grammars`).
 
 Rows are reused only by a later plan, whose writes come after the steps launched before it on their stream.
 """
@@ -16,16 +17,19 @@ from typing import TYPE_CHECKING
 from msgspec import structs
 
 from .errors import InvalidRequest, QueueFull
+from .host_grammars import HostMatchers
 from .types import GrammarLoad
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence as SequenceOf
 
-    from .protocols import GrammarCompiler, Scheduler
+    from .protocols import GrammarCompiler, HostGrammar, Scheduler
     from .sequence import Sequence
     from .types import GrammarSpec, StepPlan
 
 FORBIDDEN = -1
+HOST_GRAMMARS = 64
+"""Compiled grammars that are no tables: how many are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,40 +76,63 @@ class _Held:
 class GrammarStore:
     """Compiles, and hands out rows 1 … `states`. What nobody uses stays until its rows are needed."""
 
-    def __init__(self, states: int, compilers: Mapping[str, Callable[[], GrammarCompiler]]) -> None:
+    def __init__(self, states: int, compilers: Mapping[str, Callable[[], GrammarCompiler]], vocab_size: int = 0) -> None:
         """`compilers`: kind → makes its compiler, once it is needed."""
         self.states = states
+        self.matchers = HostMatchers(vocab_size)
         self._makers = compilers
         self._compilers: dict[str, GrammarCompiler] = {}
         self._held: dict[GrammarSpec, _Held] = {}
         """The least recently used first."""
         self._loads: list[GrammarLoad] = []
+        self._host: dict[GrammarSpec, HostGrammar] = {}
+        """The least recently used first."""
 
-    def acquire(self, spec: GrammarSpec) -> None:
-        """For a request that enters. Raises `InvalidRequest` for a grammar that cannot be had, `QueueFull` without room."""
-        held = self._held.pop(spec, None)
-        if held is None:
-            held = self._load(spec, self._compile(spec))
-        held.users += 1
-        self._held[spec] = held
+    def begin(self, sequence: Sequence) -> None:
+        """For a request that enters. Raises `InvalidRequest` for a grammar that cannot be had, `QueueFull` without room,
+        `PluginError` for a matcher that fails."""
+        spec = sequence.request.params.grammar
+        if spec is None:
+            return
+        held, on_host = self._held.pop(spec, None), self._host.pop(spec, None)
+        if held is None and on_host is None:
+            compiled = self._compile(spec)
+            if isinstance(compiled, GrammarTable):
+                held = self._load(spec, compiled)
+            else:
+                on_host = compiled
+        if held is not None:
+            held.users += 1
+            self._held[spec] = held
+        elif on_host is not None:
+            self.matchers.begin(sequence, spec.kind, on_host)
+            self._host[spec] = on_host
+            if len(self._host) > HOST_GRAMMARS:
+                del self._host[next(iter(self._host))]
 
-    def release(self, spec: GrammarSpec) -> None:
-        self._held[spec].users -= 1
+    def end(self, sequence: Sequence) -> None:
+        """The request needs it no more."""
+        spec = sequence.request.params.grammar
+        if sequence.on_host:
+            self.matchers.end(sequence)
+        elif spec is not None:
+            self._held[spec].users -= 1
 
     def prepare(self, plan: StepPlan, scheduler: Scheduler) -> None:
-        """Give a plan the tables that were made since the last, and the slots it fills their states."""
+        """Give a plan the tables that were made since the last, states for the slots it fills, and masks of host matchers."""
         plan.grammars.extend(self._loads)
         self._loads = []
         for number, init in enumerate(plan.admit):
             spec = init.params.grammar
-            if spec is not None:
+            if spec is not None and spec in self._held:
                 plan.admit[number] = structs.replace(init, grammar_state=self._state(spec, scheduler.sequence(init.slot)))
+        self.matchers.prepare(plan, scheduler)
 
     def _state(self, spec: GrammarSpec, sequence: Sequence) -> int:
         held = self._held[spec]
         return held.first + held.table.after(sequence.tokens[sequence.prompt_length :])
 
-    def _compile(self, spec: GrammarSpec) -> GrammarTable:
+    def _compile(self, spec: GrammarSpec) -> GrammarTable | HostGrammar:
         maker = self._makers.get(spec.kind)
         if maker is None:
             known = ", ".join(sorted(self._makers)) or "none"
@@ -116,14 +143,14 @@ class GrammarStore:
             )
         if spec.kind not in self._compilers:
             self._compilers[spec.kind] = maker()
-        table = self._compilers[spec.kind].compile(spec.source)
-        if table.states > self.states:
+        compiled = self._compilers[spec.kind].compile(spec.source)
+        if isinstance(compiled, GrammarTable) and compiled.states > self.states:
             raise InvalidRequest(
-                f"The grammar needs {table.states} states, and the table on the device has {self.states}.",
+                f"The grammar needs {compiled.states} states, and the table on the device has {self.states}.",
                 fix="Simplify it, or start the server with a larger grammar.states.",
                 param="grammar",
             )
-        return table
+        return compiled
 
     def _load(self, spec: GrammarSpec, table: GrammarTable) -> _Held:
         first = self._gap(table.states)

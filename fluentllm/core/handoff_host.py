@@ -45,7 +45,12 @@ class EngineHost:
         self.kv.publish(sequence, sequence.prompt_length)
         wanted = sequence.request.params.logprobs is not None and logprob is not None
         result = SlotResult(-1, sequence.generation, [token], finished, [logprob] if wanted and logprob is not None else None)
-        engine.bring(sequence, result, report)
+        try:
+            engine.bring(sequence, result, report)
+        except FluentError as error:
+            self.kv.release(sequence)
+            self.refuse(sequence, error)
+            return
         if finished is None:
             engine.resume(sequence)
         else:

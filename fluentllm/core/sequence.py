@@ -52,6 +52,7 @@ class Sequence:
         "in_flight",
         "last_step",
         "launched",
+        "on_host",
         "pages",
         "phase",
         "prefilled",
@@ -91,6 +92,8 @@ class Sequence:
         """How many such steps there are; each brings at least one token, unless the sequence has ended."""
         self.last_step = -1
         """Last launched step that names it."""
+        self.on_host = False
+        """Its grammar's matcher is on the host (`core.host_grammars`): a step must be collected before the next is planned."""
 
     @property
     def budget_end(self) -> int:
@@ -105,6 +108,8 @@ class Sequence:
     @property
     def can_decode(self) -> bool:
         """Whether another step could bring it a token, for all that is known."""
+        if self.on_host and self.launched:
+            return False
         return self.phase is Phase.DECODE and len(self.tokens) + self.launched < self.budget_end
 
     def launch(self, step: int, tokens: int) -> None:

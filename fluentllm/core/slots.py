@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .staging import upload
-from .types import MAX_LOGIT_BIAS, MAX_STOP_IDS, Feature, GrammarLoad, PageGrant, SamplingParams, SlotInit
+from .staging import to_device, upload
+from .types import MAX_LOGIT_BIAS, MAX_STOP_IDS, Feature, GrammarLoad, PageGrant, SamplingParams, SlotInit, TokenMasks
 
 _INTS = ("length", "prompt_length", "end", "min_end", "top_k", "logprobs", "seed", "drafted")
 _FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
@@ -64,6 +64,12 @@ class SlotTables:
         # Row 0 allows everything and leads to itself; the others are grammars' (`core.grammars`).
         self.grammar_next = torch.zeros(1 + grammar_states, vocab_size, dtype=torch.int32, device=device)
 
+        # Masks of matchers on the host, one bit a token, the lowest first: of a slot's next positions, as many as `masked`.
+        # Slots without a matcher allow everything everywhere.
+        shape = (max_drafts + 1, 4 * -(-vocab_size // 32)) if grammar_states else (1, 0)
+        self.token_masks = torch.full((rows, *shape), 255, dtype=torch.uint8, device=device)
+        self.masked = torch.full((rows,), shape[0], dtype=torch.int64, device=device)
+
         self.length, self.prompt_length, self.end, self.min_end, self.top_k, self.logprobs, self.seed, self.drafted = (
             self.ints.unbind(1)
         )
@@ -73,7 +79,8 @@ class SlotTables:
 
     def nbytes(self) -> int:
         tables = (self.history, self.page_table, self.stop_ids, self.bias_ids, self.bias_values, self.ints, self.floats)
-        return sum(t.nbytes for t in (*tables, self.finished, self.prompt_seen, self.output_counts, self.grammar_next))
+        wide = (self.finished, self.prompt_seen, self.output_counts, self.grammar_next, self.token_masks)
+        return sum(t.nbytes for t in (*tables, *wide))
 
     def admit(self, init: SlotInit, features: int) -> None:
         """Fill the row of a request that enters, or comes back after a preemption."""
@@ -90,6 +97,9 @@ class SlotTables:
         # A neighbour with a bias makes the step add every row's, so a request without one must not find its predecessor's.
         self.bias_values[row] = 0.0
         self.grammar_state[row].fill_(init.grammar_state)
+        if self.token_masks.numel():
+            self.token_masks[row].fill_(255)
+            self.masked[row].fill_(self.token_masks.shape[1])
         if features & Feature.BIAS:
             self._admit_bias(row, params.logit_bias)
         if features & Feature.PENALTIES:
@@ -100,6 +110,13 @@ class SlotTables:
         table = torch.frombuffer(bytearray(load.next), dtype=torch.int32).view(load.states, self.vocab_size)
         table = torch.where(table < 0, table, table + load.first)
         self.grammar_next[load.first : load.first + load.states] = table.to(self.device)
+
+    def mask(self, masks: TokenMasks) -> None:
+        """Write what a slot may draw at its next positions. Words of 32 bits as bytes: on the little-endian machines that this
+        runs on, bit t % 8 of byte t // 8 is token t's."""
+        bits = torch.frombuffer(bytearray(masks.bits), dtype=torch.uint8).view(masks.rows, -1)
+        self.token_masks[masks.slot, : masks.rows] = to_device(bits, self.device)
+        self.masked[masks.slot].fill_(masks.rows)
 
     def grant(self, grant: PageGrant) -> None:
         self._put(self.page_table[grant.slot, grant.first : grant.first + len(grant.pages)], grant.pages)

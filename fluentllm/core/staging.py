@@ -14,14 +14,22 @@ from torch import Tensor
 
 def upload(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A list to the device, in stream order. The host does not wait."""
-    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return host if device.type == "cpu" else host.to(device, non_blocking=True)
+    return to_device(torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda"), device)
 
 
 def upload_all(lists: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
     """Several lists of integers in one copy → int64 views of one tensor."""
     flat: list[int] = [value for values in lists for value in values]
     return list(torch.split(upload(flat, torch.int64, device), [len(values) for values in lists]))
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A host tensor to the device, in stream order, from pinned memory. The host does not wait."""
+    if device.type == "cpu":
+        return host
+    if device.type == "cuda" and not host.is_pinned():
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:

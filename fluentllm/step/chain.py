@@ -14,6 +14,7 @@ import torch
 from ..core.types import Feature
 from ..kernels.argmax import argmax_rows
 from .draft_rows import next_rows, shifted, shifted_chunks
+from .grammar import after, forbid_drafts
 from .processors import process_logits
 from .sample import draw
 
@@ -103,18 +104,21 @@ class ChainProposer:
 
     def _chain(self, state: Tensor, slots: Tensor, page_table: Tensor, rows: Batch, count: int) -> Tensor:
         """state [B, width]: the layer's at the newest token → drafts [B, count]."""
-        position = self._tables.length[slots]
+        position, allowed = self._tables.length[slots], self._tables.grammar_state[slots]
         drafts: list[Tensor] = []
         while True:
-            drafts.append(self._draw(self._layer.logits(state), slots, position, rows.features))
+            drafts.append(self._draw(self._layer.logits(state), slots, position, allowed, rows.features))
             if len(drafts) == count:
                 return torch.stack(drafts, 1)
+            if rows.features & Feature.GRAMMAR:
+                allowed = after(allowed, drafts[-1], self._tables)
             row = next_rows(slots, drafts[-1], position, page_table, self._tables, rows)
             state = self._layer.forward(state, row, self._attention)
             position = position + 1
 
-    def _draw(self, logits: Tensor, slots: Tensor, position: Tensor, features: int) -> Tensor:
-        """As the target draws its token, with the same noise: where both agree on the logits, they agree on the token."""
+    def _draw(self, logits: Tensor, slots: Tensor, position: Tensor, allowed: Tensor, features: int) -> Tensor:
+        """As the target draws its token, with the same noise: where both agree on the logits, they agree on the token.
+        allowed [B]: the states of the slots' grammars."""
         tables, tokens = self._tables, self._layer.vocabulary
         if tokens is not None:
             if not features & ~Feature.LOGPROBS:
@@ -122,4 +126,6 @@ class ChainProposer:
             every = logits.new_full((logits.shape[0], tables.vocab_size), float("-inf"))
             logits = every.index_copy_(1, tokens, logits)
         logits = process_logits(logits, slots, position, slots.new_empty(slots.shape[0], 0), tables, features)
+        if features & Feature.GRAMMAR:
+            forbid_drafts(logits, allowed, tables)
         return draw(logits, slots, position, tables, features)

@@ -20,7 +20,7 @@ from ..core.slots import SlotTables
 from ..core.types import Drafting, Feature
 from ..kernels import in_kernels
 from .commit import Committed, commit, leave_drafts
-from .grammar import advance, forbid_tokens
+from .grammar import advance, allowed_drafts, drop_unmasked, forbid_masked, forbid_tokens
 from .logprobs import Logprobs, logprobs_of
 from .processors import process_logits
 from .sample import draw
@@ -118,11 +118,13 @@ def draft(batch: Batch, hidden: Tensor, slots: Tensor, count: int, target: Targe
     """Let the proposer see the pass, and leave its drafts in the slots that got tokens. One that fails is dropped: what the
     target computes needs no drafts."""
     if target.proposer is not None:
-        propose(partial(target.proposer.draft, batch, hidden), slots, count, target)
+        propose(partial(target.proposer.draft, batch, hidden), slots, count, batch.features, target)
 
 
-def propose(call: Callable[[Tensor, int], tuple[Tensor, Tensor]], slots: Tensor, count: int, target: Target) -> None:
-    """Leave the drafts of `call(slots, count)` in the slots; drop a proposer that fails."""
+def propose(
+    call: Callable[[Tensor, int], tuple[Tensor, Tensor]], slots: Tensor, count: int, features: int, target: Target
+) -> None:
+    """Leave the drafts of `call(slots, count)` in the slots, up to what grammars forbid; drop a proposer that fails."""
     try:
         drafts, valid = call(slots, count)
         wrong = wrong_drafts(drafts, valid, slots, count)
@@ -132,6 +134,8 @@ def propose(call: Callable[[Tensor, int], tuple[Tensor, Tensor]], slots: Tensor,
     if wrong is not None:
         target.drop_proposer(wrong)
     elif count:
+        if features & Feature.GRAMMAR:
+            valid = allowed_drafts(drafts, valid, slots, target.tables)
         leave_drafts(drafts, valid, slots, target.tables)
 
 
@@ -159,6 +163,9 @@ def draw_and_commit(
     logits = process_logits(logits, row_slots, positions, drafts, tables, features)
     if features & Feature.GRAMMAR:
         forbid_tokens(logits, slots, drafts, tables)
+    if features & Feature.TOKEN_MASKS:
+        forbid_masked(logits, slots, rows, tables)
+        drop_unmasked(slots, tables)
     drawn = draw(logits, row_slots, positions, tables, features)
     right = None
     if synthetic is not None and rows > 1:

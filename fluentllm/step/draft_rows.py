@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.batch import Batch
 from ..core.slots import SlotTables
+from ..core.staging import upload_all
 
 
 def shifted(batch: Batch, tables: SlotTables) -> Batch:
@@ -50,34 +51,30 @@ def shifted_chunks(batch: Batch, page_states: Tensor, states: Tensor) -> tuple[B
     opens = [start % batch.page_size == 0 for start in starts]
     lengths = tuple(count + opened for count, opened in zip(counts, opens, strict=True))
 
-    # Rows of cat(states, states before the chunks), for each row of the new pass.
-    sources: list[Tensor] = []
-    total = states.shape[0]
-    for number, (first, count) in enumerate(zip(accumulate((0, *counts)), counts, strict=False)):
-        before = [torch.tensor([total + number])] if opens[number] else []
-        sources += [*before, torch.arange(first, first + count)]
-    positions = [torch.arange(end + 1 - n, end + 1) for n, end in zip(lengths, ends, strict=True)]
-    sequences = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    query_start = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    pages_before = torch.tensor([max(start - 1, 0) // batch.page_size for start in starts])
-    source, position, sequences, query_start, pages_before = (
-        t.to(device, non_blocking=True)
-        for t in (torch.cat(sources), torch.cat(positions), sequences, query_start, pages_before)
+    pages_before = [max(start - 1, 0) // batch.page_size for start in starts]
+    length_of, end_of, query_start, opened, before = upload_all(
+        [lengths, ends, [0, *accumulate(lengths)], opens, pages_before], device
     )
-    before_chunks = page_states[batch.page_table.gather(1, pages_before.unsqueeze(1)).squeeze(1)]
+    rows = torch.arange(sum(lengths), device=device)
+    sequences = torch.repeat_interleave(length_of, output_size=sum(lengths))
+    position = rows - query_start[sequences + 1] + end_of[sequences] + 1
+    # Rows of cat(states, states before the chunks), for each row of the new pass.
+    first, inner = batch.query_start.to(torch.int64)[sequences], rows - query_start[sequences] - opened[sequences]
+    sources = (first + inner).where(inner >= 0, states.shape[0] + sequences)
+    before_chunks = page_states[batch.page_table.gather(1, before.unsqueeze(1)).squeeze(1)]
     row_slots = batch.slots[sequences]
     chunks = replace(
         batch,
         tokens=batch.history[row_slots, position].to(torch.int64),
         positions=position,
         sequences=sequences,
-        query_start=query_start,
+        query_start=query_start.to(torch.int32),
         kv_lengths=batch.kv_lengths + 1,
         kv_rows=_kv_rows(batch, sequences, position),
         query_lengths=lengths,
         kv_lengths_host=tuple(end + 1 for end in ends),
     )
-    return chunks, torch.cat((states, before_chunks))[source]
+    return chunks, torch.cat((states, before_chunks))[sources]
 
 
 def next_rows(slots: Tensor, tokens: Tensor, positions: Tensor, page_table: Tensor, tables: SlotTables, batch: Batch) -> Batch:

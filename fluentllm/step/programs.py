@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..core.buckets import bucket_of
 from ..core.executor import Pending, SlotRows
 from ..core.graphs import Graphs
 from ..core.handoff import PassWatcher, watched
@@ -22,6 +23,7 @@ from ..core.staging import to_host, upload
 from ..core.types import FinishReason, PrefillChunk, SlotResult, StepPlan, TokenLogprob
 from .commit import OUT_OF_BUDGET, RUNNING, STOPPED, Committed
 from .decode import decode
+from .left_drafts import LeftDrafts, with_drafts
 from .logprobs import Logprobs, keep_top
 from .prefill import prefill
 from .resume import resume
@@ -94,6 +96,9 @@ class StepPrograms:
             resume(plan.resume, plan.drafting.verify, plan.features, self)
         if plan.decode:
             pending.append(self._decode(plan))
+        if plan.masks and plan.drafting.draft:
+            left = LeftDrafts([masks.slot for masks in plan.masks], plan.drafting.draft, self.tables)
+            pending = with_drafts(pending, left)
         return pending
 
     def _prefill(self, chunks: list[PrefillChunk], plan: StepPlan) -> Pending:
@@ -128,15 +133,6 @@ class StepPrograms:
             slots.copy_(upload(padded, torch.int64, self.tables.device))
             self._uploaded[bucket] = padded
         return slots
-
-
-def bucket_of(batch: int) -> int:
-    """Slots of the program that runs `batch` of them: 1, 2, 4, 8, then steps of an eighth of the next power of two, so that
-    at most an eighth of the rows is padding."""
-    if batch <= 8:
-        return 1 << max(0, batch - 1).bit_length()
-    step = (1 << (batch - 1).bit_length()) // 8
-    return -(-batch // step) * step
 
 
 def _fetch(result: Result) -> Result:

@@ -17,4 +17,4 @@ def resume(chunks: list[PrefillChunk], drafts: int, features: int, target: Targe
         return
     batch = prefill_batch(chunks, target.tables)
     batch.features = features
-    propose(partial(call, batch), batch.slots, drafts, target)
+    propose(partial(call, batch), batch.slots, drafts, features, target)

@@ -14,13 +14,17 @@ from fluentllm.core.errors import InvalidRequest, QueueFull
 from fluentllm.core.grammars import GrammarStore, GrammarTable
 from fluentllm.core.hookspecs import hookimpl
 from fluentllm.core.plugins import PluginManager
-from fluentllm.core.types import GrammarSpec
+from fluentllm.core.sequence import Sequence
+from fluentllm.core.types import GrammarSpec, Request, SamplingParams
 from fluentllm.kernels.sampling import gumbel_noise
 
+from . import eagle, mtp
 from .proposers import Plugin as ProposerPlugin
-from .watching import WholeSequence, whole
+from .watching import Drafted, WatchedPlugin, WholeSequence, unchanged, whole
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fluentllm.core.protocols import GrammarCompiler, GrammarContext, Register
 
 EOS, VOCAB = 2, 160
@@ -161,6 +165,34 @@ async def test_tokens_are_the_best_that_are_allowed(tiny: Harness, expected: lis
         assert again[0].cached_tokens > 0
     most = max(o.accepted for found in outputs for o in found)
     assert most == {"none": 0, "right": 3, "wrong": 0, "half": 1}.get(kind, most)
+    # What a grammar forbids is not even verified.
+    tried = max(o.drafted for (_, params), found in zip(work(), outputs, strict=True) if params["grammar"] for o in found)
+    assert tried == {"none": 0, "right": 3, "wrong": 0, "half": 1}.get(kind, tried)
+
+
+@pytest.mark.parametrize("method", ["mtp", "eagle3"])
+async def test_chains_draft_what_the_grammar_allows(tmp_path: Path, method: str) -> None:
+    model = mtp.harness(tmp_path, "deepseek_v3") if method == "mtp" else eagle.harness(tmp_path, method, "mla")
+    own = model.plugins.registry("proposers").get(method.rstrip("3")).factory
+    record: list[Drafted] = []
+    objects = {"toys": ToyPlugin(), "watched": WatchedPlugin(own, record, unchanged)}
+    plugins = PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects=objects)
+    settings = {"speculative.method": "watched", "speculative.k": 3, "speculative.min_acceptance": 0.0, "grammar.states": 7}
+    prompts = {(9, 8): WORDS, (7, 6): PAIRS}
+    async with model.engine(plugins=plugins, **settings) as running:
+        ids = [
+            running.submit(list(prompt), max_tokens=12, temperature=0.7 * i, seed=i, grammar=grammar)
+            for i, (prompt, grammar) in enumerate(prompts.items())
+        ]
+        for i in ids:
+            await running.rest(i)
+    assert sum(len(each.drafts) for each in record) > 20
+    forbidden = 0
+    for each in record:
+        text = each.history[2:]
+        forbidden += not allows(prompts[each.history[0], each.history[1]], text + each.drafts)
+    # A reduced vocabulary may hold nothing that is allowed.
+    assert forbidden == 0 or (method == "eagle3" and forbidden < len(record))
 
 
 async def test_rows_are_used_again(tiny: Harness) -> None:
@@ -210,15 +242,19 @@ def test_gaps_between_rows_are_found() -> None:
     store = GrammarStore(9, {"n": Sizes})
     specs = {name: GrammarSpec(kind="n", source=name) for name in ("2a", "3a", "4a", "3b", "2b", "4b")}
     firsts = lambda: {spec.source: held.first for spec, held in store._held.items()}  # noqa: E731
+    asking = {
+        name: Sequence(Request(id=name, prompt=[1], params=SamplingParams(max_tokens=1, grammar=spec)), [])
+        for name, spec in specs.items()
+    }
     for name in ("2a", "3a", "4a"):
-        store.acquire(specs[name])
+        store.begin(asking[name])
     assert firsts() == {"2a": 1, "3a": 3, "4a": 6}
     with pytest.raises(QueueFull):
-        store.acquire(specs["2b"])
-    store.release(specs["3a"])
-    store.acquire(specs["3b"])
+        store.begin(asking["2b"])
+    store.end(asking["3a"])
+    store.begin(asking["3b"])
     assert firsts() == {"2a": 1, "4a": 6, "3b": 3}
-    store.release(specs["2a"])
-    store.release(specs["3b"])
-    store.acquire(specs["4b"])  # both have to go for it
+    store.end(asking["2a"])
+    store.end(asking["3b"])
+    store.begin(asking["4b"])  # both have to go for it
     assert firsts() == {"4a": 6, "4b": 1}

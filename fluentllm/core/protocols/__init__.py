@@ -6,7 +6,7 @@ plain bound methods of what it returned.
 
 from .attention import AttentionBackend, AttentionContext, AttentionSpec, FusedGQA, FusedMLA
 from .drafting import DraftContext, DraftMemory, DraftTarget, MovableProposer, Proposer, ProposerContext, ProposerFactory
-from .grammars import GrammarCompiler, GrammarContext
+from .grammars import GrammarCompiler, GrammarContext, GrammarMatcher, HostGrammar
 from .models import BuildContext, Checkpoint, Model, ModelFamily, PackedTensor, StreamingCheckpoint, WeightsContext, WeightSlot
 from .observers import RequestEvent
 from .registration import (
@@ -35,6 +35,8 @@ __all__ = [
     "FusedMLA",
     "GrammarCompiler",
     "GrammarContext",
+    "GrammarMatcher",
+    "HostGrammar",
     "Model",
     "ModelFamily",
     "MovableProposer",

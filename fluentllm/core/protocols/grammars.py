@@ -1,4 +1,4 @@
-"""Compilers of grammars."""
+"""Compilers of grammars, and matchers that run on the host."""
 
 from __future__ import annotations
 
@@ -27,7 +27,33 @@ class GrammarContext:
 class GrammarCompiler(Protocol):
     """What `fluent_grammars` factories make; the name that one is registered under is the kind of its grammars."""
 
-    def compile(self, source: str) -> GrammarTable:
-        """Called in the engine's loop, once for each grammar in use. Raises `InvalidRequest` for a source that is none, or a
-        grammar that is no finite table over the model's tokens."""
+    def compile(self, source: str) -> GrammarTable | HostGrammar:
+        """Called in the engine's loop, once for each grammar in use. A table if the grammar can be one: its requests run ahead
+        like any others. Raises `InvalidRequest` for a source that is none."""
+        ...
+
+
+class HostGrammar(Protocol):
+    """A grammar that is no table over the model's tokens, such as one with a stack."""
+
+    def matcher(self) -> GrammarMatcher:
+        """At the grammar's start; one for each request."""
+        ...
+
+
+class GrammarMatcher(Protocol):
+    """Where one request's text stands in its grammar. Called in the engine's loop, about once a token and draft: it must be
+    quick. What it raises ends its request."""
+
+    def fill(self, mask: memoryview) -> None:
+        """Set the bits of all tokens that may come next. mask: ceil(vocab / 32) words "i", all 0; token t is bit t % 32 of word
+        t // 32. Where the text may end, the model's end-of-sequence ids are among them."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Go on by a token; False, and no change, if the grammar forbids it."""
+        ...
+
+    def rollback(self, count: int) -> None:
+        """Take back the last `count` accepted tokens; at most as many as there are drafts a step."""
         ...

@@ -30,7 +30,18 @@ from .requests import (
     SamplingParams,
     TokenLogprob,
 )
-from .steps import Drafting, Feature, GrammarLoad, PageGrant, PrefillChunk, SlotInit, SlotResult, StepPlan, StepResult
+from .steps import (
+    Drafting,
+    Feature,
+    GrammarLoad,
+    PageGrant,
+    PrefillChunk,
+    SlotInit,
+    SlotResult,
+    StepPlan,
+    StepResult,
+    TokenMasks,
+)
 
 __all__ = [
     "MAX_LOGIT_BIAS",
@@ -72,5 +83,6 @@ __all__ = [
     "StepResult",
     "ToEngine",
     "TokenLogprob",
+    "TokenMasks",
     "encode",
 ]

@@ -51,6 +51,15 @@ class GrammarLoad(Struct, frozen=True, array_like=True):
     next: bytes
 
 
+class TokenMasks(Struct, frozen=True, array_like=True):
+    """What a slot may draw at its next `rows` positions (`core.host_grammars`)."""
+
+    slot: int
+    rows: int
+    bits: bytes
+    """[rows, words] int32 in the machine's byte order; token t is bit t % 32 of word t // 32."""
+
+
 class Drafting(Struct, frozen=True):
     """How many drafts a step verifies, and how many it leaves for the next to verify."""
 
@@ -67,6 +76,8 @@ class StepPlan(Struct, frozen=True, kw_only=True):
     grants: list[PageGrant] = field(default_factory=list)
     grammars: list[GrammarLoad] = field(default_factory=list)
     """Applied before the admissions; filled by the engine."""
+    masks: list[TokenMasks] = field(default_factory=list)
+    """Applied behind the admissions; filled by the engine. What is drafted in these slots comes back: `SlotResult.drafts`."""
     prefill: list[PrefillChunk] = field(default_factory=list)
     resume: list[PrefillChunk] = field(default_factory=list)
     """Slots that enter with their prompts' KV written elsewhere: the last position of each prompt. They are in `decode` too."""
@@ -89,6 +100,9 @@ class Feature:
     """Some top-k, top-p or min-p is on."""
     MIN_TOKENS = 32
     GRAMMAR = 64
+    """Some grammar is a device table."""
+    TOKEN_MASKS = 128
+    """Some grammar's matcher is on the host."""
 
 
 class SlotResult(Struct, array_like=True):
@@ -105,6 +119,8 @@ class SlotResult(Struct, array_like=True):
     """Drafts that were verified."""
     accepted: int = 0
     """Of these, right and all before them right."""
+    drafts: list[int] = field(default_factory=list)
+    """Left for the slot's next step; told of slots in `StepPlan.masks` only."""
 
 
 class StepResult(Struct, kw_only=True):
