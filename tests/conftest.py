@@ -21,6 +21,8 @@ from filelock import FileLock
 from hypothesis import settings
 
 os.environ["FLUENT_PLUGINS"] = ""
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers, and the servers that they start, share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("fluentllm", deadline=None)  # other work on the machine must fail no test
 settings.load_profile("fluentllm")
