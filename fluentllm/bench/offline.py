@@ -20,19 +20,32 @@ from ..local import LocalEngine
 class Drafts:
     """Of the timed requests."""
 
+    steps: int = 0
+    """Of a sequence; its first token counts as one."""
     verifications: int = 0
     """Steps of a sequence that verified drafts."""
     drafted: int = 0
     accepted: int = 0
 
     def add(self, output: RequestOutput) -> None:
+        self.steps += 1
         self.verifications += output.drafted > 0
         self.drafted += output.drafted
         self.accepted += output.accepted
 
+    def merge(self, other: Drafts) -> None:
+        self.steps += other.steps
+        self.verifications += other.verifications
+        self.drafted += other.drafted
+        self.accepted += other.accepted
+
+    @property
+    def length(self) -> float | None:
+        """Mean tokens a verification, the target's own included; None where nothing was verified."""
+        return 1 + self.accepted / self.verifications if self.verifications else None
+
     def report(self, info: SpeculativeInfo) -> dict[str, Any]:
-        """For the JSON. The length counts the target's own token; None where nothing was verified."""
-        length = 1 + self.accepted / self.verifications if self.verifications else None
+        """For the JSON."""
         figures: dict[str, Any] = {
             "method": info.method,
             "k": info.k,
@@ -40,12 +53,21 @@ class Drafts:
             "verifications": self.verifications,
             "drafted": self.drafted,
             "accepted": self.accepted,
-            "mean_accepted_length": length,
+            "mean_accepted_length": self.length,
+            "drafts_a_step": self.drafted / max(1, self.steps),
             "synthetic": info.synthetic_acceptance is not None,
         }
         if info.synthetic_acceptance is not None:
             figures["synthetic_acceptance"] = info.synthetic_acceptance
         return figures
+
+    def line(self, info: SpeculativeInfo) -> str:
+        """For the terminal."""
+        length = f"{self.length:.2f}" if self.length is not None else "none"
+        said = (
+            f"{info.method}, k {info.k}: {self.drafted / max(1, self.steps):.2f} drafts a step, mean accepted length {length}"
+        )
+        return f"{said}  SYNTHETIC" if info.synthetic_acceptance is not None else said
 
 
 def startup(local: LocalEngine) -> None:
@@ -74,19 +96,27 @@ def latency(
     for batch in batches:
         firsts: list[float] = []
         alls: list[float] = []
+        own = Drafts()
         for round_number in range(rounds + 1):
             for new, times in ((1, firsts), (steps + 1, alls)):
                 prompts = [_prompt(local, rng, context) for _ in range(batch)]
                 timed = round_number > 0
-                seconds, _ = local.call(_run(local.generation.client, prompts, [new] * batch, drafts if timed else None))
+                seconds, _ = local.call(_run(local.generation.client, prompts, [new] * batch, own if timed else None))
                 if timed:
                     times.append(seconds)
         first, whole = statistics.median(firsts), statistics.median(alls)
         tpot = (whole - first) / steps
         if tpot <= 0:
             raise ConfigError(f"{steps} steps of batch {batch} are lost in the noise.", fix="Measure more --steps.")
-        row = {"batch": batch, "ctx": context, "prefill_s": first, "tpot_ms": tpot * 1e3, "tok_s": batch / tpot}
-        tell(f"batch {batch:>3}  ctx {context}  prefill {first:.3f} s  TPOT {row['tpot_ms']:.2f} ms  {row['tok_s']:.1f} tok/s")
+        row: dict[str, Any] = {"batch": batch, "ctx": context, "prefill_s": first, "tpot_ms": tpot * 1e3, "tok_s": batch / tpot}
+        if drafts is not None:
+            drafts.merge(own)
+        line = f"batch {batch:>3}  ctx {context}  prefill {first:.3f} s  TPOT {row['tpot_ms']:.2f} ms  {row['tok_s']:.1f} tok/s"
+        info = local.engine.info.speculative
+        if info is not None:
+            row["speculative"] = own.report(info)
+            line += f"\n           {own.line(info)}"
+        tell(line)
         rows.append(row)
     return rows
 

@@ -37,6 +37,9 @@ def latency(
     sets: options.Sets = None,
     device: options.Device = None,
     load_format: options.LoadFormat = None,
+    speculative: options.Speculative = None,
+    k: options.SpeculativeK = None,
+    synthetic_acceptance: options.SyntheticAcceptance = None,
 ) -> None:
     """Time of a decode step at each batch size, on fresh random prompts."""
     from ..bench import offline
@@ -46,7 +49,9 @@ def latency(
     def measure(local: LocalEngine, drafts: Drafts) -> dict[str, Any]:
         return {"decode": offline.latency(local, batches, ctx, steps, tell=typer.echo, drafts=drafts)}
 
-    _offline({"model.name": model, "engine.device": device, "model.load_format": load_format}, measure, json, config, sets)
+    flags = {"model.name": model, "engine.device": device, "model.load_format": load_format}
+    flags |= {"speculative.method": speculative, "speculative.k": k, "speculative.synthetic_acceptance": synthetic_acceptance}
+    _offline(flags, measure, json, config, sets)
 
 
 @bench.command()
@@ -61,6 +66,9 @@ def throughput(
     sets: options.Sets = None,
     device: options.Device = None,
     load_format: options.LoadFormat = None,
+    speculative: options.Speculative = None,
+    k: options.SpeculativeK = None,
+    synthetic_acceptance: options.SyntheticAcceptance = None,
 ) -> None:
     """Tokens a second with all requests sent at once, end of sequence ignored."""
     from ..bench import offline
@@ -72,7 +80,9 @@ def throughput(
         typer.echo(f"{requests} requests, {figures['out_tokens']} tokens in {figures['s']:.1f} s: {figures['tok_s']:.1f} tok/s")
         return {"throughput": figures}
 
-    _offline({"model.name": model, "engine.device": device, "model.load_format": load_format}, measure, json, config, sets)
+    flags = {"model.name": model, "engine.device": device, "model.load_format": load_format}
+    flags |= {"speculative.method": speculative, "speculative.k": k, "speculative.synthetic_acceptance": synthetic_acceptance}
+    _offline(flags, measure, json, config, sets)
 
 
 @bench.command()
@@ -150,6 +160,8 @@ def _offline(
             **measure(local, drafts),
         }
         figures["speculative"] = drafts.report(info) if info is not None else None
+        if info is not None:
+            typer.echo(f"in all: {drafts.line(info)}")
     report.write(json, {**figures, **report.environment()})
 
 

@@ -51,14 +51,14 @@ def commit(
     drawn: Tensor, drafts: Tensor, slots: Tensor, tables: SlotTables, features: int, equal: Tensor | None = None
 ) -> Committed:
     """As `commit_reference`, of which this is one launch on a GPU."""
-    if in_kernels(drawn) and equal is None:
+    if in_kernels(drawn):
         from ..kernels.triton.commit import commit_tokens
 
         counts = tables.output_counts if features & Feature.PENALTIES else None
         return Committed(
             commit_tokens(
                 drawn, drafts, slots, tables.length, tables.end, tables.drafted, tables.finished, tables.stop_ids,
-                tables.history, counts,
+                tables.history, counts, equal,
             )
         )  # fmt: skip
     return commit_reference(drawn, drafts, slots, tables, features, equal)

@@ -243,3 +243,15 @@ async def run(subject: Subject, cell: Cell, strategy: str) -> tuple[int, int]:
     assert stats.speculative is not None
     assert stats.speculative.error is None
     return accepted, sum(subject.check(drafted) for drafted in record if drafted.history[:1] != [7])
+
+
+async def check(subject: Subject, cell: Cell, strategy: str) -> None:
+    """Run one cell with one strategy, and see that it accepted and compared what it should."""
+    accepted, compared = await run(subject, cell, strategy)
+    tokens = sum(len(answer) - 1 for answer in subject.answers[: cell.batch])
+    if strategy == "wrong":
+        assert accepted == 0
+    elif strategy == "right":
+        assert accepted >= tokens * cell.k // (cell.k + 1) - cell.batch
+    if subject.method != "pld" and strategy in ("own", "wrong"):
+        assert compared > 0.7 * tokens * cell.k

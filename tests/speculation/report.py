@@ -13,7 +13,8 @@ HEAD = """# Losslessness, feature by feature
 Written by `tests/speculation/test_lossless.py`, which fails if this page is not what it found;
 `UPDATE_DOCS=1 pytest tests/speculation/test_lossless.py` writes it. *equal*: in deterministic mode, in float32, the answer with
 speculation is that without, token for token (and logprob for logprob, with the same reason to end), in every combination that
-was run. By default a covering set of K, overlap depth, batch and situation is run; `-m full` runs all of their product.
+was run. By default a covering set of K, overlap depth, batch and situation is run; `-m full` runs all of their product, and
+`tests/speculation/matrix.py` does so in pieces.
 
 Proposers: `pld`, `mtp` (a DeepSeek-V3 with an MTP layer), `eagle` (on grouped heads) and `eagle3` (on MLA), each on a tiny
 random model. Each is run with its own drafts, which are compared with those of a reference that recomputes everything from

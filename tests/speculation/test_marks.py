@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import pytest
 from engine.harness import write_tiny_llama
 from engine.test_every_model import LONGCAT
 from typer.testing import CliRunner
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 from fluentllm.cli import create_app
 from fluentllm.core.types import KVSpec, ModelInfo, ModelSpec, SpeculativeInfo
 from fluentllm.processes.banner import banner
+
+from . import mtp
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,3 +62,25 @@ def test_bench(tmp_path: Path) -> None:
     assert figures["synthetic_acceptance"] == 3.0
     assert 2.6 < figures["mean_accepted_length"] < 3.4
     assert figures["accepted"] < figures["drafted"] == 3 * figures["verifications"]
+
+
+@pytest.mark.parametrize("k", ["3", "auto"])
+def test_bench_latency(tmp_path: Path, k: str) -> None:
+    """The time of a token, on a small DeepSeek-V3 with an MTP layer."""
+    model, file = write_tiny_llama(tmp_path / "deepseek", base=mtp.CONFIGS["deepseek_v3"]), tmp_path / "figures.json"
+    arguments = ["bench", "latency", str(model), "--batch", "1,5", "--ctx", "24", "--steps", "60", "--json", str(file)]
+    options = ["--load-format=dummy", "--device=cpu", "--speculative=mtp", f"--k={k}", "--synthetic-acceptance=3.0"]
+    sets = ["--set=speculative.max_k=3", "--set=engine.threads=1"]
+    result = CliRunner().invoke(create_app(), [*arguments, *options, *sets])
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.output.splitlines() if "mean accepted length" in line]
+    assert len(lines) == 3
+    assert all(f"mtp, k {k}: " in line and "SYNTHETIC" in line for line in lines)
+    figures = json.loads(file.read_text())
+    for row in [*(row["speculative"] for row in figures["decode"]), figures["speculative"]]:
+        assert (row["method"], row["synthetic"], row["synthetic_acceptance"]) == ("mtp", True, 3.0)
+        if k == "3":
+            assert 2.3 < row["mean_accepted_length"] < 3.7
+            assert row["drafts_a_step"] > 2.5
+        else:
+            assert 0 <= row["drafts_a_step"] <= 3

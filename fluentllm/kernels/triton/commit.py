@@ -87,8 +87,8 @@ def decode_rows(
 
 
 @triton.jit
-def _commit_kernel(packed, drawn, drafts, slots, length, end, drafted, finished, stop_ids, history, counts, draft_row,
-                   int_stride, stop_row, history_row, counts_row,
+def _commit_kernel(packed, drawn, drafts, slots, length, end, drafted, finished, stop_ids, history, counts, equal, draft_row,
+                   int_stride, stop_row, history_row, counts_row, equal_row,
                    ROWS: tl.constexpr, STOPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_STOPS: tl.constexpr):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + sequence)
@@ -100,9 +100,12 @@ def _commit_kernel(packed, drawn, drafts, slots, length, end, drafted, finished,
     j = tl.arange(0, BLOCK_ROWS)
     inside = j < ROWS
     token = tl.load(drawn + sequence * ROWS + j, mask=inside, other=-2)
-    draft = tl.load(drafts + sequence * draft_row + j, mask=j + 1 < ROWS, other=-1)
+    if equal is not None:
+        same = tl.load(equal + sequence * equal_row + j, mask=j + 1 < ROWS, other=0) != 0
+    else:
+        same = token == tl.load(drafts + sequence * draft_row + j, mask=j + 1 < ROWS, other=-1)
     # The first row whose draft is not the token drawn there is the last that counts.
-    right = tl.min(tl.where((token == draft) & (j < offered), BLOCK_ROWS, j), 0)
+    right = tl.min(tl.where(same & (j < offered), BLOCK_ROWS, j), 0)
     s = tl.arange(0, BLOCK_STOPS)
     stops = tl.load(stop_ids + slot * stop_row + s, mask=s < STOPS, other=-1)
     is_stop = tl.max((token[:, None] == stops[None, :]).to(tl.int32), 1) > 0
@@ -139,10 +142,12 @@ def commit_tokens(
     stop_ids: Tensor,
     history: Tensor,
     output_counts: Tensor | None = None,
+    equal: Tensor | None = None,
 ) -> Tensor:
     """drawn [B, q] int64, contiguous; drafts [B, q - 1] int64, its rows contiguous; slots [B] int64; the rest the slot
     tables': length, end, drafted int64 columns of one table, finished bool, stop_ids [S, M] int32, history [S, L] int32,
-    output_counts [S, V] int32 where penalties count.
+    output_counts [S, V] int32 where penalties count; equal [B, q - 1] bool, its rows contiguous, says which drafts are right
+    where it is not equality.
 
     Updates the tables → packed [B, q + 4] int64, for one copy to the host: tokens, then count, state (0 runs, 1 stopped, 2 out
     of budget), drafts verified, drafts accepted. Reference: `step.commit.commit_reference`.
@@ -152,8 +157,8 @@ def commit_tokens(
     stops = stop_ids.shape[1]
     launch(
         _commit_kernel, (batch,), packed, drawn, drafts, slots, length, end, drafted, finished, stop_ids, history,
-        output_counts, drafts.stride(0), length.stride(0), stop_ids.stride(0), history.stride(0),
-        0 if output_counts is None else output_counts.stride(0),
+        output_counts, equal, drafts.stride(0), length.stride(0), stop_ids.stride(0), history.stride(0),
+        0 if output_counts is None else output_counts.stride(0), 0 if equal is None else equal.stride(0),
         ROWS=rows, STOPS=stops, BLOCK_ROWS=power_of_2(rows), BLOCK_STOPS=power_of_2(stops), num_warps=1,
     )  # fmt: skip
     return packed

@@ -154,10 +154,9 @@ def step() -> None:
     for rows in (1, 4):
         decode_rows(slots, rows, ints[:, 0], finished, history, _ints(33, 128), 64)
         tokens = _longs(32, rows)
-        for counts in (None, _ints(33, 128256)):
-            commit_tokens(
-                tokens, tokens[:, 1:], slots, ints[:, 0], ints[:, 2], ints[:, 7], finished, _ints(33, 8), history, counts
-            )
+        columns = ints[:, 0], ints[:, 2], ints[:, 7]
+        for counts, equal in ((None, None), (_ints(33, 128256), None), (None, _empty(32, rows - 1, dtype=torch.bool))):
+            commit_tokens(tokens, tokens[:, 1:], slots, *columns, finished, _ints(33, 8), history, counts, equal)
     leave_drafts(_longs(32, 3), _longs(32), slots, ints[:, 0], ints[:, 7], history)
     prompt_lookup(history, slots, ints[:, 0], 4, 2, 4)
 

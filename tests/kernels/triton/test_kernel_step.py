@@ -42,8 +42,10 @@ def move(tables: SlotTables, device: torch.device) -> SlotTables:
     return moved
 
 
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("drafts", [0, 1, 3, 7])
-def test_a_step_of_the_tables(drafts: int, device: torch.device, rng: torch.Generator) -> None:
+def test_a_step_of_the_tables(drafts: int, told: bool, device: torch.device, rng: torch.Generator) -> None:
+    """`told`: which drafts are right is said, not seen."""
     count = 12
     ours = random_tables(count, drafts, rng, device)
     plain = move(ours, torch.device("cpu"))
@@ -61,10 +63,11 @@ def test_a_step_of_the_tables(drafts: int, device: torch.device, rng: torch.Gene
     # Half of what is drawn is what was drafted.
     drawn = torch.randint(0, VOCAB, tokens.shape, generator=rng)
     drawn[:, :-1] = torch.where(torch.rand(drawn[:, :-1].shape, generator=rng) < 0.7, tokens[:, 1:], drawn[:, :-1])
-    committed = commit(drawn, tokens[:, 1:], slots, plain, Feature.PENALTIES)
+    equal = torch.rand(drawn[:, :-1].shape, generator=rng) < 0.7 if told else None
+    committed = commit(drawn, tokens[:, 1:], slots, plain, Feature.PENALTIES, equal)
     packed = commit_tokens(
         drawn.to(device), rows.tokens.view(-1, drafts + 1)[:, 1:], slots.to(device), ours.length, ours.end, ours.drafted,
-        ours.finished, ours.stop_ids, ours.history, ours.output_counts,
+        ours.finished, ours.stop_ids, ours.history, ours.output_counts, equal.to(device) if equal is not None else None,
     ).cpu()  # fmt: skip
     assert torch.equal(packed[:, : drafts + 1], committed.tokens)
     columns = (committed.counts, committed.states, committed.drafted, committed.accepted)
