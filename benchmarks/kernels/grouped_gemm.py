@@ -70,6 +70,8 @@ def candidates(layer: Layer, kind: str, tokens: int, quick: bool = False) -> Ite
     rows = [8, 16] if each <= 4 else [16, 32] if each <= 24 else [32, 64] if each <= 48 else [64, 128]
     width = 1 if kind == "fp8" else 2
     shapes = ((32, 128), (64, 128), (128, 128)) if kind == "fp8" else ((32, 256), (64, 128), (128, 64), (128, 128))
+    if each > 48 and kind == "bf16":
+        shapes = ((128, 64), (256, 64))
     for wide in rows:
         for columns, depth in shapes:
             if wide >= 64 and columns < 128:
@@ -84,6 +86,7 @@ def candidates(layer: Layer, kind: str, tokens: int, quick: bool = False) -> Ite
             yield from (Tile(16, 64, 128, 4, 4), Tile(16, 64, 256, 4, 3), Tile(16, 128, 128, 4, 3), Tile(32, 64, 128, 4, 4))
         else:
             yield from (Tile(64, 64, 128, 4, 3), Tile(64, 128, 64, 4, 4), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 4, 4))
+            yield from (Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(64, 256, 64, 8, 4))
 
 
 class Case:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from fluentllm.bench.offline import latency
 from fluentllm.core.config import load
 from fluentllm.kernels.triton import gqa_plan, linear, linear_tiles
-from fluentllm.kernels.triton.launch import START_NEXT
+from fluentllm.kernels.triton.launch import EARLY, START_NEXT
 from fluentllm.local import LocalEngine
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class Variant:
     product: int = 1
     """Of `launch.START_NEXT`: 0 no programmatic launch, 1 first, 2 loaded, 3 at the end."""
     small: int = 1
+    early: bool = True
+    """May products be set up early?"""
     merge_inside: bool = False
     prefetch: int = 0
     measured: bool = True
@@ -48,6 +50,8 @@ VARIANTS = [
     Variant("base"),
     Variant("product loaded", product=2),
     Variant("product at end", product=3),
+    Variant("product late", early=False),
+    Variant("product late, loaded", product=2, early=False),
     Variant("small loaded", small=2),
     Variant("small at end", small=3),
     Variant("all loaded", product=2, small=2),
@@ -58,6 +62,8 @@ VARIANTS = [
     Variant("prefetch 8, product loaded", prefetch=8, product=2),
     Variant("tiles by rule", measured=False),
     Variant("torch's products", most_tokens=0),
+    Variant("torch's products, all loaded", most_tokens=0, product=2, small=2),
+    Variant("torch's products, merge inside", most_tokens=0, merge_inside=True),
     Variant("base again"),
 ]
 
@@ -72,6 +78,8 @@ def applied(variant: Variant) -> Iterator[None]:
 
     with ExitStack() as undo:
         undo.callback(START_NEXT.update, dict(START_NEXT))
+        undo.callback(EARLY.update, dict(EARLY))
+        EARLY.update(product=variant.early)
         START_NEXT.update(product=variant.product, small=variant.small)
         put(gqa_plan, "MERGE_INSIDE", variant.merge_inside)
         put(linear_tiles, "MOST_TOKENS", variant.most_tokens)

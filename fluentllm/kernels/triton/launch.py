@@ -88,11 +88,16 @@ small: a few rows, done in a microsecond or two. product: fills the chip and hol
 while it runs is placed where there happens to be room. What is best is to be measured: benchmarks/kernels/launches.py."""
 
 
+EARLY = {"small": True, "product": True}
+"""May a kernel of a kind be set up while the one in front of it still runs, where that one lets it? False: it is launched
+normally, and only its own successor may come early."""
+
+
 def programmatic(device: torch.device, kind: str = "small") -> dict[str, Any]:
     """Options of a kernel with a parameter `PDL` that calls `language.start_next` at each place, and `language.wait_for_inputs`
     before it touches anything that another kernel writes, or writes anything itself. `kind`: of `START_NEXT`."""
     place = START_NEXT[kind] if overlaps(device) else 0
-    return {"PDL": place, "launch_pdl": True} if place else {"PDL": 0}
+    return {"PDL": place, "launch_pdl": EARLY[kind]} if place else {"PDL": 0}
 
 
 def bulk_copies(tensor: torch.Tensor) -> bool:

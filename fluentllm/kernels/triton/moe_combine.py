@@ -31,7 +31,8 @@ def _combine_kernel(out, y, x, shared, weights, ids, x_row, shared_row, EXPERTS:
         # Rows of zero experts were never written.
         acc += weight * tl.load(y + pair * SIZE + i, mask=i < tl.where(computed, SIZE, 0), other=0.0).to(tl.float32)
         kept += tl.where(computed, 0.0, weight)
-    acc += kept * tl.load(x + token * x_row + i, mask=inside, other=0.0).to(tl.float32)
+    if kept != 0.0:
+        acc += kept * tl.load(x + token * x_row + i, mask=inside, other=0.0).to(tl.float32)
     if shared is not None:
         acc += tl.load(shared + token * shared_row + i, mask=inside, other=0.0).to(tl.float32)
     start_next(PDL, LOADED)

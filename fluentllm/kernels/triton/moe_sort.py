@@ -19,7 +19,8 @@ from .launch import launch, power_of_2, programmatic
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK = 1024
+BLOCK = 4096
+"""Pairs that a program looks at together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +86,10 @@ def sort_by_expert(ids: Tensor, experts: int, rows: int) -> ExpertTiles:
     tiles = min(pairs, pairs // rows + min(experts, pairs))
     order, first, expert = (torch.empty(n, dtype=torch.int32, device=device) for n in (pairs, tiles, tiles))
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=device)
+    block = min(BLOCK, max(32, power_of_2(pairs)))
     launch(
         _sort_kernel, (experts,), order, offsets, expert, first, ids, pairs, tiles,
-        EXPERTS=experts, BINS=power_of_2(experts + 1), ROWS=rows, BLOCK=min(BLOCK, max(32, power_of_2(pairs))), num_warps=4,
+        EXPERTS=experts, BINS=power_of_2(experts + 1), ROWS=rows, BLOCK=block, num_warps=max(4, block // 256),
         **programmatic(device),
     )  # fmt: skip
     return ExpertTiles(order, offsets, expert, first, rows)
