@@ -37,6 +37,7 @@ class Sending:
     transfers: dict[int, float] = field(default_factory=dict)
     """Under way: number → when it was submitted."""
     groups: int = 0
+    """Submitted."""
     told: bool = False
     """The first token has been sent."""
     over: bool = False
@@ -58,7 +59,12 @@ class Outgoing:
     chunks: list[Chunk] = field(default_factory=list)
     first: tuple[int, float | None, int, list[tuple[int, float]]] | None = None
     """Token, logprob, rank, alternatives."""
-    sending: Sending | None = None
+    sendings: dict[int, Sending] = field(default_factory=dict)
+    """The newest attempt of each rank of decode."""
+    released: set[int] = field(default_factory=set)
+    """Ranks of decode that have everything."""
+    told: str | None = None
+    """Id of the request, where decode told it and no client of ours."""
     timer: asyncio.TimerHandle | None = None
     computing: bool = True
     closed: bool = False
