@@ -47,6 +47,15 @@ class Sending:
 
 
 @dataclass(slots=True, eq=False)
+class Early:
+    """An ask that came before the request."""
+
+    connection: Connection
+    ask: Reserve
+    timer: asyncio.TimerHandle
+
+
+@dataclass(slots=True, eq=False)
 class Outgoing:
     """One handoff."""
 

@@ -20,12 +20,11 @@ from ...transfer.descriptors import PageError
 from ...transfer.messages import Cancel, Compute, Drained, Failed, FirstToken, Message, Refuse, Release, Reserve
 from ...transfer.slices import targets_of
 from .fetching import Fetcher
-from .outgoing import Chunk, Outgoing, Sending
+from .outgoing import Chunk, Early, Outgoing, Sending
 from .posting import post_group
 from .watch import Progress
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Sequence as SequenceOf
 
     from ...core.sequence import Sequence
@@ -53,8 +52,8 @@ class Sender:
         self._counters = exchange.counters
         self._by_id: dict[str, Outgoing] = {}
         self._by_sequence: dict[Sequence, Outgoing] = {}
-        self._early: dict[str, tuple[Connection, Reserve, asyncio.TimerHandle]] = {}
-        """Asked for before the request came."""
+        self._early: dict[str, dict[int, Early]] = {}
+        """Asked for before the request came: handoff → rank of decode."""
         self._unwanted_early: dict[str, bool] = {}
         """Released before the request came: nobody will ask for these."""
         self._over: dict[str, bool] = {}
@@ -80,12 +79,14 @@ class Sender:
         if known is not None:
             self._finish(known)
         self._by_id[name] = self._by_sequence[sequence] = outgoing
-        connection, ask, timer = self._early.pop(name, (None, None, None))
-        if connection is None or ask is None or timer is None:
+        asked = self._early.pop(name, {})
+        for early in asked.values():
+            early.timer.cancel()
+            self._begin(outgoing, early.connection, early.ask)
+        if not asked:
             return self.fetcher.hold(outgoing, concurrent=handoff.concurrent)
-        timer.cancel()
-        self._begin(outgoing, connection, ask)
-        return self.fetcher.consider(outgoing, connection, ask)
+        early = next(iter(asked.values()))
+        return self.fetcher.consider(outgoing, early.connection, early.ask)
 
     def planned(self, plan: StepPlan, sequences: SequenceOf[Sequence]) -> None:
         size = self._exchange.layout.page_size
@@ -158,10 +159,9 @@ class Sender:
                 self._stop(sending)
                 _forget(outgoing, sending)
         self.fetcher.gone(connection)
-        for handoff, (other, _, timer) in list(self._early.items()):
-            if other is connection:
-                timer.cancel()
-                del self._early[handoff]
+        for handoff, asked in list(self._early.items()):
+            if any(early.connection is connection for early in asked.values()):
+                self._drop_early(handoff, connection.layout.tp_rank)
 
     def transferred(self, done: TransferDone) -> None:
         sending = self._transfers.pop(done.transfer, None)
@@ -206,9 +206,7 @@ class Sender:
             self._by_id[of.handoff].told = request.id
 
     def _release(self, connection: Connection, handoff: str) -> None:
-        early = self._early.pop(handoff, None)
-        if early is not None:
-            early[2].cancel()
+        self._drop_early(handoff, connection.layout.tp_rank)
         outgoing = self._by_id.get(handoff)
         if outgoing is not None:
             outgoing.released.add(connection.layout.tp_rank)
@@ -233,11 +231,18 @@ class Sender:
             self._begin(outgoing, connection, ask)
             self.fetcher.asked(outgoing, connection, ask)
             return
-        earlier = self._early.pop(of.handoff, None)
-        if earlier is not None:
-            earlier[2].cancel()
-        timer = exchange.after(min(exchange.settings.wait_timeout, ask.deadline), self._request_never_came, of.handoff)
-        self._early[of.handoff] = (connection, ask, timer)
+        rank = connection.layout.tp_rank
+        self._drop_early(of.handoff, rank)
+        timer = exchange.after(min(exchange.settings.wait_timeout, ask.deadline), self._request_never_came, of.handoff, rank)
+        self._early.setdefault(of.handoff, {})[rank] = Early(connection, ask, timer)
+
+    def _drop_early(self, handoff: str, rank: int) -> None:
+        asked = self._early.get(handoff, {})
+        early = asked.pop(rank, None)
+        if early is not None:
+            early.timer.cancel()
+        if not asked:
+            self._early.pop(handoff, None)
 
     def _begin(self, outgoing: Outgoing, connection: Connection, ask: Reserve) -> None:
         size = self._exchange.layout.page_size
@@ -354,10 +359,10 @@ class Sender:
             self._stop(sending)
             self._settle(sending)
             return
-        early = self._early.get(of.handoff)
-        if early is not None and early[1].of == of:
-            early[2].cancel()
-            del self._early[of.handoff]
+        rank = connection.layout.tp_rank
+        early = self._early.get(of.handoff, {}).get(rank)
+        if early is not None and early.ask.of == of:
+            self._drop_early(of.handoff, rank)
         if of not in self._doubtful and of.source == self._exchange.epoch:
             connection.link.send(Drained(of=of))
 
@@ -396,10 +401,12 @@ class Sender:
         self._counters["deadline_keep"] += 1
         self._finish(outgoing)
 
-    def _request_never_came(self, handoff: str) -> None:
-        connection, ask, _ = self._early.pop(handoff)
+    def _request_never_came(self, handoff: str, rank: int) -> None:
+        early = self._early[handoff][rank]
+        self._drop_early(handoff, rank)
         self._counters["deadline_request"] += 1
-        connection.link.send(Refuse(of=ask.of, code="unknown", reason="No request with this handoff came."))
+        refusal = Refuse(of=early.ask.of, code="unknown", reason="No request with this handoff came.")
+        early.connection.link.send(refusal)
         self._exchange.host.wake()
 
 
