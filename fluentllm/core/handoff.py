@@ -79,6 +79,15 @@ class Host(Protocol):
         """Prefill it here after all. It must hold no pages."""
         ...
 
+    def submit(self, request: Request) -> None:
+        """A request that came from a peer instead of a client; nobody hears its tokens but the handoffs. Raises
+        `FluentError`."""
+        ...
+
+    def withdraw(self, request_id: str) -> None:
+        """Abort what was submitted so; ignored where it is over."""
+        ...
+
     def refuse(self, sequence: Sequence, error: FluentError) -> None:
         """End it with an error. It must hold no pages."""
         ...
@@ -118,8 +127,8 @@ class Handoffs(Protocol):
         ...
 
     def adopt(self, sequence: Sequence) -> bool:
-        """It was submitted. True: its KV comes from elsewhere, and `Host.arrived`, `compute` or `refuse` follows; else the
-        scheduler has it."""
+        """It was submitted. True: all or some of its KV comes from elsewhere, and `Host.arrived`, `compute` or `refuse`
+        follows; else the scheduler has it."""
         ...
 
     def abort(self, sequence: Sequence) -> bool:
@@ -163,6 +172,10 @@ class HandoffContext:
     """[pages + 1, …], contiguous: what the proposer keeps for each page, and wants where the page goes."""
     speculative: str = "none"
     """Who drafts; page states mean nothing to another."""
+    tp_size: int = 1
+    tp_rank: int = 0
+    kv_heads: int | None = None
+    """KV heads of the whole model, where ranks share them; None: the ranks' own, added up."""
 
 
 KV_WRITERS = ("gqa", "gqa_from_product", "mla", "mla_append")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .kv.pages import Lease
     from .sequence import Sequence
-    from .types import FinishReason, HandoffReport, TokenLogprob
+    from .types import FinishReason, FromEngine, HandoffReport, Request, TokenLogprob
 
 
 class EngineHost:
@@ -21,6 +21,7 @@ class EngineHost:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.kv = engine.kv
+        self._peers_requests = engine.connect(_ignore)
         # A step verifies up to max_k drafts past the first token, and leaves as many.
         self._ahead = 1 + (2 * engine.draft_length.max_k if engine.draft_length is not None else 0)
 
@@ -66,6 +67,12 @@ class EngineHost:
             self.refuse(sequence, error)
         self._engine.wake()
 
+    def submit(self, request: Request) -> None:
+        self._peers_requests.submit(request)
+
+    def withdraw(self, request_id: str) -> None:
+        self._peers_requests.abort([request_id])
+
     def refuse(self, sequence: Sequence, error: FluentError) -> None:
         self._engine.refuse(sequence, error)
         self._engine.wake()
@@ -75,3 +82,7 @@ class EngineHost:
 
     def fail(self, error: Exception) -> None:
         self._engine.fail(error)
+
+
+def _ignore(message: FromEngine) -> None:
+    """Peers are told what they need by the handoffs."""

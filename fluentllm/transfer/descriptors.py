@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.errors import FluentError
-from .slices import Slice
+from .slices import Slice, slices_of, sources_of
 
 if TYPE_CHECKING:
     from .layout import KVLayout, Region
@@ -58,6 +58,27 @@ def plan_writes(
     pairs = zip(source.tensors(), target.tensors(), strict=True)
     count = source.page_size if tokens is None else tokens
     return np.concatenate([_tensor_writes(a, b, layers, ours, theirs, part, count) for a, b in pairs])
+
+
+def plan_rank_writes(
+    source: KVLayout,
+    target: KVLayout,
+    layers: range,
+    source_pages: Sequence[int],
+    target_pages: Sequence[int],
+    tokens: int,
+) -> np.ndarray:
+    """All that the source's rank writes to the target's of these layers of these pages, `tokens` of the last page, and with
+    the very last layer what proposers keep for each page. As `plan_writes` otherwise."""
+    whole = len(source_pages) - (tokens < source.page_size)
+    rows = [np.empty((0, 3), dtype=np.int64)]
+    for part in slices_of(source, target):
+        rows.append(plan_writes(source, target, layers, source_pages[:whole], target_pages[:whole], part))
+        if whole < len(source_pages):
+            rows.append(plan_writes(source, target, layers, source_pages[whole:], target_pages[whole:], part, tokens))
+    if layers.stop == source.layers and sources_of(source, target)[0] == source.tp_rank:
+        rows.append(plan_state_writes(source, target, source_pages, target_pages))
+    return np.concatenate(rows)
 
 
 def plan_state_writes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -25,19 +26,23 @@ class RegisteredMemory:
         self._layout = layout
         views = [_shaped(tensor.view(-1).view(torch.uint8), region) for tensor, region in zip(tensors, regions, strict=True)]
         self._kv, self._states = views[: len(layout.tensors())], views[len(layout.tensors()) :]
+        self._head_bytes = [region.head_bytes for region in layout.tensors()]
 
-    def checksum(self, pages: Sequence[int], layers: range, tokens: int, states: bool) -> int:
-        """CRC-32 of `layers` of `pages`, of which the last has `tokens` tokens, and of their page states. It goes tensor by
-        tensor, layer by layer, page by page, so both ends of a transfer get the same whatever their pages' numbers. On a GPU
-        it copies the pages to the host and waits for that."""
+    def checksum(
+        self, pages: Sequence[int], layers: range, tokens: int, states: bool, heads: Sequence[range] | None = None
+    ) -> int:
+        """CRC-32 of `layers` of `pages`, of which the last has `tokens` tokens, and of their page states. It goes by runs of
+        this rank's heads (None: all), tensor by tensor, layer by layer, page by page, so both ends of a transfer get the same
+        whatever their pages' numbers. On a GPU it copies the pages to the host and waits for that."""
         import torch
 
         index = torch.tensor(pages, dtype=torch.int64)
         size = self._layout.page_size
         partial = tokens < size
         sum_ = 0
-        for view in self._kv:
-            part = view[layers.start : layers.stop]
+        runs = [range(self._layout.local_heads)] if heads is None else heads
+        for run, (view, width) in itertools.product(runs, zip(self._kv, self._head_bytes, strict=True)):
+            part = view[layers.start : layers.stop, :, :, run.start * width : run.stop * width]
             whole = index[:-1] if partial else index
             sum_ = _crc(part[:, whole.to(view.device)], sum_)
             if partial:

@@ -11,12 +11,15 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from ..core.types import SamplingParams
 from .layout import KVLayout
 
 MAX_PAGES = 2**17
 MAX_GROUPS = 2**20
 """Groups in one attempt: of layers, for each chunk of the prompt."""
 MAX_LAYERS = 1024
+MAX_PROMPT = 768 * 1024
+"""Bytes of a prompt in a message."""
 
 Number = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
@@ -76,8 +79,8 @@ class Reserve(_Message, frozen=True, tag="reserve"):
 
 
 class Group(Struct, frozen=True, array_like=True, tag="group", forbid_unknown_fields=True):
-    """Prefill to decode, as the transport's notification: these layers' KV of these pages is written. The size of a group
-    follows the network, so their number is not known before; decode has everything when each layer of each page has come."""
+    """As the transport's notification: these layers' KV of these pages is written. Prefill to decode, and the other way in
+    answer to `Fetch`. Whoever is written to has everything when every group has come."""
 
     of: Attempt
     group: Annotated[int, Meta(ge=0, lt=MAX_GROUPS)]
@@ -92,6 +95,9 @@ class Group(Struct, frozen=True, array_like=True, tag="group", forbid_unknown_fi
     """Which rank of the source wrote it."""
     bytes: Number = 0
     checksum: Checksum | None = None
+    groups: Annotated[int, Meta(ge=0, le=MAX_GROUPS)] = 0
+    """How many the attempt has in all; 0 before the last, since their size follows what is measured. `FirstToken` says it
+    too, for prompts that need none."""
 
 
 class FirstToken(_Message, frozen=True, tag="first_token"):
@@ -104,6 +110,30 @@ class FirstToken(_Message, frozen=True, tag="first_token"):
     top: Annotated[list[tuple[Number, float]], Meta(max_length=20)] = []
     cached_tokens: Number = 0
     """Of the prompt, that prefill had in its own cache."""
+    groups: Annotated[int, Meta(ge=0, le=MAX_GROUPS)] = 0
+    """How many there are: all have been submitted."""
+
+
+class Compute(_Message, frozen=True, tag="compute"):
+    """Decode to prefill, before a `Reserve`: this is the request, if no router has brought it. For an engine that takes the
+    place of another, or of its own former life."""
+
+    of: Attempt
+    prompt: Annotated[bytes, Meta(max_length=MAX_PROMPT)]
+    """Token ids, packed as `core.kv.events.encode_tokens` does."""
+    params: SamplingParams
+    priority: int = 0
+
+
+class Fetch(_Message, frozen=True, tag="fetch"):
+    """Prefill to decode, which has a prefix that prefill lacks: write these pages of it into mine. Answered by one `Group`
+    and `Drained`, or by `Failed`."""
+
+    of: Attempt
+    first_page: Annotated[int, Meta(ge=0, le=MAX_PAGES)]
+    """Counted within the prompt."""
+    pages: Pages
+    checksums: bool = False
 
 
 class Cancel(_Message, frozen=True, tag="cancel"):
@@ -114,7 +144,7 @@ class Cancel(_Message, frozen=True, tag="cancel"):
 
 
 class Drained(_Message, frozen=True, tag="drained"):
-    """Prefill to decode: nothing of this attempt is under way, and nothing more will be."""
+    """From who writes: nothing of this attempt (or of the `Fetch` in it) is under way, and nothing more will be."""
 
     of: Attempt
     groups: Number = 0
@@ -142,4 +172,4 @@ class Alive(_Message, frozen=True, tag="alive"):
     open_handoffs: Number = 0
 
 
-Message = Describe | Refuse | Reserve | FirstToken | Cancel | Drained | Release | Failed | Alive
+Message = Describe | Refuse | Compute | Reserve | Fetch | FirstToken | Cancel | Drained | Release | Failed | Alive

@@ -7,6 +7,8 @@ every rank. Pure functions; the reference in the tests copies the plain way.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from msgspec import Struct
 
 from .layout import KVLayout, LayoutMismatch, check_compatible
@@ -67,3 +69,24 @@ def slices_between(source: KVLayout, target: KVLayout) -> list[Slice]:
     """The plan for two sides, given the layout of any rank of each; MLA counts as one head. Raises `LayoutMismatch`."""
     check_compatible(source, target)
     return plan_slices(source.heads if source.kind == "gqa" else 1, source.tp_size, target.tp_size)
+
+
+@lru_cache(256)
+def slices_of(source: KVLayout, target: KVLayout) -> tuple[Slice, ...]:
+    """What of it these two ranks move."""
+    return tuple(
+        item for item in slices_between(source, target) if (item.source, item.target) == (source.tp_rank, target.tp_rank)
+    )
+
+
+@lru_cache(256)
+def sources_of(source: KVLayout, target: KVLayout) -> tuple[int, ...]:
+    """Ranks of the source, given the layout of any, that write to this rank of the target. The first also brings what
+    proposers keep for each page, which every rank has whole."""
+    return tuple(sorted({item.source for item in slices_between(source, target) if item.target == target.tp_rank}))
+
+
+@lru_cache(256)
+def targets_of(source: KVLayout, target: KVLayout) -> tuple[int, ...]:
+    """Ranks of the target, given the layout of any, that this rank of the source writes to."""
+    return tuple(sorted({item.target for item in slices_between(source, target) if item.source == source.tp_rank}))

@@ -45,7 +45,8 @@ class Pair:
     def submit(self, prompt: list[int], **params: Any) -> tuple[str, str]:
         """To both at once, as with bootstrap_room → the two requests' ids."""
         name = f"room-{next(_ids)}"
-        here, there = Handoff(id=name), Handoff(id=name, host="127.0.0.1", port=self.prefill.port)
+        here = Handoff(id=name, concurrent=True)
+        there = Handoff(id=name, host="127.0.0.1", port=self.prefill.port, concurrent=True)
         return self.prefill.hand(prompt, here, **params), self.decode.hand(prompt, there, **params)
 
     async def outputs(self, prompt: list[int], **params: Any) -> list[RequestOutput]:

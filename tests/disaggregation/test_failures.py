@@ -15,7 +15,7 @@ from fluentllm.core.plugins import PluginManager
 from fluentllm.core.protocols import Register
 from fluentllm.core.transport import TransportContext
 from fluentllm.core.types import Handoff
-from fluentllm.plugins.kv_layerwise.peers import Breaker
+from fluentllm.plugins.kv_layerwise.breaker import Breaker
 from fluentllm.plugins.kv_layerwise.quarantine import QuarantineFull
 from fluentllm.plugins.kv_loopback.wire import LoopbackWire
 from fluentllm.transfer.layout import LayoutMismatch
@@ -173,7 +173,9 @@ async def test_an_ask_for_a_request_that_never_comes(tiny: Harness) -> None:
         there = Handoff(id="only decode", host="127.0.0.1", port=both.prefill.port)
         assert await both.decode.rest(both.decode.hand(PROMPT, there, **GREEDY)) == expected
         assert both.prefill.stats["deadline_request"] == 1
-        assert both.decode.stats["local_unknown"] == 1
+        # Then decode tells it the request.
+        assert both.decode.stats["failed_unknown"] == both.prefill.stats["requests_told"] == 1
+        assert both.decode.stats.get("local_prefills", 0) == 0
 
 
 async def test_a_prompt_that_nobody_fetches_is_dropped(tiny: Harness) -> None:

@@ -26,6 +26,18 @@ class _Holding:
     """Where the sequence's published prefix ends in the tree."""
 
 
+@dataclass(slots=True, eq=False)
+class Prefix:
+    """Whole pages that begin a prompt: some cached, the others on their way."""
+
+    tokens: list[int]
+    held: list[int]
+    new: list[int]
+    lease: Lease
+    writer: Lease
+    """Of kind `remote`, over `new`."""
+
+
 class KVCache:
     """Pages 1 … `pages` of `page_size` tokens each; page 0 is scratch. Raises `IntegrityError` for a caller's bugs."""
 
@@ -114,6 +126,36 @@ class KVCache:
         lease = self.allocator.lease("remote", label)
         self.allocator.share(lease, sequence.pages[sequence.published : self.pages_for(len(sequence.tokens))])
         return lease
+
+    def cached_pages(self, tokens: list[int]) -> int:
+        """How many whole pages of this prefix the tree has."""
+        return len(self._tree.match(tokens).pages) if self.prefix_cache else 0
+
+    def expect_prefix(self, tokens: list[int], label: str) -> Prefix | None:
+        """Pages for a prefix of whole pages whose KV a remote writer brings, as far as the tree does not have it. None, and
+        nothing changed, if pages are short or the tree is off. End it by `keep_prefix` or `drop_prefix`, and its `writer` as
+        in `expect`."""
+        if not self.prefix_cache:
+            return None
+        lease = self.allocator.lease("request", label)
+        held = self._tree.match(tokens).pages
+        self.allocator.share(lease, held)
+        new = self._allocate(lease, len(tokens) // self.page_size - len(held))
+        if new is None:
+            self.allocator.release(lease)
+            return None
+        writer = self.allocator.lease("remote", label)
+        self.allocator.share(writer, new)
+        return Prefix(tokens, held, new, lease, writer)
+
+    def keep_prefix(self, prefix: Prefix) -> None:
+        """It has come: it enters the tree. The prefix is not used any more."""
+        self._tree.insert(prefix.tokens, prefix.held + prefix.new)
+        self.allocator.release(prefix.lease)
+
+    def drop_prefix(self, prefix: Prefix) -> None:
+        """It does not come. The prefix is not used any more."""
+        self.allocator.release(prefix.lease)
 
     def reserve(self, sequence: Sequence, tokens: int) -> list[int] | None:
         """Make sure that there are pages for `tokens` tokens. Returns the new ones, which are at the end of

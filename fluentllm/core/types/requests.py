@@ -58,6 +58,8 @@ class Handoff(Struct, frozen=True, kw_only=True):
     host: str = ""
     port: int = 0
     """Where the prefill engine takes control connections; empty, 0: it is this one."""
+    concurrent: bool = False
+    """Both engines were given it at once, so that decode asks for the prompt while prefill may not have computed it yet."""
 
 
 class HandoffReport(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -79,20 +79,20 @@ def handoff_of(body: GenerationRequest, services: Services) -> Handoff | None:
     if room is not None:
         host = body.bootstrap_host or wrapped.bootstrap_host
         port = body.bootstrap_port if body.bootstrap_port is not None else wrapped.bootstrap_port
-        return _handoff(f"room-{room}", role, host, port)
+        return _handoff(f"room-{room}", role, host, port, concurrent=True)
     assert params is not None
     return _handoff(params.handoff or new_id("kv"), role, params.remote_host, params.remote_port)
 
 
-def _handoff(name: str, role: str, host: str | None, port: int | None) -> Handoff:
+def _handoff(name: str, role: str, host: str | None, port: int | None, *, concurrent: bool = False) -> Handoff:
     if role == "prefill":
-        return Handoff(id=name)
+        return Handoff(id=name, concurrent=concurrent)
     if not host or not port:
         raise InvalidRequest(
             "The request does not say where its prompt is computed.",
             fix="Send bootstrap_host and bootstrap_port, or the kv_transfer_params that the prefill engine answered with.",
         )
-    return Handoff(id=name, host=host, port=port)
+    return Handoff(id=name, host=host, port=port, concurrent=concurrent)
 
 
 def transfer_params(report: HandoffReport | None) -> KVTransferParams | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
@@ -48,8 +48,33 @@ class LayerwiseSettings(Struct, kw_only=True, forbid_unknown_fields=True):
         Meta(description="Check each group of layers by a CRC-32 before it is used. For networks that are not trusted to."),
     ] = False
     attempts: Annotated[
-        int, Meta(description="Tries of a transfer before the prompt is computed on the decode side.", ge=1, le=100)
+        int,
+        Meta(
+            description="Tries of a transfer from one prefill engine; then another of `peers` computes the prompt, and at last "
+            "the decode engine itself.",
+            ge=1,
+            le=100,
+        ),
     ] = 3
+    fetch: Annotated[
+        Literal["auto", "always", "never"],
+        Meta(
+            description="Prefill: bring a prefix that decode has and prefill lacks from there instead of computing it. auto: "
+            "where that takes less time, by measured bandwidth and speed."
+        ),
+    ] = "auto"
+    fetch_wait: Annotated[
+        float,
+        Meta(
+            description="Prefill: how long a long prompt may wait for decode to say what it has; with fetch auto, at most a "
+            "fiftieth of the time that computing it takes.",
+            ge=0,
+            extra_json_schema=_S,
+        ),
+    ] = 0.02
+    fetch_timeout: Annotated[
+        Seconds, Meta(description="How long such a prefix may take; then it is computed.", extra_json_schema=_S)
+    ] = 5.0
     connect_timeout: Annotated[
         Seconds, Meta(description="How long a peer may take to answer a new connection.", extra_json_schema=_S)
     ] = 5.0

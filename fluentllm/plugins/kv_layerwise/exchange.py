@@ -21,6 +21,7 @@ from ...transfer.frames import MIN_KEY
 from ...transfer.layout import layout_of, memory_of
 from ...transfer.memory import RegisteredMemory
 from ...transfer.messages import Attempt, Describe, Group
+from ...transfer.slices import slices_of, sources_of
 from .pacing import Pacing
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ class Exchange:
             context.pool,
             context.model,
             draft_layers=context.draft_layers,
+            heads=context.kv_heads,
+            tp_size=context.tp_size,
+            tp_rank=context.tp_rank,
             proposer=context.speculative,
             page_states=tuple(state[0].numel() * state.element_size() for state in states),
         )
@@ -172,8 +176,14 @@ class Exchange:
         if not self._closed:
             call(*arguments)
 
-    def checksum(self, pages: Sequence[int], layers: range, tokens: int) -> int:
-        return self.memory.checksum(pages, layers, tokens, layers.stop == self.layout.layers)
+    def checksum(self, connection: Connection, pages: Sequence[int], layers: range, tokens: int, *, sent: bool) -> int:
+        """Of what goes to the connection's other side, or came from there: our part of `pages`, the last of `tokens` tokens."""
+        source, target = (self.layout, connection.layout) if sent else (connection.layout, self.layout)
+        parts = slices_of(source, target)
+        firsts = [part.source_head if sent else part.target_head for part in parts]
+        heads = [range(first, first + part.heads) for first, part in zip(firsts, parts, strict=True)]
+        states = layers.stop == source.layers and sources_of(source, target)[0] == source.tp_rank
+        return self.memory.checksum(pages, layers, tokens, states, heads)
 
 
 def attempt_of(handoff: str, attempt: int, source: int, target: int) -> Attempt:

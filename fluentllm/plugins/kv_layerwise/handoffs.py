@@ -40,6 +40,7 @@ class LayerwiseHandoffs:
     def __init__(self, context: HandoffContext, settings: LayerwiseSettings) -> None:
         self.exchange = Exchange(context, settings)
         self._settings = settings
+        self.quarantine = Quarantine(self.exchange)
         self._sends = context.role == "prefill"
         self._told = False
         self._watch: Watch | None = None
@@ -47,13 +48,14 @@ class LayerwiseHandoffs:
         if self._sends:
             kind = StreamWatch if context.pool.device.type == "cuda" else Watch
             self.watcher = self._watch = kind(self._advanced, self.exchange.pacing.passed)
-            self.sender: Sender | None = Sender(self.exchange, self._watch)
+            self.sender: Sender | None = Sender(self.exchange, self._watch, self.quarantine)
             self.receiver: Receiver | None = None
         else:
             self.sender = None
-            self.quarantine = Quarantine(self.exchange)
             self.receiver = Receiver(self.exchange, self.quarantine)
-        self._door = _listen(settings.host, settings.port) if self._sends else None
+        # Ranks of one engine listen at ports that follow each other.
+        port = settings.port + context.tp_rank if settings.port else 0
+        self._door = _listen(settings.host, port) if self._sends else None
         self._server: asyncio.Server | None = None
         self._opening: asyncio.Task[None] | None = None
         self._greeting: set[asyncio.Task[None]] = set()
@@ -112,8 +114,7 @@ class LayerwiseHandoffs:
         handoff = sequence.request.handoff
         assert handoff is not None
         if self.sender is not None:
-            self.sender.adopt(sequence, handoff.id)
-            return False
+            return self.sender.adopt(sequence, handoff)
         if sequence.request.params.prompt_logprobs is not None:
             # They come from computing the prompt, so it is computed here.
             self.exchange.counters["local_prompt_logprobs"] += 1
@@ -126,8 +127,7 @@ class LayerwiseHandoffs:
 
     def abort(self, sequence: Sequence) -> bool:
         if self.sender is not None:
-            self.sender.abort(sequence)
-            return False
+            return self.sender.abort(sequence)
         return self.receiver is not None and self.receiver.abort(sequence)
 
     def planned(self, plan: StepPlan, sequences: SequenceOf[Sequence]) -> None:
@@ -148,7 +148,7 @@ class LayerwiseHandoffs:
 
     def stats(self) -> Mapping[str, int]:
         now = {"open": self.open}
-        if self.receiver is not None and hasattr(self.exchange, "host"):
+        if hasattr(self.exchange, "host"):
             now["quarantined_pages"] = self.quarantine.pages
         transport = self.exchange.transport.counters.as_dict() if hasattr(self.exchange, "transport") else {}
         return {**self.exchange.counters, **now, **{f"transport_{name}": count for name, count in transport.items()}}
@@ -168,10 +168,14 @@ class LayerwiseHandoffs:
     def _group(self, connection: Connection, group: Group) -> None:
         if self.receiver is not None:
             self.receiver.group(connection, group)
+        elif self.sender is not None:
+            self.sender.fetcher.group(connection, group)
 
     def _transferred(self, done: TransferDone) -> None:
         if self.sender is not None:
             self.sender.transferred(done)
+        elif self.receiver is not None:
+            self.receiver.lender.transferred(done)
 
     def _gone(self, connection: Connection, error: FluentError) -> None:
         if self.sender is not None:

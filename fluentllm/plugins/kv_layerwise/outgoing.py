@@ -37,12 +37,22 @@ class Sending:
     transfers: dict[int, float] = field(default_factory=dict)
     """Under way: number → when it was submitted."""
     groups: int = 0
+    """Submitted."""
     told: bool = False
     """The first token has been sent."""
     over: bool = False
     """No more is submitted."""
     doubtful: bool = False
     """A transfer failed: nobody knows whether its bytes still come, so it is never drained."""
+
+
+@dataclass(slots=True, eq=False)
+class Early:
+    """An ask that came before the request."""
+
+    connection: Connection
+    ask: Reserve
+    timer: asyncio.TimerHandle
 
 
 @dataclass(slots=True, eq=False)
@@ -58,7 +68,12 @@ class Outgoing:
     chunks: list[Chunk] = field(default_factory=list)
     first: tuple[int, float | None, int, list[tuple[int, float]]] | None = None
     """Token, logprob, rank, alternatives."""
-    sending: Sending | None = None
+    sendings: dict[int, Sending] = field(default_factory=dict)
+    """The newest attempt of each rank of decode."""
+    released: set[int] = field(default_factory=set)
+    """Ranks of decode that have everything."""
+    told: str | None = None
+    """Id of the request, where decode told it and no client of ours."""
     timer: asyncio.TimerHandle | None = None
     computing: bool = True
     closed: bool = False

@@ -1,17 +1,21 @@
-"""Prefill engines as a decode engine knows them: one control connection each, and a circuit breaker."""
+"""Prefill engines as a decode engine knows them: a control connection to each of their ranks that writes here, and a breaker.
+
+Ranks of one engine take control connections at ports that follow each other, the first at the one that is configured.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ...core.errors import ConfigError, FluentError
 from ...transfer.layout import LayoutMismatch, check_compatible
 from ...transfer.link import Link, LinkError
 from ...transfer.messages import Describe, Message, Refuse
+from ...transfer.slices import sources_of
+from .breaker import Breaker
 
 if TYPE_CHECKING:
     from .exchange import Connection, Exchange
@@ -21,54 +25,24 @@ MAX_FORGOTTEN = 4096
 """Beyond it the oldest are left to the peer's own deadline."""
 
 
-class Breaker:
-    """Opens after some failures in a row; after a while it lets one try through (half open), which closes or opens it."""
-
-    def __init__(self, failures: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit, self._seconds, self._clock = failures, seconds, clock
-        self._failures = 0
-        self._opened: float | None = None
-        self._trying = False
-
-    @property
-    def state(self) -> Literal["closed", "open", "half open"]:
-        if self._opened is None:
-            return "closed"
-        return "half open" if self._clock() - self._opened >= self._seconds else "open"
-
-    def allows(self) -> bool:
-        """Whether to try now. True when half open is a promise to report how it went."""
-        if self.state == "half open" and not self._trying:
-            self._trying = True
-            return True
-        return self._opened is None
-
-    def succeeded(self) -> None:
-        self._failures, self._opened, self._trying = 0, None, False
-
-    def forgo(self) -> None:
-        """Who was let through does not try after all."""
-        self._trying = False
-
-    def failed(self) -> None:
-        self._failures += 1
-        if self._trying or self._failures >= self._limit:
-            self._opened, self._trying = self._clock(), False
-
-
 class PrefillPeer:
-    """Where a prefill engine listens; connected when first needed, and again when the connection was lost."""
+    """Where a prefill engine listens; connected when first needed, and again when a connection was lost."""
 
     def __init__(self, exchange: Exchange, host: str, port: int) -> None:
         self.host, self.port = host, port
         self.breaker = Breaker(exchange.settings.breaker_failures, exchange.settings.breaker_seconds)
-        self.connection: Connection | None = None
+        self.connections: dict[int, Connection] = {}
+        """By rank."""
+        self.ready = False
+        """All that are needed stand."""
         self.refusal: FluentError | None = None
         """Why it cannot be used: its KV does not fit ours."""
         self.forgotten: deque[str] = deque(maxlen=MAX_FORGOTTEN)
         """Handoffs that it is to be told are not wanted any more."""
         self._exchange = exchange
-        self._task: asyncio.Task[None] | None = None
+        self._wanted = {0}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._links: dict[int, Link] = {}
         self._timer: asyncio.TimerHandle | None = None
         self.on_ready: Callable[[PrefillPeer], None] = lambda peer: None
         self.on_failed: Callable[[PrefillPeer, FluentError], None] = lambda peer, error: None
@@ -77,66 +51,106 @@ class PrefillPeer:
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
 
+    @property
+    def writers(self) -> list[Connection]:
+        """To the ranks that write here, when ready."""
+        return [self.connections[rank] for rank in sources_of(self.connections[0].layout, self._exchange.layout)]
+
     def connect(self) -> None:
         """`on_ready` or `on_failed` follows."""
-        if self.connection is None and self._task is None:
-            self._task = self._exchange.loop.create_task(self._connect())
+        if not self.ready and not self._tasks:
+            self._wanted = {0}
+            exchange = self._exchange
+            late = LinkError(f"{self} does not describe itself.")
+            self._timer = exchange.after(2 * exchange.settings.connect_timeout, self._fail, late)
+            self._reach(0)
+
+    def lost(self, error: FluentError) -> None:
+        """One of its connections is gone: all of it is."""
+        if not self.ready:
+            self._fail(error)
+            return
+        self.breaker.failed()
+        self._drop(error)
+
+    def _drop(self, error: FluentError) -> None:
+        connections, self.connections, self.ready = list(self.connections.values()), {}, False
+        self._links.clear()
+        for connection in connections:
+            self._exchange.end(connection, error)
 
     def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._done()
+        for task in self._tasks.values():
+            task.cancel()
 
-    async def _connect(self) -> None:
+    def _reach(self, rank: int) -> None:
+        self._tasks[rank] = self._exchange.loop.create_task(self._connect(rank))
+
+    async def _connect(self, rank: int) -> None:
         exchange = self._exchange
-        timeout = exchange.settings.connect_timeout
         try:
-            link = await Link.open(self.host, self.port, exchange.key, timeout)
+            link = await Link.open(self.host, self.port + rank, exchange.key, exchange.settings.connect_timeout)
         except FluentError as error:
             self._fail(error)
             return
-        link.listen(lambda message: self._received(link, message), lambda error: self._lost(link, error))
-        self._timer = exchange.after(timeout, self._lost, link, LinkError(f"{self} does not describe itself."))
+        self._links[rank] = link
+        link.listen(lambda message: self._received(rank, link, message), lambda error: self._lost(rank, link, error))
         link.send(exchange.describe())
 
-    def _received(self, link: Link, message: Message) -> None:
-        if self.connection is not None:
-            self.on_message(self.connection, message)
+    def _received(self, rank: int, link: Link, message: Message) -> None:
+        if rank in self.connections:
+            self.on_message(self.connections[rank], message)
         elif isinstance(message, Describe):
-            self._described(link, message)
+            self._described(rank, link, message)
         elif isinstance(message, Refuse):
             self.refusal = LayoutMismatch(message.reason) if message.code == LayoutMismatch.code else None
-            self._lost(link, self.refusal or LinkError(f"{self} refuses: {message.reason}"))
+            self._fail(self.refusal or LinkError(f"{self} refuses: {message.reason}"))
         else:
-            self._lost(link, LinkError(f"{self} begins with a {type(message).__name__}."))
+            self._fail(LinkError(f"{self} begins with a {type(message).__name__}."))
 
-    def _described(self, link: Link, other: Describe) -> None:
+    def _described(self, rank: int, link: Link, other: Describe) -> None:
+        exchange = self._exchange
         try:
-            check_compatible(other.layout, self._exchange.layout)
-            self.connection = self._exchange.connect(link, other)
+            check_compatible(other.layout, exchange.layout)
+            if other.layout.tp_rank != rank:
+                raise LinkError(f"Rank {other.layout.tp_rank} answers at {self.host}:{self.port + rank}, not rank {rank}.")
+            self.connections[rank] = exchange.connect(link, other)
         except FluentError as error:
             self.refusal = error if isinstance(error, LayoutMismatch) else None
-            self._lost(link, error)
+            self._fail(error)
             return
-        self._done()
-        self.on_ready(self)
+        if rank == 0:
+            self._wanted |= set(sources_of(other.layout, exchange.layout))
+            for further in self._wanted - {0}:
+                self._reach(further)
+        if self.connections.keys() == self._wanted:
+            self._done()
+            self.ready = True
+            self.on_ready(self)
 
-    def _lost(self, link: Link, error: FluentError) -> None:
-        link.close()
-        if self.connection is not None:
-            if self.connection.link is link:
-                self._exchange.end(self.connection, error)
-        else:
+    def _lost(self, rank: int, link: Link, error: FluentError) -> None:
+        connection = self.connections.get(rank)
+        if self.ready and connection is not None and connection.link is link:
+            self._exchange.end(connection, error)
+        elif self._links.get(rank) is link:
             self._fail(error)
 
     def _fail(self, error: FluentError) -> None:
+        links = list(self._links.values())
         self._done()
+        self._drop(error)
+        for link in links:
+            link.close()
         self.breaker.failed()
         self.on_failed(self, error)
 
     def _done(self) -> None:
-        self._task = None
+        tasks, self._tasks = self._tasks, {}
+        current = asyncio.current_task()
+        for task in tasks.values():
+            if task is not current:
+                task.cancel()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

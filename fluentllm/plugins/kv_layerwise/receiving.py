@@ -1,18 +1,18 @@
 """The decode side: a prompt's KV is asked for, written into pages reserved for it, and checked; then the request decodes.
 
     waiting → receiving → (arrived) ↘
-       ↑ retry, other pages ↓         draining → over
+       ↑ again, other pages ↓         draining → over
        └──────────────── failed ─────↗   ↘ quarantined (until the memory is registered anew)
 
-A handoff whose tries are used up, or whose peer is left alone by the breaker, becomes an ordinary request: its prompt is
-computed here. Pages that a writer may still write to stay leased (`draining`) until it says that it is drained.
+What fails is tried again at the same peer, then at other prefill engines, which are told the request; then it becomes an
+ordinary one, whose prompt is computed here. Pages that a writer may still write to stay leased (`draining`) until it says that
+it is drained.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,16 +21,28 @@ import numpy as np
 from ...core.errors import FluentError, InvalidRequest
 from ...core.kv.events import encode_tokens
 from ...core.types import HandoffReport, TokenLogprob
-from ...transfer.messages import Cancel, Drained, Failed, FirstToken, Message, Refuse, Release, Reserve
-from .exchange import attempt_of
+from ...transfer.messages import (
+    MAX_PROMPT,
+    Attempt,
+    Cancel,
+    Compute,
+    Drained,
+    Failed,
+    Fetch,
+    FirstToken,
+    Message,
+    Refuse,
+    Release,
+    Reserve,
+)
+from .incoming import Incoming, Writer
+from .lending import Lender
 from .peers import PrefillPeer, address
 
 if TYPE_CHECKING:
-    import asyncio
-
     from ...core.kv.pages import Lease
     from ...core.sequence import Sequence
-    from ...transfer.messages import Attempt, Group
+    from ...transfer.messages import Group
     from .exchange import Connection, Exchange
     from .quarantine import Quarantine
 
@@ -38,29 +50,10 @@ log = logging.getLogger("fluentllm.handoff")
 
 GRACE = 0.25
 """Seconds for which notifications may be later than the word that everything was sent."""
-
-
-@dataclass(slots=True, eq=False)
-class Incoming:
-    """One handoff."""
-
-    id: str
-    sequence: Sequence
-    peer: PrefillPeer
-    attempts: int = 0
-    allowed: bool = False
-    """The breaker has let it through; how it goes is to be reported."""
-    of: Attempt | None = None
-    """The attempt that runs."""
-    connection: Connection | None = None
-    pages: list[int] = field(default_factory=list)
-    lease: Lease | None = None
-    covered: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=bool))
-    """[layers, pages]: what has arrived."""
-    first: FirstToken | None = None
-    drained: bool = False
-    received: int = 0
-    timer: asyncio.TimerHandle | None = None
+LOST = ("connection", "unreachable", "breaker")
+"""Failures of the peer itself: trying it again at once is of little use."""
+FORGOTTEN = ("unknown", "client_left")
+"""The peer does not have the request, or has no longer."""
 
 
 class Receiver:
@@ -74,11 +67,12 @@ class Receiver:
             peer.on_ready, peer.on_failed, peer.on_message = self._ready, self._unreachable, self._message
         self._all: dict[Sequence, Incoming] = {}
         self._receiving: dict[Attempt, Incoming] = {}
-        quarantine.receiving = lambda: bool(self._receiving)
+        self.lender = Lender(exchange)
+        quarantine.receiving = lambda: bool(self._receiving or self.lender.open)
 
     @property
     def open(self) -> int:
-        return len(self._all) + self._quarantine.open
+        return len(self._all) + self._quarantine.open + self.lender.open
 
     def close(self) -> None:
         for peer in self._peers.values():
@@ -114,50 +108,53 @@ class Receiver:
         if incoming.allowed:
             incoming.peer.breaker.forgo()
         self._end_attempt(incoming, cancel=True)
-        self._release_peer(incoming)
+        self._release_peers(incoming)
         return True
 
     def turn(self) -> None:
         """Begin what waits, in order, as far as pages go."""
-        if len(self._all) > len(self._receiving):
-            for incoming in [item for item in self._all.values() if item.of is None]:
-                if not self._begin(incoming):
-                    break
+        for incoming in [item for item in self._all.values() if item.waits]:
+            if not self._begin(incoming):
+                break
 
     # ----------------------------------------------------------------------------------------------------- from peers
     def group(self, connection: Connection, group: Group) -> None:
         incoming = self._receiving.get(group.of)
-        if incoming is None or incoming.connection is not connection:
+        writer = None if incoming is None else incoming.writers[group.of]
+        if incoming is None or writer is None or writer.connection is not connection:
             self._counters["groups_stale"] += 1
             return
-        layers = slice(group.first_layer, group.first_layer + group.layer_count)
-        pages = slice(group.first_page, group.first_page + group.page_count)
-        if layers.stop > incoming.covered.shape[0] or pages.stop > incoming.covered.shape[1]:
+        layers, pages = group.first_layer + group.layer_count, group.first_page + group.page_count
+        if layers > writer.covered.shape[0] or pages > writer.covered.shape[1]:
             self._failed(incoming, "protocol", "A group lies outside of what was asked for.")
             return
-        part = incoming.covered[layers, pages]
-        if part.size and part.all():
+        if group.group in writer.groups:
             self._counters["groups_repeated"] += 1
             return
-        if group.checksum is not None and group.checksum != self._checksum(incoming, range(layers.start, layers.stop), pages):
+        if group.checksum is not None and group.checksum != self._checksum(incoming, connection, group):
             self._counters["groups_corrupt"] += 1
             self._failed(incoming, "corrupt", "A group's checksum is wrong.")
             return
-        part[...] = True
-        incoming.received += group.bytes
+        writer.add(group)
         self._counters["groups_received"] += 1
         self._check(incoming)
 
     def gone(self, connection: Connection, error: FluentError) -> None:
         for peer in self._peers.values():
-            if peer.connection is connection:
-                peer.connection = None
-                peer.breaker.failed()
+            if connection in peer.connections.values():
+                peer.lost(error)
         self._quarantine.gone(connection)
-        for incoming in [item for item in self._receiving.values() if item.connection is connection]:
-            self._failed(incoming, "connection", str(error), report=False)
+        for incoming in list(self._all.values()):
+            if any(writer.connection is connection for writer in incoming.writers.values()):
+                self._failed(incoming, "connection", str(error), report=False)
 
     def _message(self, connection: Connection, message: Message) -> None:
+        if isinstance(message, Fetch):
+            self._fetch(connection, message)
+            return
+        if isinstance(message, Cancel):
+            self.lender.cancel(connection, message.of)
+            return
         if not isinstance(message, FirstToken | Drained | Failed | Refuse) or message.of is None:
             self._counters["messages_unexpected"] += 1
             return
@@ -169,33 +166,40 @@ class Receiver:
         if incoming is None:
             self._counters["messages_stale"] += 1
         elif isinstance(message, FirstToken):
-            incoming.first = message
+            writer = incoming.writers[of]
+            writer.first, writer.count = message, message.groups
             self._check(incoming)
         else:
             # What was refused was never begun.
-            incoming.drained |= isinstance(message, Refuse)
-            retry = message.code not in ("client_left", "unknown", "prompt")
-            self._failed(incoming, message.code, message.reason, retry=retry)
+            incoming.writers[of].drained |= isinstance(message, Refuse)
+            if message.code in FORGOTTEN:
+                incoming.known.discard(of.source)
+            self._failed(incoming, message.code, message.reason, retry=message.code != "prompt")
 
     def _drained(self, of: Attempt, message: Drained) -> None:
         if self._quarantine.drained(of):
             return
         incoming = self._receiving.get(of)
         if incoming is not None:
-            incoming.drained = True
+            incoming.writers[of].drained = True
             # Notifications come another way, and may be later than this.
             self._time(incoming, GRACE, partial(self._failed, incoming, "lost", "Groups were sent that did not arrive."))
 
+    def _fetch(self, connection: Connection, ask: Fetch) -> None:
+        incoming = self._receiving.get(ask.of)
+        sequence = None if incoming is None else incoming.sequence
+        self.lender.lend(connection, ask, [] if sequence is None else sequence.pages[: sequence.published])
+
     def _ready(self, peer: PrefillPeer) -> None:
-        connection = peer.connection
-        while connection is not None and peer.forgotten:
-            of = attempt_of(peer.forgotten.popleft(), 0, connection.epoch, self._exchange.epoch)
-            connection.link.send(Release(of=of))
+        while peer.ready and peer.forgotten:
+            handoff = peer.forgotten.popleft()
+            for connection in peer.writers:
+                connection.link.send(Release(of=Attempt(handoff, 0, connection.epoch, self._exchange.epoch)))
         self._exchange.host.wake()
 
     def _unreachable(self, peer: PrefillPeer, error: FluentError) -> None:
         self._counters["connections_failed"] += 1
-        for incoming in [item for item in self._all.values() if item.peer is peer and item.of is None]:
+        for incoming in [item for item in self._all.values() if item.peer is peer and item.waits]:
             if peer.refusal is not None:
                 self._refuse(incoming, peer.refusal)
             else:
@@ -212,46 +216,76 @@ class Receiver:
 
     def _begin(self, incoming: Incoming) -> bool:
         """Ask for it. False if pages are short."""
-        peer, exchange, sequence = incoming.peer, self._exchange, incoming.sequence
+        peer, host, sequence = incoming.peer, self._exchange.host, incoming.sequence
         if not incoming.allowed:
             if not peer.breaker.allows():
-                self._compute(incoming, "breaker")
+                self._failed(incoming, "breaker", "It has failed too often.", retry=False, report=False)
                 return True
             incoming.allowed = True
         if self._quarantine.full:
             return False
-        if peer.connection is None:
+        if not peer.ready:
             peer.connect()
             return True
         # Who waits for pages in the scheduler goes first: its pages would be taken away from under it else.
-        if exchange.host.waiting:
+        if host.waiting:
             return False
-        lease = exchange.host.expect(sequence, incoming.id)
+        lease = host.expect(sequence, incoming.id)
         if lease is None:
             return False
+        self._ask(incoming, peer.writers, lease)
+        return True
+
+    def _ask(self, incoming: Incoming, connections: list[Connection], lease: Lease) -> None:
+        exchange, sequence = self._exchange, incoming.sequence
+        allocator = exchange.host.kv.allocator
         held = sequence.published
         pages = sequence.pages[held : exchange.host.kv.pages_for(sequence.prompt_length)]
-        incoming.of = attempt_of(incoming.id, incoming.attempts, peer.connection.epoch, exchange.epoch)
-        incoming.attempts += 1
-        incoming.connection, incoming.pages, incoming.lease = peer.connection, pages, lease
-        incoming.covered = np.zeros((exchange.layout.layers, len(pages)), dtype=bool)
-        incoming.first, incoming.drained, incoming.received = None, False, 0
-        self._receiving[incoming.of] = incoming
-        exchange.transport.expect(len(self._receiving))
+        incoming.pages = pages
+        self._tell_request(incoming)
+        prompt = encode_tokens(sequence.tokens[: sequence.prompt_length])
         timeout = exchange.settings.transfer_timeout
+        for number, connection in enumerate(connections):
+            of = Attempt(incoming.id, incoming.asks, connection.epoch, exchange.epoch)
+            if number:  # each writer has a lease of its own, that ends when this writer is drained
+                lease = allocator.lease("remote", incoming.id)
+                allocator.share(lease, pages)
+            covered = np.zeros((exchange.layout.layers, len(pages)), dtype=bool)
+            incoming.writers[of] = Writer(of, connection, lease, covered)
+            self._receiving[of] = incoming
+            connection.link.send(
+                Reserve(
+                    of=of,
+                    prompt_tokens=sequence.prompt_length,
+                    prompt_hash=hashlib.sha256(prompt).digest(),
+                    held_pages=held,
+                    pages=pages,
+                    deadline=timeout,
+                    checksums=exchange.settings.checksums,
+                )
+            )
+        incoming.attempts += 1
+        incoming.asks += 1
+        self._expect()
         self._time(incoming, timeout, partial(self._late, incoming))
-        peer.connection.link.send(
-            Reserve(
-                of=incoming.of,
-                prompt_tokens=sequence.prompt_length,
-                prompt_hash=hashlib.sha256(encode_tokens(sequence.tokens[: sequence.prompt_length])).digest(),
-                held_pages=held,
-                pages=pages,
-                deadline=timeout,
-                checksums=exchange.settings.checksums,
+
+    def _tell_request(self, incoming: Incoming) -> None:
+        """To an engine that no router has given it to, as far as we know."""
+        first = incoming.peer.connections[0]
+        told = first.epoch in incoming.known or (not incoming.asks and not incoming.tried and not incoming.attempts)
+        incoming.known.add(first.epoch)
+        if told or not _can_tell(incoming):
+            return
+        request = incoming.sequence.request
+        self._counters["requests_told"] += 1
+        first.link.send(
+            Compute(
+                of=Attempt(incoming.id, incoming.asks, first.epoch, self._exchange.epoch),
+                prompt=encode_tokens(request.prompt),
+                params=request.params,
+                priority=request.priority,
             )
         )
-        return True
 
     def _late(self, incoming: Incoming) -> None:
         self._counters["deadline_transfer"] += 1
@@ -259,24 +293,30 @@ class Receiver:
 
     def _check(self, incoming: Incoming) -> None:
         """Whether everything is there."""
-        first = incoming.first
-        if first is None or not incoming.covered.all():
+        writers = list(incoming.writers.values())
+        if not all(writer.complete for writer in writers):
             return
-        sequence = incoming.sequence
+        if not all(writer.covered.all() for writer in writers):
+            self._failed(incoming, "protocol", "Every group has come, but not every layer of every page.")
+            return
+        sequence, first = incoming.sequence, writers[0].first
+        assert first is not None
         if sequence.request.params.logprobs is not None and first.logprob is None:
             self._end_attempt(incoming, cancel=False)
             self._compute(incoming, "logprobs")
             return
-        assert incoming.connection is not None
-        assert incoming.of is not None
         del self._all[sequence]
         incoming.peer.breaker.succeeded()
         saved = self._exchange.layout.bytes_of(sequence.cached_tokens)
-        report = HandoffReport(id=incoming.id, received_bytes=incoming.received, saved_bytes=saved, attempts=incoming.attempts)
+        received = sum(writer.received for writer in writers)
+        report = HandoffReport(id=incoming.id, received_bytes=received, saved_bytes=saved, attempts=incoming.asks)
         self._counters["handoffs_received"] += 1
-        self._counters["received_bytes"] += incoming.received
+        self._counters["received_bytes"] += received
         self._counters["saved_bytes"] += saved
-        incoming.connection.link.send(Release(of=incoming.of))
+        for writer in writers:
+            writer.connection.link.send(Release(of=writer.of))
+        for peer in incoming.tried:
+            self._forget(peer, incoming.id, connect=False)
         self._end_attempt(incoming, cancel=False, keep=True)
         logprob = None
         if first.logprob is not None:
@@ -285,44 +325,63 @@ class Receiver:
         self._exchange.host.arrived(sequence, first.token, logprob, report)
 
     def _failed(self, incoming: Incoming, code: str, reason: str, *, retry: bool = True, report: bool = True) -> None:
-        """An attempt, or the way to one, has failed: try again, or compute the prompt here."""
+        """An attempt, or the way to one, has failed: try again, elsewhere, or compute the prompt here."""
         self._counters["attempts_failed"] += 1
         self._counters[f"failed_{code}"] += 1
         log.info("handoff %s, attempt %d at %s: %s: %s", incoming.id, incoming.attempts, incoming.peer, code, reason)
         if report and incoming.allowed:
             incoming.peer.breaker.failed()
         incoming.allowed = False
-        if incoming.of is None:
+        if incoming.waits:
             incoming.attempts += 1
         else:
             self._end_attempt(incoming, cancel=True)
-        if retry and incoming.attempts < self._exchange.settings.attempts:
+        again = retry and incoming.attempts < self._exchange.settings.attempts
+        if not (again and code not in LOST) and code != "prompt" and self._turn_to_another(incoming):
+            self._counters["rerouted"] += 1
+            again = True
+        if again:
             self._counters["retries"] += 1
             self._wait(incoming)
         else:
             self._compute(incoming, code)
+
+    def _turn_to_another(self, incoming: Incoming) -> bool:
+        """Another prefill engine, if one can be told the request."""
+        if not _can_tell(incoming):
+            return False
+        for peer in self._peers.values():
+            if peer is not incoming.peer and peer not in incoming.tried and not peer.refusal and peer.breaker.state != "open":
+                incoming.tried.append(incoming.peer)
+                incoming.peer, incoming.attempts = peer, 0
+                return True
+        return False
 
     def _end_attempt(self, incoming: Incoming, *, cancel: bool, keep: bool = False) -> None:
         """The attempt is over on this side. keep: its pages are the sequence's, which goes on with them."""
         if incoming.timer is not None:
             incoming.timer.cancel()
             incoming.timer = None
-        of, lease, connection = incoming.of, incoming.lease, incoming.connection
-        incoming.of = incoming.lease = incoming.connection = None
-        if of is None or lease is None or connection is None:
+        writers, incoming.writers = list(incoming.writers.values()), {}
+        if not writers:
             return
-        del self._receiving[of]
-        self._exchange.transport.expect(len(self._receiving))
-        if incoming.drained:
-            self._exchange.host.kv.allocator.release(lease)
-        else:
-            self._quarantine.drain(of, connection, lease)
+        for writer in writers:
+            del self._receiving[writer.of]
+        for writer in writers:
+            if writer.drained:
+                self._exchange.host.kv.allocator.release(writer.lease)
+                continue
+            self._quarantine.drain(writer.of, writer.connection, writer.lease)
             if cancel:
-                connection.link.send(Cancel(of=of))
+                writer.connection.link.send(Cancel(of=writer.of))
+        self._expect()
         if not keep:
             self._exchange.host.give_up(incoming.sequence)
         self._quarantine.try_to_end()
         self._exchange.host.wake()
+
+    def _expect(self) -> None:
+        self._exchange.transport.expect(len(self._receiving))
 
     def _compute(self, incoming: Incoming, why: str) -> None:
         """Prefill it here."""
@@ -340,18 +399,20 @@ class Receiver:
         self._all.pop(incoming.sequence, None)
         if incoming.allowed:
             incoming.peer.breaker.forgo()
-        self._release_peer(incoming)
+        self._release_peers(incoming)
         self._end_attempt(incoming, cancel=True)
 
-    def _release_peer(self, incoming: Incoming) -> None:
-        """Let the prefill engine forget the prompt, now or when it can be reached."""
+    def _release_peers(self, incoming: Incoming) -> None:
+        """Let prefill engines forget the prompt, now or when they can be reached."""
         self._forget(incoming.peer, incoming.id)
+        for peer in incoming.tried:
+            self._forget(peer, incoming.id, connect=False)
 
-    def _forget(self, peer: PrefillPeer, handoff: str) -> None:
+    def _forget(self, peer: PrefillPeer, handoff: str, *, connect: bool = True) -> None:
         peer.forgotten.append(handoff)
-        if peer.connection is not None:
+        if peer.ready:
             self._ready(peer)
-        elif peer.breaker.state == "closed":
+        elif connect and peer.breaker.state == "closed":
             peer.connect()
 
     def _time(self, incoming: Incoming, seconds: float, call: object) -> None:
@@ -359,9 +420,17 @@ class Receiver:
             incoming.timer.cancel()
         incoming.timer = self._exchange.after(seconds, call)  # type: ignore[arg-type]
 
-    def _checksum(self, incoming: Incoming, layers: range, pages: slice) -> int:
+    def _checksum(self, incoming: Incoming, connection: Connection, group: Group) -> int:
         size = self._exchange.layout.page_size
-        last = pages.stop == len(incoming.pages)
+        end = group.first_page + group.page_count
         held = incoming.sequence.published
-        tokens = incoming.sequence.prompt_length - (held + len(incoming.pages) - 1) * size if last else size
-        return self._exchange.checksum(incoming.pages[pages], layers, tokens)
+        last = end == len(incoming.pages)
+        tokens = incoming.sequence.prompt_length - (held + end - 1) * size if last else size
+        layers = range(group.first_layer, group.first_layer + group.layer_count)
+        return self._exchange.checksum(connection, incoming.pages[group.first_page : end], layers, tokens, sent=False)
+
+
+def _can_tell(incoming: Incoming) -> bool:
+    """Whether another engine can be told the request: not a grammar, which a front end compiled for two."""
+    request = incoming.sequence.request
+    return request.params.grammar is None and 4 * len(request.prompt) <= MAX_PROMPT

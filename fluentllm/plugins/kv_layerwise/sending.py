@@ -2,7 +2,8 @@
 
 A handoff begins with the request and is *asked for* by decode (`Reserve`), before, while or after the prompt is computed; each
 ask is an attempt. What is complete and has not been sent goes, whenever a group of layers is complete or an ask comes. The
-handoff ends when decode releases it, when its client leaves before it is computed, or when nobody asks for it in time.
+handoff ends when decode releases it, when its client leaves before it is computed, or when nobody asks for it in time. A
+request that no router has brought may come from decode (`Compute`).
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import hashlib
 import time
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ...core.kv.events import encode_tokens
+from ...core.errors import FluentError
+from ...core.kv.events import decode_tokens, encode_tokens
 from ...core.transport import TransportError
-from ...transfer.descriptors import PageError, plan_state_writes, plan_writes
-from ...transfer.messages import Cancel, Drained, Failed, FirstToken, Group, Message, Refuse, Release, Reserve
-from .outgoing import Chunk, Outgoing, Sending
+from ...core.types import Handoff, Request
+from ...transfer.descriptors import PageError
+from ...transfer.messages import Cancel, Compute, Drained, Failed, FirstToken, Message, Refuse, Release, Reserve
+from ...transfer.slices import targets_of
+from .fetching import Fetcher
+from .outgoing import Chunk, Early, Outgoing, Sending
+from .posting import post_group
 from .watch import Progress
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Sequence as SequenceOf
 
     from ...core.sequence import Sequence
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from ...core.types import SlotResult, StepPlan
     from ...transfer.messages import Attempt
     from .exchange import Connection, Exchange
+    from .quarantine import Quarantine
     from .watch import Watch
 
 
@@ -39,13 +43,17 @@ MAX_REMEMBERED = 4096
 class Sender:
     """All handoffs that leave this engine. `watch` follows the passes."""
 
-    def __init__(self, exchange: Exchange, watch: Watch) -> None:
+    def __init__(self, exchange: Exchange, watch: Watch, quarantine: Quarantine) -> None:
         self._exchange, self._watch = exchange, watch
+        self.fetcher = Fetcher(exchange, quarantine)
+        self._quarantine = quarantine
+        # Registering anew cuts off what is being sent too: only where that is all that is left to do.
+        quarantine.receiving = lambda: self.fetcher.receiving or (bool(self._sendings) and not quarantine.full)
         self._counters = exchange.counters
         self._by_id: dict[str, Outgoing] = {}
         self._by_sequence: dict[Sequence, Outgoing] = {}
-        self._early: dict[str, tuple[Connection, Reserve, asyncio.TimerHandle]] = {}
-        """Asked for before the request came."""
+        self._early: dict[str, dict[int, Early]] = {}
+        """Asked for before the request came: handoff → rank of decode."""
         self._unwanted_early: dict[str, bool] = {}
         """Released before the request came: nobody will ask for these."""
         self._over: dict[str, bool] = {}
@@ -57,22 +65,28 @@ class Sender:
 
     @property
     def open(self) -> int:
-        return len(self._by_id) + len(self._sendings) + len(self._early)
+        return len(self._by_id) + len(self._sendings) + len(self._early) + self.fetcher.open
 
     # ------------------------------------------------------------------------------------------------- from the engine
-    def adopt(self, sequence: Sequence, handoff: str) -> None:
-        if self._unwanted_early.pop(handoff, False):
-            return
+    def adopt(self, sequence: Sequence, handoff: Handoff) -> bool:
+        """True if it is kept from being computed for now."""
+        name, known = handoff.id, self._by_id.get(handoff.id)
+        if self._unwanted_early.pop(name, False) or (known is not None and known.told is not None):
+            # Nobody wants it, or what decode told us is here already: computed like any other, and not sent.
+            return False
         tokens = sequence.tokens
-        outgoing = Outgoing(handoff, sequence, len(tokens), hashlib.sha256(encode_tokens(tokens)).digest())
-        if handoff in self._by_id:
-            self._finish(self._by_id[handoff])
-        self._by_id[handoff] = self._by_sequence[sequence] = outgoing
-        early = self._early.pop(handoff, None)
-        if early is not None:
-            connection, ask, timer = early
-            timer.cancel()
-            self._begin(outgoing, connection, ask)
+        outgoing = Outgoing(name, sequence, len(tokens), hashlib.sha256(encode_tokens(tokens)).digest())
+        if known is not None:
+            self._finish(known)
+        self._by_id[name] = self._by_sequence[sequence] = outgoing
+        asked = self._early.pop(name, {})
+        for early in asked.values():
+            early.timer.cancel()
+            self._begin(outgoing, early.connection, early.ask)
+        if not asked:
+            return self.fetcher.hold(outgoing, concurrent=handoff.concurrent)
+        early = next(iter(asked.values()))
+        return self.fetcher.consider(outgoing, early.connection, early.ask)
 
     def planned(self, plan: StepPlan, sequences: SequenceOf[Sequence]) -> None:
         size = self._exchange.layout.page_size
@@ -93,7 +107,8 @@ class Sender:
             outgoing.chunks.append(Chunk(first, end, progress))
             found.append(progress)
         if found:
-            self._watch.group = self._exchange.pacing.group(self._layer_bytes(plan))
+            tokens = sum(chunk.count for chunk in plan.prefill)
+            self._watch.group = self._exchange.pacing.group(tokens, self._exchange.layout.bytes_of(tokens))
             self._watch.expect(plan.step, found)
 
     def drew(self, sequence: Sequence, result: SlotResult) -> None:
@@ -108,12 +123,14 @@ class Sender:
             outgoing.timer = self._exchange.after(self._exchange.settings.keep_timeout, self._unwanted, outgoing)
             self._advance(outgoing)
 
-    def abort(self, sequence: Sequence) -> None:
-        """Its client left before it was computed."""
+    def abort(self, sequence: Sequence) -> bool:
+        """Its client left before it was computed. True if it was kept from being computed."""
+        held = self.fetcher.forget(sequence)
         outgoing = self._by_sequence.pop(sequence, None)
         if outgoing is not None:
             self._fail(outgoing, "client_left", "The client of the prefill engine left.")
             self._finish(outgoing)
+        return held
 
     def advanced(self) -> None:
         """Some pass has come further."""
@@ -127,7 +144,11 @@ class Sender:
         elif isinstance(message, Cancel):
             self._cancel(connection, message.of)
         elif isinstance(message, Release):
-            self._release(message.of.handoff)
+            self._release(connection, message.of.handoff)
+        elif isinstance(message, Compute):
+            self._told(connection, message)
+        elif isinstance(message, Drained | Failed):
+            self.fetcher.message(message)
         else:
             self._counters["messages_unexpected"] += 1
 
@@ -136,12 +157,11 @@ class Sender:
         for sending, outgoing in list(self._sendings.values()):
             if sending.connection is connection:
                 self._stop(sending)
-                if outgoing.sending is sending:
-                    outgoing.sending = None
-        for handoff, (other, _, timer) in list(self._early.items()):
-            if other is connection:
-                timer.cancel()
-                del self._early[handoff]
+                _forget(outgoing, sending)
+        self.fetcher.gone(connection)
+        for handoff, asked in list(self._early.items()):
+            if any(early.connection is connection for early in asked.values()):
+                self._drop_early(handoff, connection.layout.tp_rank)
 
     def transferred(self, done: TransferDone) -> None:
         sending = self._transfers.pop(done.transfer, None)
@@ -162,14 +182,37 @@ class Sender:
         self._settle(sending)
 
     # ---------------------------------------------------------------------------------------------------------- inside
-    def _release(self, handoff: str) -> None:
-        early = self._early.pop(handoff, None)
-        if early is not None:
-            early[2].cancel()
+    def _told(self, connection: Connection, message: Compute) -> None:
+        """The request itself, from decode."""
+        of = message.of
+        if of.source != self._exchange.epoch or of.handoff in self._by_id:
+            return
+        request = Request(
+            id=f"told-{of.handoff}-{of.target:x}-{of.attempt}",
+            prompt=decode_tokens(message.prompt),
+            params=message.params,
+            priority=message.priority,
+            handoff=Handoff(id=of.handoff),
+        )
+        self._unwanted_early.pop(of.handoff, None)
+        try:
+            self._exchange.host.submit(request)
+        except FluentError as error:
+            self._counters["told_refused"] += 1
+            connection.link.send(Refuse(of=of, code="busy", reason=str(error)[:4096]))
+            return
+        self._counters["requests_told"] += 1
+        if of.handoff in self._by_id:
+            self._by_id[of.handoff].told = request.id
+
+    def _release(self, connection: Connection, handoff: str) -> None:
+        self._drop_early(handoff, connection.layout.tp_rank)
         outgoing = self._by_id.get(handoff)
         if outgoing is not None:
-            self._finish(outgoing)
-            self._over[handoff] = True
+            outgoing.released.add(connection.layout.tp_rank)
+            if outgoing.released >= set(targets_of(self._exchange.layout, connection.layout)):
+                self._finish(outgoing)
+                self._over[handoff] = True
         elif handoff not in self._over:
             self._unwanted_early[handoff] = True
         for memory in (self._unwanted_early, self._over):
@@ -186,12 +229,20 @@ class Sender:
         outgoing = self._by_id.get(of.handoff)
         if outgoing is not None:
             self._begin(outgoing, connection, ask)
+            self.fetcher.asked(outgoing, connection, ask)
             return
-        earlier = self._early.pop(of.handoff, None)
-        if earlier is not None:
-            earlier[2].cancel()
-        timer = exchange.after(min(exchange.settings.wait_timeout, ask.deadline), self._request_never_came, of.handoff)
-        self._early[of.handoff] = (connection, ask, timer)
+        rank = connection.layout.tp_rank
+        self._drop_early(of.handoff, rank)
+        timer = exchange.after(min(exchange.settings.wait_timeout, ask.deadline), self._request_never_came, of.handoff, rank)
+        self._early.setdefault(of.handoff, {})[rank] = Early(connection, ask, timer)
+
+    def _drop_early(self, handoff: str, rank: int) -> None:
+        asked = self._early.get(handoff, {})
+        early = asked.pop(rank, None)
+        if early is not None:
+            early.timer.cancel()
+        if not asked:
+            self._early.pop(handoff, None)
 
     def _begin(self, outgoing: Outgoing, connection: Connection, ask: Reserve) -> None:
         size = self._exchange.layout.page_size
@@ -205,90 +256,62 @@ class Sender:
         if ask.of in self._sendings or ask.of in self._doubtful:
             self._counters["messages_repeated"] += 1
             return
-        if outgoing.sending is not None:
-            self._stop(outgoing.sending)
+        rank = connection.layout.tp_rank
+        if rank in outgoing.sendings:
+            self._stop(outgoing.sendings[rank])
         sending = Sending(ask.of, ask, connection)
-        outgoing.sending = sending
+        outgoing.sendings[rank] = sending
         self._sendings[ask.of] = (sending, outgoing)
-        self._exchange.transport.expect(len(self._sendings))
+        self._expect()
         self._advance(outgoing)
+
+    def _expect(self) -> None:
+        self._exchange.transport.expect(len(self._sendings) + self.fetcher.open)
 
     def _advance(self, outgoing: Outgoing) -> None:
         """Send what is complete."""
-        sending = outgoing.sending
-        if sending is None or sending.over or outgoing.closed:
+        if outgoing.closed or (outgoing.first is None and not self._exchange.settings.overlap):
             return
-        if outgoing.first is None and not self._exchange.settings.overlap:
-            return
-        sending.sent += [0] * (len(outgoing.chunks) - len(sending.sent))
-        total, group = self._exchange.layout.layers, self._watch.group
-        # What proposers keep for pages goes with the last layer, and is not there before the pass has ended.
-        target = total - max(self._exchange.layout.draft_layers, bool(self._exchange.layout.page_states))
-        try:
-            number = 0
-            while number < len(outgoing.chunks):
-                chunk, sent = outgoing.chunks[number], sending.sent[number]
-                ready = total if chunk.progress.ended else min(chunk.progress.layers, target)
-                last = number
-                if ready == total and sent == 0:
-                    # Chunks that are complete go together.
-                    while (
-                        last + 1 < len(outgoing.chunks)
-                        and outgoing.chunks[last + 1].progress.ended
-                        and not sending.sent[last + 1]
-                    ):
-                        last += 1
-                if ready > sent and (ready == total or ready - sent >= group):
-                    self._send(outgoing, sending, range(chunk.first, outgoing.chunks[last].end), range(sent, ready))
-                    for which in range(number, last + 1):
-                        sending.sent[which] = ready
-                number = last + 1
-        except (TransportError, PageError) as error:
-            sending.connection.link.send(Failed(of=sending.of, code=error.code, reason=str(error)[:1000]))
-            self._stop(sending)
+        for sending in list(outgoing.sendings.values()):
+            if sending.over:
+                continue
+            try:
+                self._send(outgoing, sending)
+            except (TransportError, PageError) as error:
+                sending.connection.link.send(Failed(of=sending.of, code=error.code, reason=str(error)[:1000]))
+                self._stop(sending)
+                self._settle(sending)
+                continue
+            self._tell_first(outgoing, sending)
+            total = self._exchange.layout.layers
+            sending.over |= sending.told and all(sent == total for sent in sending.sent)
             self._settle(sending)
-            return
-        self._tell_first(outgoing, sending)
-        sending.over |= sending.told and all(sent == total for sent in sending.sent)
-        self._settle(sending)
 
-    def _send(self, outgoing: Outgoing, sending: Sending, pages: range, layers: range) -> None:
-        """Pages counted within the prompt; those that decode has are left out."""
-        exchange, ask = self._exchange, sending.ask
-        pages = range(max(pages.start, ask.held_pages), pages.stop)
-        if not pages:
-            return
-        started = time.perf_counter()
-        source = outgoing.pages[pages.start : pages.stop]
-        target = ask.pages[pages.start - ask.held_pages : pages.stop - ask.held_pages]
-        ours, theirs, size = exchange.layout, sending.connection.layout, exchange.layout.page_size
-        # Of the page that the prompt ends in, only the prompt's part: decode may write behind it by the time that a late
-        # repeat of these bytes arrives.
-        tokens = outgoing.tokens - (len(outgoing.pages) - 1) * size if pages.stop == len(outgoing.pages) else size
-        whole = len(source) - (tokens < size)
-        rows = [plan_writes(ours, theirs, layers, source[:whole], target[:whole])]
-        if tokens < size:
-            rows.append(plan_writes(ours, theirs, layers, source[whole:], target[whole:], tokens=tokens))
-        if layers.stop == ours.layers:
-            rows.append(plan_state_writes(ours, theirs, source, target))
-        writes = np.concatenate(rows)
-        group = Group(
-            of=sending.of,
-            group=sending.groups,
-            first_page=pages.start - ask.held_pages,
-            page_count=len(pages),
-            first_layer=layers.start,
-            layer_count=len(layers),
-            bytes=int(writes[:, 2].sum()),
-            checksum=exchange.checksum(source, layers, tokens) if ask.checksums else None,
-        )
-        number = exchange.submit(sending.connection, writes, group)
-        sending.groups += 1
-        sending.transfers[number] = time.perf_counter()
-        self._transfers[number] = sending
-        self._counters["groups_sent"] += 1
-        self._counters["writes_sent"] += len(writes)
-        exchange.pacing.posted(time.perf_counter() - started)
+    def _send(self, outgoing: Outgoing, sending: Sending) -> None:
+        """Whole groups of layers of each chunk. Raises `TransportError`, `PageError`."""
+        layout, chunks = self._exchange.layout, outgoing.chunks
+        sending.sent += [0] * (len(chunks) - len(sending.sent))
+        total, group = layout.layers, self._watch.group
+        # What proposers keep for pages goes with the last layer, and is not there before the pass has ended.
+        target = total - max(layout.draft_layers, bool(layout.page_states))
+        number = 0
+        while number < len(chunks):
+            chunk, sent = chunks[number], sending.sent[number]
+            ready = total if chunk.progress.ended else min(chunk.progress.layers, target)
+            last = number
+            if ready == total and sent == 0:
+                # Chunks that are complete go together.
+                while last + 1 < len(chunks) and chunks[last + 1].progress.ended and not sending.sent[last + 1]:
+                    last += 1
+            if ready > sent and (ready == total or ready - sent >= group):
+                pages = range(chunk.first, chunks[last].end)
+                sending.sent[number : last + 1] = [ready] * (last + 1 - number)
+                final = pages.stop == len(outgoing.pages) and all(count == total for count in sending.sent)
+                transfer = post_group(self._exchange, outgoing, sending, pages, range(sent, ready), last=final)
+                if transfer is not None:
+                    sending.transfers[transfer] = time.perf_counter()
+                    self._transfers[transfer] = sending
+            number = last + 1
 
     def _tell_first(self, outgoing: Outgoing, sending: Sending) -> None:
         if outgoing.first is None or sending.told:
@@ -303,6 +326,7 @@ class Sender:
                 rank=rank,
                 top=top,
                 cached_tokens=outgoing.sequence.cached_tokens,
+                groups=sending.groups,
             )
         )
 
@@ -316,7 +340,7 @@ class Sender:
         if not sending.over or sending.transfers or sending.of not in self._sendings:
             return
         _, outgoing = self._sendings.pop(sending.of)
-        self._exchange.transport.expect(len(self._sendings))
+        self._expect()
         if sending.doubtful:
             self._doubtful[sending.of] = True
             if len(self._doubtful) > MAX_REMEMBERED:
@@ -324,28 +348,28 @@ class Sender:
         else:
             sending.connection.link.send(Drained(of=sending.of, groups=sending.groups))
         self._free(outgoing)
+        self._quarantine.try_to_end()
 
     def _cancel(self, connection: Connection, of: Attempt) -> None:
         found = self._sendings.get(of)
         if found is not None:
             self._counters["attempts_cancelled"] += 1
             sending, outgoing = found
-            if outgoing.sending is sending:
-                outgoing.sending = None
+            _forget(outgoing, sending)
             self._stop(sending)
             self._settle(sending)
             return
-        early = self._early.get(of.handoff)
-        if early is not None and early[1].of == of:
-            early[2].cancel()
-            del self._early[of.handoff]
+        rank = connection.layout.tp_rank
+        early = self._early.get(of.handoff, {}).get(rank)
+        if early is not None and early.ask.of == of:
+            self._drop_early(of.handoff, rank)
         if of not in self._doubtful and of.source == self._exchange.epoch:
             connection.link.send(Drained(of=of))
 
     def _fail(self, outgoing: Outgoing, code: str, reason: str) -> None:
-        sending = outgoing.sending
-        if sending is not None and not sending.over:
-            sending.connection.link.send(Failed(of=sending.of, code=code, reason=reason))
+        for sending in outgoing.sendings.values():
+            if not sending.over:
+                sending.connection.link.send(Failed(of=sending.of, code=code, reason=reason))
 
     def _finish(self, outgoing: Outgoing) -> None:
         """Nobody wants it any more."""
@@ -362,6 +386,8 @@ class Sender:
                 self._stop(sending)
                 self._settle(sending)
         self._free(outgoing)
+        if outgoing.told is not None and outgoing.computing:
+            self._exchange.host.withdraw(outgoing.told)
 
     def _free(self, outgoing: Outgoing) -> None:
         """Its pages, once no transfer reads them and no ask may come."""
@@ -375,12 +401,16 @@ class Sender:
         self._counters["deadline_keep"] += 1
         self._finish(outgoing)
 
-    def _request_never_came(self, handoff: str) -> None:
-        connection, ask, _ = self._early.pop(handoff)
+    def _request_never_came(self, handoff: str, rank: int) -> None:
+        early = self._early[handoff][rank]
+        self._drop_early(handoff, rank)
         self._counters["deadline_request"] += 1
-        connection.link.send(Refuse(of=ask.of, code="unknown", reason="No request with this handoff came."))
+        refusal = Refuse(of=early.ask.of, code="unknown", reason="No request with this handoff came.")
+        early.connection.link.send(refusal)
         self._exchange.host.wake()
 
-    def _layer_bytes(self, plan: StepPlan) -> int:
-        layout = self._exchange.layout
-        return sum(chunk.count for chunk in plan.prefill) * layout.bytes_per_page() // (layout.page_size * layout.layers)
+
+def _forget(outgoing: Outgoing, sending: Sending) -> None:
+    rank = sending.connection.layout.tp_rank
+    if outgoing.sendings.get(rank) is sending:
+        del outgoing.sendings[rank]
