@@ -23,8 +23,9 @@ class RegisteredMemory:
 
         regions = (*layout.tensors(), *layout.states())
         self._layout = layout
+        self._regions = layout.tensors()
         views = [_shaped(tensor.view(-1).view(torch.uint8), region) for tensor, region in zip(tensors, regions, strict=True)]
-        self._kv, self._states = views[: len(layout.tensors())], views[len(layout.tensors()) :]
+        self._kv, self._states = views[: len(self._regions)], views[len(self._regions) :]
 
     def checksum(self, pages: Sequence[int], layers: range, tokens: int, states: bool) -> int:
         """CRC-32 of `layers` of `pages`, of which the last has `tokens` tokens, and of their page states. It goes tensor by
@@ -36,19 +37,22 @@ class RegisteredMemory:
         size = self._layout.page_size
         partial = tokens < size
         sum_ = 0
-        for view in self._kv:
+        for view, region in zip(self._kv, self._regions, strict=True):
             part = view[layers.start : layers.stop]
             whole = index[:-1] if partial else index
             sum_ = _crc(part[:, whole.to(view.device)], sum_)
             if partial:
-                sum_ = _crc(part[:, int(index[-1]), :tokens], sum_)
+                last = part[:, int(index[-1])]
+                for start, length in region.parts(tokens):
+                    sum_ = _crc(last[:, start : start + length], sum_)
         for view in self._states if states else ():
             sum_ = _crc(view[:, index.to(view.device)], sum_)
         return sum_
 
 
 def _shaped(flat: Tensor, region: Region) -> Tensor:
-    return flat.view(region.layers, region.pages, region.page_size, region.token_bytes)
+    """[layers, pages, bytes of a page]."""
+    return flat.view(region.layers, region.pages, region.page_bytes)
 
 
 def _crc(part: Tensor, start: int) -> int:
