@@ -4,7 +4,7 @@ The one room that knows which plugin objects the settings ask for.
 """
 
 from ..devices import choose_device
-from .choices import choose_dtype, choose_library, choose_page_size, draft_length, wants_library
+from .choices import choose_dtype, choose_kv_dtype, choose_library, choose_page_size, draft_length, wants_library
 from .engine import assemble, build_engine
 from .loading import LoadedModel, load_model
 
@@ -14,6 +14,7 @@ __all__ = [
     "build_engine",
     "choose_device",
     "choose_dtype",
+    "choose_kv_dtype",
     "choose_library",
     "choose_page_size",
     "draft_length",

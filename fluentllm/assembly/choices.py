@@ -9,6 +9,7 @@ import torch
 from ..core.draft_length import DraftLength
 from ..core.draft_watchdog import AcceptanceWatch
 from ..core.errors import CheckpointError, ConfigError
+from ..core.kv.formats import SETTINGS as KV_FORMATS
 from ..core.protocols import DraftMemory, DraftTarget
 from ..core.types import SpeculativeInfo
 from ..hub.cache import cache_folder
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ..kernels.native.library import Library
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KV_DTYPES = {name: getattr(torch, kept) for name, kept in KV_FORMATS.items()}
 DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
 DEFAULT_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
 DEFAULT_STEP_RATIO = {"cuda": 4.0}
@@ -95,6 +97,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return dtype_named(name)
+
+
+def choose_kv_dtype(settings: Settings, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`: of the activations."""
+    chosen: torch.dtype = _KV_DTYPES.get(settings.kv.dtype, dtype)
+    return chosen
 
 
 def choose_page_size(settings: Settings, spec: ModelSpec) -> int:

@@ -151,6 +151,7 @@ def assemble(
         kv_tokens=pages * maker.page_size,
         page_size=maker.page_size,
         slots=slots,
+        kv_dtype=name_of(maker.kv_dtype),
         speculative=speculative_info(settings, max_drafts) if drafts is not None else None,
         handoff=handoffs.door if handoffs is not None else None,
     )

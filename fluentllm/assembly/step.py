@@ -16,7 +16,7 @@ from ..core.kv.pool import KVPool
 from ..core.protocols import AttentionContext, AttentionSpec, DraftMemory, ProposerContext
 from ..core.slots import SlotTables
 from ..step.programs import StepPrograms
-from .choices import choose_page_size, dtype_named, name_of, synthetic_share
+from .choices import choose_kv_dtype, choose_page_size, name_of, synthetic_share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,7 +69,7 @@ class PartsMaker:
         spec = loaded.model.spec
         self._place = place or loaded.device
         self.page_size = choose_page_size(settings, spec)
-        self.kv_dtype = loaded.dtype if settings.kv.dtype == "auto" else dtype_named(settings.kv.dtype)
+        self.kv_dtype = choose_kv_dtype(settings, loaded.dtype)
         self.kv_spec = structs.replace(spec.kv, layers=spec.kv.layers + draft_memory.kv_layers)
         self._settings, self._loaded, self._plugins, self._sizes = settings, loaded, plugins, sizes
         self._proposer, self._draft_kv, self._draft_model = proposer, draft_memory.kv, draft_model

@@ -47,7 +47,7 @@ class Load:
     length: float
     """Mean KV length of a sequence."""
     kv_bytes: int
-    """Of one value in the cache."""
+    """Of one token in one layer's cache."""
 
     def attention(self) -> Cost:
         """Of one layer's decode."""
@@ -55,9 +55,9 @@ class Load:
         tokens = self.batch * self.length
         if kv.kind == "mla":
             width = kv.latent_dim + kv.rope_dim
-            return Cost(tokens * width * self.kv_bytes, 2.0 * tokens * self.rows * heads * (width + kv.latent_dim))
+            return Cost(tokens * self.kv_bytes, 2.0 * tokens * self.rows * heads * (width + kv.latent_dim))
         width = kv.head_dim + kv.v_head_dim
-        return Cost(tokens * kv.heads * width * self.kv_bytes, 2.0 * tokens * self.rows * heads * width)
+        return Cost(tokens * self.kv_bytes, 2.0 * tokens * self.rows * heads * width)
 
 
 def of_launch(name: str, arguments: Iterable[Any], load: Load) -> Cost:

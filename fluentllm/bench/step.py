@@ -18,6 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..core.errors import ConfigError
+from ..core.kv.formats import token_bytes
 from ..core.types import Request, SamplingParams
 from .costs import HOW, PRODUCTS, Cost, Load, ceilings, of_launch, of_product
 
@@ -102,7 +103,7 @@ async def _run(
     try:
         await advanced(1 + WARM_STEPS)
         length = context + sum(counts) / batch + steps / 2
-        load = Load(engine.info.spec, batch, 1, length, _kv_bytes(local))
+        load = Load(engine.info.spec, batch, 1, length, token_bytes(engine.info.spec.kv, engine.info.kv_dtype))
         served = await _look(engine.executor, steps, advanced, load, on_gpu, shapes=not on_gpu)
         eager = None
         if on_gpu:
@@ -115,15 +116,6 @@ async def _run(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     return served, eager, length
-
-
-def _kv_dtype(local: LocalEngine) -> str:
-    chosen = local.settings.kv.dtype
-    return local.engine.info.dtype if chosen == "auto" else chosen
-
-
-def _kv_bytes(local: LocalEngine) -> int:
-    return {"float32": 4, "fp8": 1}.get(_kv_dtype(local), 2)
 
 
 async def _look(executor: Executor, steps: int, advanced: Any, load: Load, on_gpu: bool, *, shapes: bool) -> Look:

@@ -165,16 +165,18 @@ def _model(settings: Settings, plugins: PluginManager) -> tuple[ModelSpec | None
 
 
 def _model_choices(settings: Settings, plugins: PluginManager, spec: ModelSpec) -> list[dict[str, str]]:
-    from fluentllm.assembly import choose_device, choose_dtype, choose_page_size
+    from fluentllm.assembly import choose_device, choose_dtype, choose_kv_dtype, choose_page_size
+    from fluentllm.core.kv.formats import token_bytes
     from fluentllm.core.protocols import AttentionSpec
 
     device = choose_device(settings.engine.device)
-    dtype = str(choose_dtype(settings.model.dtype, device)).removeprefix("torch.")
+    dtype = choose_dtype(settings.model.dtype, device)
+    kv_dtype = str(choose_kv_dtype(settings, dtype)).removeprefix("torch.")
     attention_spec = AttentionSpec(
         model=spec,
         device=device.type,
-        dtype=dtype,
-        kv_dtype=dtype if settings.kv.dtype == "auto" else settings.kv.dtype,
+        dtype=str(dtype).removeprefix("torch."),
+        kv_dtype=kv_dtype,
         page_size=choose_page_size(settings, spec),
         deterministic=settings.engine.deterministic,
     )
@@ -183,7 +185,11 @@ def _model_choices(settings: Settings, plugins: PluginManager, spec: ModelSpec) 
     against = "; ".join(f"not {name}: {reason}" for name, reason in registry.why_not(attention_spec).items())
     chosen = registry.require(wanted, attention_spec).name if wanted != "auto" else next(iter(usable), "none")
     why = "; ".join(filter(None, [f"can serve this model: {', '.join(usable) or 'none'}", against]))
-    return [_choice("attention.backend", wanted, chosen, why, always=True)]
+    size = token_bytes(spec.kv, kv_dtype) * spec.kv.layers
+    return [
+        _choice("kv.dtype", settings.kv.dtype, kv_dtype, f"{size:,} bytes a token", always=True),
+        _choice("attention.backend", wanted, chosen, why, always=True),
+    ]
 
 
 def _choice(setting: str, wanted: str, chosen: str, reason: str, always: bool = False) -> dict[str, str]:

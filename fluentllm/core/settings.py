@@ -99,7 +99,13 @@ class KVSettings(Struct, kw_only=True, forbid_unknown_fields=True):
         Annotated[str, Meta(pattern=r"^\s*\d+(\.\d+)?\s*(([kKmMgGtT][iI]?)?[bB])?\s*$", examples=["2GiB", "500MB"])] | None,
         _help("Size of the KV pool; planned from what is free if null."),
     ] = None
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "fp8"], _help("auto: the model's dtype.")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "fp8"],
+        _help(
+            "What keys and values are kept in. auto: the activations' dtype. fp8: E4M3, and for MLA the latent alone, with a "
+            "scale a token (docs/kernels.md)."
+        ),
+    ] = "auto"
     prefix_cache: Annotated[bool, _help("Keep finished prompts' pages in a radix tree.")] = True
 
 

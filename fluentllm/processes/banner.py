@@ -27,7 +27,7 @@ def banner(url: str, info: ModelInfo, *, chat: bool, needs_key: bool, seconds: f
         "device": f"{info.device}, {info.dtype}",
         "weights": info.weight_precision,
         "memory": f"{memory} = {size(sum(info.memory.values()))}",
-        "KV pool": f"{info.kv_tokens:,} tokens in pages of {info.page_size}, {info.slots} sequences at once",
+        "KV pool": f"{info.kv_tokens:,} tokens in pages of {info.page_size}{_kept_in(info)}, {info.slots} sequences at once",
     }
     if info.speculative is not None:
         rows["drafts"] = _drafts(info.speculative)
@@ -37,6 +37,10 @@ def banner(url: str, info: ModelInfo, *, chat: bool, needs_key: bool, seconds: f
         lines += ["", "  start, in seconds since its begin:", *(f"    {line}" for line in timeline_lines(startup))]
     lines += ["", "Try it:", "", f"  {curl(url, info.name, chat=chat, needs_key=needs_key)}", "", "Stop it with Ctrl-C."]
     return "\n".join(lines)
+
+
+def _kept_in(info: ModelInfo) -> str:
+    return f", {info.kv_dtype}" if info.kv_dtype else ""
 
 
 def _drafts(info: SpeculativeInfo) -> str:

@@ -97,8 +97,10 @@ def _tensor_writes(
 ) -> np.ndarray:
     whole = part.heads == a.heads == b.heads
     if whole and count < a.page_size:
-        starts_a, starts_b = ours * a.page_bytes, theirs * b.page_bytes
-        lengths = np.full(len(ours), count * a.token_bytes, dtype=np.int64)
+        starts, sizes = np.array(a.parts(count), dtype=np.int64).T
+        starts_a = (ours[:, None] * a.page_bytes + starts).ravel()
+        starts_b = (theirs[:, None] * b.page_bytes + starts).ravel()
+        lengths = np.tile(sizes, len(ours))
     elif whole:
         first = np.flatnonzero(np.concatenate(([True], (np.diff(ours) != 1) | (np.diff(theirs) != 1))))
         counts = np.diff(np.append(first, len(ours)))

@@ -15,18 +15,12 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ..core.errors import FluentError
+from ..core.kv.formats import ITEM_BYTES, latent_planes
 
 if TYPE_CHECKING:
     from ..core.kv.pool import KVPool
 
 LAYOUT_VERSION = 1
-ITEM_BYTES = {
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    **dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "uint8", "int8"), 1),
-}
-"""Bytes of one value, by torch's name of the dtype."""
 
 Count = Annotated[int, Meta(ge=0, lt=2**31)]
 Size = Annotated[int, Meta(ge=1, lt=2**31)]
@@ -47,6 +41,7 @@ class KVLayout(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`fingerprint` of config and weights."""
     kind: Literal["gqa", "mla"]
     dtype: Text
+    """By torch's name. MLA in float8_e4m3fn has pages of planes (`core.kv.formats.latent_planes`)."""
     page_size: Size
     pages: Size
     """Rows of the pool's page dimension, scratch page and all."""
@@ -89,11 +84,13 @@ class KVLayout(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def tensors(self) -> tuple[Region, ...]:
         """The pool's tensors as bytes, in the order in which they are registered."""
-        item = ITEM_BYTES[self.dtype]
-        widths = (self.head_dim, self.v_head_dim) if self.kind == "gqa" else (self.latent_dim + self.rope_dim,)
+        if self.kind == "mla":
+            planes = latent_planes(self.latent_dim, self.rope_dim, self.dtype)
+            return (Region(0, self.layers, self.pages, self.page_size, 1, sum(planes), planes),)
         regions, offset = [], 0
-        for width in widths:
-            region = Region(offset, self.layers, self.pages, self.page_size, self.local_heads, width * item)
+        for width in (self.head_dim, self.v_head_dim):
+            size = width * ITEM_BYTES[self.dtype]
+            region = Region(offset, self.layers, self.pages, self.page_size, self.local_heads, size)
             regions.append(region)
             offset += region.size
         return tuple(regions)
@@ -126,6 +123,16 @@ class Region(Struct, frozen=True):
     page_size: int
     heads: int
     head_bytes: int
+    planes: tuple[int, ...] = ()
+    """Bytes of a token in each plane of a page, one plane after the other; none: one plane of token rows."""
+
+    def parts(self, tokens: int) -> tuple[tuple[int, int], ...]:
+        """Where the first `tokens` tokens of a page lie in it: (offset, bytes) each."""
+        found, start = [], 0
+        for width in self.planes or (self.token_bytes,):
+            found.append((start, tokens * width))
+            start += self.page_size * width
+        return tuple(found)
 
     @property
     def token_bytes(self) -> int:

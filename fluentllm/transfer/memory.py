@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,16 +24,16 @@ class RegisteredMemory:
 
         regions = (*layout.tensors(), *layout.states())
         self._layout = layout
+        self._regions = layout.tensors()
         views = [_shaped(tensor.view(-1).view(torch.uint8), region) for tensor, region in zip(tensors, regions, strict=True)]
-        self._kv, self._states = views[: len(layout.tensors())], views[len(layout.tensors()) :]
-        self._head_bytes = [region.head_bytes for region in layout.tensors()]
+        self._kv, self._states = views[: len(self._regions)], views[len(self._regions) :]
 
     def checksum(
         self, pages: Sequence[int], layers: range, tokens: int, states: bool, heads: Sequence[range] | None = None
     ) -> int:
         """CRC-32 of `layers` of `pages`, of which the last has `tokens` tokens, and of their page states. It goes by runs of
-        this rank's heads (None: all), tensor by tensor, layer by layer, page by page, so both ends of a transfer get the same
-        whatever their pages' numbers. On a GPU it copies the pages to the host and waits for that."""
+        this rank's heads (None: all), tensor by tensor, plane by plane, layer by layer, page by page, so both ends of a
+        transfer get the same whatever their pages' numbers. On a GPU it copies the pages to the host and waits for that."""
         import torch
 
         index = torch.tensor(pages, dtype=torch.int64)
@@ -41,19 +41,31 @@ class RegisteredMemory:
         partial = tokens < size
         sum_ = 0
         runs = [range(self._layout.local_heads)] if heads is None else heads
-        for run, (view, width) in itertools.product(runs, zip(self._kv, self._head_bytes, strict=True)):
-            part = view[layers.start : layers.stop, :, :, run.start * width : run.stop * width]
-            whole = index[:-1] if partial else index
-            sum_ = _crc(part[:, whole.to(view.device)], sum_)
-            if partial:
-                sum_ = _crc(part[:, int(index[-1]), :tokens], sum_)
+        for run, (view, region) in itertools.product(runs, zip(self._kv, self._regions, strict=True)):
+            for plane in _planes(view[layers.start : layers.stop], region):
+                width = plane.shape[-1] // region.heads
+                part = plane[..., run.start * width : run.stop * width]
+                whole = index[:-1] if partial else index
+                sum_ = _crc(part[:, whole.to(view.device)], sum_)
+                if partial:
+                    sum_ = _crc(part[:, int(index[-1]), :tokens], sum_)
         for view in self._states if states else ():
             sum_ = _crc(view[:, index.to(view.device)], sum_)
         return sum_
 
 
 def _shaped(flat: Tensor, region: Region) -> Tensor:
-    return flat.view(region.layers, region.pages, region.page_size, region.token_bytes)
+    """[layers, pages, bytes of a page]."""
+    return flat.view(region.layers, region.pages, region.page_bytes)
+
+
+def _planes(pages: Tensor, region: Region) -> Iterator[Tensor]:
+    """[layers, pages, bytes of a page] → each plane, [layers, pages, page_size, bytes of a token]."""
+    start = 0
+    for width in region.planes or (region.token_bytes,):
+        size = region.page_size * width
+        yield pages[..., start : start + size].unflatten(-1, (region.page_size, width))
+        start += size
 
 
 def _crc(part: Tensor, start: int) -> int:

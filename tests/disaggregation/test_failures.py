@@ -134,10 +134,13 @@ async def test_a_prefill_engine_that_comes_back_is_another(tiny: Harness) -> Non
             assert decode.stats["handoffs_received"] == 2
 
 
+@pytest.mark.parametrize("field", ["layers", "dtype"])
 async def test_kv_that_does_not_fit_is_refused_with_both_layouts(
-    tiny: Harness, tmp_path_factory: pytest.TempPathFactory
+    tiny: Harness, tmp_path_factory: pytest.TempPathFactory, field: str
 ) -> None:
-    other = Harness(write_tiny_llama(tmp_path_factory.mktemp("other"), num_hidden_layers=3), **tiny.overrides)
+    layers, dtype, values = (3, "auto", (4, 3)) if field == "layers" else (4, "fp8", ("float32", "float8_e4m3fn"))
+    folder = write_tiny_llama(tmp_path_factory.mktemp("other"), num_hidden_layers=layers)
+    other = Harness(folder, **tiny.overrides, **{"kv.dtype": dtype})
     common = {"plugins.kv_layerwise.key": KEY, **QUICK}
     async with side(tiny, **common, **PREFILL) as prefill:
         peers = [f"127.0.0.1:{prefill.port}"]
@@ -151,8 +154,8 @@ async def test_kv_that_does_not_fit_is_refused_with_both_layouts(
                 if refused:
                     break
             assert refused[0].code == LayoutMismatch.code
-            assert "layers=4" in refused[0].message
-            assert "layers=3" in refused[0].message
+            assert f"{field} ({values[0]} and {values[1]})" in refused[0].message
+            assert all(f"{field}={value}" in refused[0].message for value in values)
             with pytest.raises(LayoutMismatch):  # and from now on at once
                 decode.hand(PROMPT, there)
 

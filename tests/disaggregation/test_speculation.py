@@ -1,4 +1,5 @@
-"""MLA with a draft layer: its KV and its page states go along, so that decode drafts at once, and as one engine does."""
+"""MLA with a draft layer: its KV and its page states go along, so that decode drafts at once, and as one engine does. So it is
+over an FP8 cache, whose pages are planes of bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from .pair import pair
 from .test_handoff import ALONE, FALLBACKS
 
 PROMPTS = [[(11 * i + 5 * p) % 150 + 3 for i in range(length)] for p, length in enumerate((1, 8, 9, 21, 40))]
-"""Pages have 8 tokens."""
+"""Pages have 8 tokens, 16 in an FP8 cache."""
+FP8 = {"kv.dtype": "fp8", "kv.page_size": 16}
 PARAMS: list[dict[str, Any]] = [{"max_tokens": 14}, {"max_tokens": 14, "temperature": 0.8, "seed": 3}]
 
 
@@ -60,12 +62,14 @@ def longcat(tmp_path_factory: pytest.TempPathFactory) -> Harness:
     )
 
 
-async def test_tokens_and_drafts_are_those_of_one_engine(longcat: Harness) -> None:
-    jobs = [(prompt, params) for prompt in PROMPTS for params in PARAMS]
-    async with longcat.engine(**ALONE) as engine:
+@pytest.mark.parametrize("cache", [{}, FP8], ids=["float32", "fp8"])
+async def test_tokens_and_drafts_are_those_of_one_engine(longcat: Harness, cache: dict[str, Any]) -> None:
+    jobs = [(prompt, params) for prompt in (PROMPTS[::2] if cache else PROMPTS) for params in PARAMS]
+    async with longcat.engine(**ALONE, **cache) as engine:
         drafted = drafts_of(engine.engine)
         expected = [await engine.outputs(engine.submit(prompt, **params)) for prompt, params in jobs]
-    async with pair(longcat, **{"scheduler.prefill_tokens": 16}) as both:
+    async with pair(longcat, **{"scheduler.prefill_tokens": 16}, **cache) as both:
+        assert both.layout.dtype == ("float8_e4m3fn" if cache else "float32")
         found = drafts_of(both.decode.engine)
         for (prompt, params), whole in zip(jobs, expected, strict=True):
             outputs = await both.outputs(prompt, **params)
@@ -90,14 +94,15 @@ async def test_many_at_once(longcat: Harness) -> None:
         assert await asyncio.gather(*(both.tokens(prompt, **params) for prompt, params in jobs)) == expected
 
 
-async def test_a_turn_after_a_turn(longcat: Harness) -> None:
+@pytest.mark.parametrize("cache", [{}, FP8], ids=["float32", "fp8"])
+async def test_a_turn_after_a_turn(longcat: Harness, cache: dict[str, Any]) -> None:
     """The second prompt's prefix, answer and all, is decode's own work; the page states of both engines meet in it."""
-    async with longcat.engine(**ALONE) as engine:
+    async with longcat.engine(**ALONE, **cache) as engine:
         drafted = drafts_of(engine.engine)
         first = await engine.tokens(PROMPTS[4], **PARAMS[0])
         second = [*PROMPTS[4], *first, 5, 6, 7, 8, 9]
         whole = await engine.outputs(engine.submit(second, **PARAMS[0]))
-    async with pair(longcat) as both:
+    async with pair(longcat, **cache) as both:
         found = drafts_of(both.decode.engine)
         await both.outputs(PROMPTS[4], **PARAMS[0])
         outputs = await both.outputs(second, **PARAMS[0])

@@ -7,9 +7,11 @@ import triton
 from mla_decode_cases import SCALE, fresh_generator, random_case, relative_error
 
 from fluentllm.kernels.mla_decode import fp8_planes, new_fp8_pool, plan, quantise
+from fluentllm.kernels.mla_decode.append import append_norms
 from fluentllm.kernels.mla_decode.combine import combine_splits
 from fluentllm.kernels.mla_decode.reference import append_reference, fetch_reference, quantise_reference
 from fluentllm.kernels.mla_decode.replay import combine_reference, decode_pieces
+from fluentllm.kernels.plain import PlainOps
 
 torch.set_num_threads(1)
 generator = fresh_generator()
@@ -45,18 +47,55 @@ def check_quantisation() -> None:
     assert torch.equal(quantise.fetch(plain, rows, torch.float32), torch.cat(fetch_reference(plain, rows), 1))
 
 
+def rotary_rows(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of no particular angles: cosines and sines need not belong together."""
+    cos, sin = torch.randn(2, tokens, 1, 64, generator=generator)
+    return cos, sin
+
+
+def check_append_norms() -> None:
+    """Against norms, rotary and `append_reference` one after the other; rows in a pool of several layers."""
+    ops = PlainOps()
+    for tokens, q_size, latent_scale, interleaved in ((7, 48, 1.0, True), (5, 0, 2.5, False), (0, 16, 1.0, True)):
+        down = torch.randn(tokens, q_size + 576, generator=generator) * 3
+        q_weight = torch.rand(q_size, generator=generator) + 0.5 if q_size else None
+        kv_weight = torch.rand(512, generator=generator) + 0.5
+        rotary = rotary_rows(tokens)
+        rows = torch.randperm(192, generator=generator)[:tokens]
+        pools = [torch.zeros(2, 3, 64, 644, dtype=torch.uint8) for _ in range(2)]
+        planes, expected = (fp8_planes(pool[1]) for pool in pools)
+        plain, plain_rows = torch.zeros(20, 576), torch.randperm(20, generator=generator)[:tokens]
+        query = append_norms(
+            down, q_weight, kv_weight, *rotary, rows, planes, eps=1e-6, latent_scale=latent_scale, interleaved=interleaved,
+            plain=plain, plain_rows=plain_rows,
+        )  # fmt: skip
+        if q_weight is None:
+            assert query is None
+        else:
+            assert query is not None
+            torch.testing.assert_close(query, ops.rms_norm(down[:, :q_size], q_weight, 1e-6))
+        latent = ops.rms_norm(down[:, q_size : q_size + 512], kv_weight, 1e-6) * latent_scale
+        turned = ops.rotary(down[:, None, q_size + 512 :], *rotary, interleaved=interleaved)[:, 0]
+        wanted = torch.zeros_like(plain).index_copy_(0, plain_rows, torch.cat((latent, turned), 1))
+        torch.testing.assert_close(plain, wanted)
+        # From here on what the kernel itself rounded: a value at the edge of two E4M3 steps may fall to either side.
+        append_reference(expected, plain[plain_rows, :512], plain[plain_rows, 512:], rows)
+        assert torch.equal(planes.scale, expected.scale)
+        assert relative_error(planes.rope, expected.rope) < 5e-3
+        assert (planes.latent.float() != expected.latent.float()).float().mean() < 0.15
+        assert pools[0][0].count_nonzero() == 0
+        written = quantise.fetch(planes, rows, torch.float32, out=torch.zeros(20, 576), out_rows=plain_rows)
+        assert relative_error(written[plain_rows], torch.cat(fetch_reference(planes, rows), 1)) == 0 or not tokens
+        assert written.count_nonzero(1).count_nonzero() == tokens
+
+
 def check_query() -> None:
     q_latent, q_rope = torch.randn(6, 4, 512, generator=generator), torch.randn(6, 4, 64, generator=generator)
-    angles = torch.rand(9, 32, generator=generator) * 6
-    table, positions = torch.cat([angles.cos(), angles.sin()], 1), torch.randint(0, 9, (6,), generator=generator)
-    cos, sin = angles.cos()[positions][:, None], angles.sin()[positions][:, None]
     for interleaved in (True, False):
-        a, b = (q_rope[..., ::2], q_rope[..., 1::2]) if interleaved else (q_rope[..., :32], q_rope[..., 32:])
-        pair = torch.stack([a * cos - b * sin, b * cos + a * sin], -1 if interleaved else -2).flatten(-2)
-        _, aligned, scale = quantise.quantise_query(
-            q_latent, q_rope, cos_sin=table, positions=positions, interleaved=interleaved
-        )
-        _, expected, expected_scale = quantise_reference(q_latent, pair)
+        rotary = rotary_rows(6)
+        turned = PlainOps().rotary(q_rope, *rotary, interleaved=interleaved)
+        _, aligned, scale = quantise.quantise_query(q_latent, q_rope, rotary=rotary, interleaved=interleaved)
+        _, expected, expected_scale = quantise_reference(q_latent, turned)
         assert torch.equal(scale, expected_scale)
         assert relative_error(aligned, expected) < 5e-3  # the interpreter truncates to BF16
 
@@ -80,5 +119,6 @@ def check_combine() -> None:
 if __name__ == "__main__":
     check_plan()
     check_quantisation()
+    check_append_norms()
     check_query()
     check_combine()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -81,9 +82,8 @@ def test_decode_compiles_for_hopper(kv: str, rows: int) -> None:
 
 
 def test_plain_kernels_compile_for_hopper() -> None:
-    from fluentllm.kernels.mla_decode import combine, plan, quantise
+    from fluentllm.kernels.mla_decode import combine, plan
 
-    pointers = dict.fromkeys(["out_latent", "out_scale", "out_rope"])
     cases = {
         combine.combine_splits: (
             {"out": "*bf16", "partial": "*fp32", "lse": "*fp32", "spans": "*i32"},
@@ -93,25 +93,39 @@ def test_plain_kernels_compile_for_hopper() -> None:
             {"lengths": "*i32", "starts": "*i32", "spans": "*i32", "records": "*i32", "count": "i32"},
             {"PARTS": 132, "OVERHEAD": 2, "PAGE": 64, "STEPS": 20, "BLOCK": 128},
         ),
-        quantise._append: (
-            {"latent": "*bf16", "rope": "*bf16", "rows": "*i64"}
-            | dict(zip(pointers, ["*fp8e4nv", "*fp32", "*bf16"], strict=True))
-            | dict.fromkeys(["latent_stride", "rope_stride", "page_latent", "page_scale", "page_rope"], "i32"),
-            {"LATENT": 512, "ROPE": 64, "PAGE": 64},
-        ),
-        quantise._quantise_query: (
-            {"q_latent": "*bf16", "q_rope": "*bf16", "cos_sin": "*fp32", "positions": "*i64"}
-            | {"out_latent": "*fp8e4nv", "out_rope": "*bf16", "out_scale": "*fp32"}
-            | dict.fromkeys(["latent_token", "latent_head", "rope_token", "rope_head", "heads"], "i32"),
-            {"ROTATE": 1, "LATENT": 512, "ROPE": 64},
-        ),
-        quantise._fetch: (
-            {"out": "*bf16", "rows": "*i64", "latent": "*fp8e4nv", "scale": "*fp32", "rope": "*bf16"}
-            | dict.fromkeys(["page_latent", "page_scale", "page_rope"], "i32"),
-            {"LATENT": 512, "ROPE": 64, "PAGE": 64},
-        ),
     }
     for kernel, (signature, constants) in cases.items():
         source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": True})
         assert len(compiled.asm["cubin"]) > 0
+
+
+def test_what_fills_and_reads_the_cache_compiles_for_hopper() -> None:
+    """As its launchers launch it, on tensors without memory."""
+    from fluentllm.kernels.mla_decode import fp8_planes, quantise
+    from fluentllm.kernels.mla_decode.append import append_norms
+    from fluentllm.kernels.triton.compile import compile_launch
+    from fluentllm.kernels.triton.launch import recording
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    planes, rows = fp8_planes(empty(9, 64, 644, dtype=torch.uint8)), empty(8, dtype=torch.int64)
+    rotary = empty(8, 1, 64), empty(8, 1, 64)
+    with recording() as launches:
+        quantise.append(planes, empty(8, 512), empty(8, 64), rows)
+        quantise.fetch(planes, rows)
+        quantise.fetch(planes, rows, out=empty(64, 576), out_rows=rows)
+        for interleaved in (False, True):
+            quantise.quantise_query(empty(8, 16, 512), empty(8, 16, 192)[..., 128:], rotary=rotary, interleaved=interleaved)
+            append_norms(
+                empty(8, 2112), empty(1536), empty(512), *rotary, rows, planes, eps=1e-6, interleaved=interleaved
+            )  # fmt: skip
+        quantise.quantise_query(empty(8, 16, 512), empty(8, 16, 64))
+        append_norms(
+            empty(8, 576), None, empty(512), *rotary, rows, planes, eps=1e-6, latent_scale=2.4, plain=empty(64, 576),
+            plain_rows=rows,
+        )  # fmt: skip
+    assert {one.kernel.__name__ for one in launches} == {"_append", "_fetch", "_quantise_query", "_append_norms"}
+    for one in launches:
+        assert len(compile_launch(one).asm["cubin"]) > 0

@@ -7,10 +7,14 @@ import time
 import msgspec
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, strategies as st
 
+from fluentllm.core.kv.pool import KVPool
+from fluentllm.core.types import KVSpec
+from fluentllm.kernels.mla_decode import fp8_planes
 from fluentllm.transfer.descriptors import PageError, plan_state_writes, plan_writes
-from fluentllm.transfer.layout import KVLayout
+from fluentllm.transfer.layout import KVLayout, layout_of
 
 SOURCE = KVLayout(model="m", kind="gqa", dtype="uint8", page_size=2, pages=12, layers=4, heads=2, head_dim=3, v_head_dim=1)
 TARGET = msgspec.structs.replace(SOURCE, pages=10)
@@ -49,6 +53,35 @@ def test_the_same_bytes_as_page_by_page(pages: tuple[list[int], list[int]], laye
     found = as_bytes(plan_writes(SOURCE, TARGET, layers, ours, theirs, tokens=tokens))
     assert len(found) == len(set(found)), "a byte is written twice"
     assert set(found) == page_by_page(SOURCE, TARGET, layers, ours, theirs, tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 15, 16, None])
+def test_tokens_of_planes_arrive_and_no_others(tokens: int | None) -> None:
+    """An FP8 cache of MLA: what is written is copied byte by byte, then both pools are read as kernels read them."""
+    spec = KVSpec(kind="mla", layers=3, latent_dim=24, rope_dim=8)
+    pools = [KVPool(spec, pages, 16, torch.float8_e4m3fn, torch.device("cpu")) for pages in (7, 5)]
+    ours, theirs = [6, 2, 3], [1, 4, 5]
+    for pool in pools:
+        pool.latent.random_()
+    memory = [pool.latent.view(-1).numpy() for pool in pools]
+    before = pools[1].latent.clone()
+    rows = plan_writes(layout_of(pools[0], "m"), layout_of(pools[1], "m"), range(1, 3), ours, theirs, tokens=tokens)
+    assert rows[:, 2].sum() == 2 * 3 * (tokens or 16) * (24 + 4 + 16)
+    for start, end, length in rows.tolist():
+        memory[1][end : end + length] = memory[0][start : start + length]
+    count = tokens or 16
+    for layer in range(3):
+        sent, found, old = (fp8_planes(pool[layer], 24, 8) for pool in (pools[0].latent, pools[1].latent, before))
+        for plane in ("latent", "scale", "rope"):
+            a, b, c = (
+                getattr(planes, plane).contiguous().view(torch.uint8).unflatten(1, (16, -1)) if plane == "scale"
+                else getattr(planes, plane).view(torch.uint8)
+                for planes in (sent, found, old)
+            )  # fmt: skip
+            expected = c.clone()
+            if layer:
+                expected[theirs, :count] = a[ours, :count]
+            assert torch.equal(b, expected)
 
 
 def test_states_of_pages_lie_behind_the_pool() -> None:

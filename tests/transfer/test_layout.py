@@ -10,10 +10,12 @@ import torch
 
 from fluentllm.core.kv.pool import KVPool
 from fluentllm.core.types import KVSpec
+from fluentllm.kernels.mla_decode import fp8_planes
 from fluentllm.transfer.layout import KVLayout, LayoutMismatch, check_compatible, fingerprint, layout_of, memory_of
 
 GQA = KVLayout(model="m", kind="gqa", dtype="bfloat16", page_size=16, pages=9, layers=3, heads=4, head_dim=8, v_head_dim=6)
 MLA = KVLayout(model="m", kind="mla", dtype="float32", page_size=4, pages=5, layers=2, latent_dim=6, rope_dim=2)
+FP8 = msgspec.structs.replace(MLA, dtype="float8_e4m3fn")
 
 
 @pytest.mark.parametrize(
@@ -23,7 +25,7 @@ MLA = KVLayout(model="m", kind="mla", dtype="float32", page_size=4, pages=5, lay
         KVSpec(kind="mla", layers=2, latent_dim=6, rope_dim=2),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_a_pools_layout_is_its_memory(spec: KVSpec, dtype: torch.dtype) -> None:
     pool = KVPool(spec, 7, 4, dtype, torch.device("cpu"))
     layout = layout_of(pool, "m")
@@ -39,8 +41,24 @@ def test_a_pools_layout_is_its_memory(spec: KVSpec, dtype: torch.dtype) -> None:
         base += region.size
 
 
+def test_parts_of_a_page_are_the_planes_of_the_fp8_cache() -> None:
+    """The first tokens of a page, cut out by the layout, are those that kernels see; nobody knows the planes twice."""
+    for latent, rope, page in ((512, 64, 64), (24, 8, 16), (5, 3, 16)):
+        spec = KVSpec(kind="mla", layers=1, latent_dim=latent, rope_dim=rope)
+        pool = KVPool(spec, 2, page, torch.float8_e4m3fn, torch.device("cpu"))
+        planes = fp8_planes(pool.latent[0], latent, rope)
+        parts = planes.latent.view(torch.uint8), planes.scale[:, :, None].view(torch.uint8), planes.rope.view(torch.uint8)
+        pool.latent.random_()
+        [region] = layout_of(pool, "m").tensors()
+        content = pool.latent[0, 2].flatten()
+        for tokens in (1, page - 1, page):
+            found = [content[start : start + size] for start, size in region.parts(tokens)]
+            assert [part.tolist() for part in found] == [part[2, :tokens].flatten().tolist() for part in parts]
+        assert region.token_bytes == sum(size for _, size in region.parts(1)) == latent + 4 + 2 * rope
+
+
 def test_a_layout_crosses_the_network() -> None:
-    for layout in (GQA, MLA):
+    for layout in (GQA, MLA, FP8):
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(layout), type=KVLayout) == layout
 
 
@@ -70,6 +88,8 @@ def test_pages_and_ranks_may_differ() -> None:
     check_compatible(GQA, msgspec.structs.replace(GQA, pages=100, tp_size=2, tp_rank=1))
     with pytest.raises(LayoutMismatch, match="kind"):
         check_compatible(GQA, MLA)
+    with pytest.raises(LayoutMismatch, match=r"dtype \(float32 and float8_e4m3fn\)"):
+        check_compatible(MLA, FP8)
 
 
 @pytest.mark.parametrize(

@@ -44,3 +44,22 @@ def test_any_byte_counts() -> None:
         assert view.checksum(pages, range(3), 2, True) != before
         tensor[place] = old
     assert view.checksum(pages, range(3), 2, True) == before
+
+
+def test_pages_of_planes() -> None:
+    """The last page counts as far as its tokens go, in each of the planes."""
+    layout = KVLayout(
+        model="m", kind="mla", dtype="float8_e4m3fn", page_size=16, pages=5, layers=2, latent_dim=24, rope_dim=8
+    )  # fmt: skip
+    ours, theirs = (torch.randint(0, 256, (2, 5, 16, 44), dtype=torch.uint8) for _ in range(2))
+    theirs[:, [1, 4]] = ours[:, [3, 2]]
+    a, b = RegisteredMemory(layout, [ours]), RegisteredMemory(layout, [theirs])
+    for tokens in (1, 7, 15):
+        flat = theirs.view(2, 5, -1)[0, 4]
+        expected = a.checksum([3, 2], range(2), tokens, False)
+        assert b.checksum([1, 4], range(2), tokens, False) == expected
+        for start, width in ((0, 24), (16 * 24, 4), (16 * 28, 16)):
+            for byte, counts in ((start, True), (start + tokens * width - 1, True), (start + tokens * width, False)):
+                flat[byte] ^= 1
+                assert (b.checksum([1, 4], range(2), tokens, False) != expected) == counts
+                flat[byte] ^= 1

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import OutOfMemory
+from .formats import quantised_latents, token_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,8 @@ class KVPool:
     """KV of pages 0 … `pages`, zeros at first.
 
     kind gqa: `k` [layers, pages + 1, page_size, heads, head_dim], `v` [layers, pages + 1, page_size, heads, v_head_dim].
-    kind mla: `latent` [layers, pages + 1, page_size, latent_dim + rope_dim], the latent first, then the rotary key.
+    kind mla: `latent` [layers, pages + 1, page_size, latent_dim + rope_dim], the latent first, then the rotary key; in
+    float8_e4m3fn uint8 [layers, pages + 1, page_size, bytes of a token], each page being planes (`formats.latent_planes`).
     The tensors of the other kind have no elements. Raises `OutOfMemory` if the device has no room.
     """
 
@@ -44,13 +46,16 @@ class KVPool:
             raise self._out_of_memory(free)
         grid = (spec.layers, pages + 1, page_size)
         shapes: dict[str, tuple[int, ...]] = {"k": (0,), "v": (0,), "latent": (0,)}
-        if spec.kind == "mla":
+        kept = dtype
+        if quantised_latents(spec.kind, _name(dtype)):
+            shapes["latent"], kept = (*grid, token_bytes(spec, _name(dtype))), torch.uint8
+        elif spec.kind == "mla":
             shapes["latent"] = (*grid, spec.latent_dim + spec.rope_dim)
         else:
             shapes["k"] = (*grid, spec.heads, spec.head_dim)
             shapes["v"] = (*grid, spec.heads, spec.v_head_dim)
         try:
-            tensors = {name: _zeros(shape, dtype, device) for name, shape in shapes.items()}
+            tensors = {name: _zeros(shape, kept, device) for name, shape in shapes.items()}
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             raise self._out_of_memory(free) from error
         self.k: Tensor = tensors["k"]
@@ -60,12 +65,13 @@ class KVPool:
     @staticmethod
     def bytes_per_page(spec: KVSpec, page_size: int, dtype: torch.dtype) -> int:
         """Bytes of one page over all layers."""
-        return spec.values_per_token() * page_size * dtype.itemsize
+        return spec.layers * page_size * token_bytes(spec, _name(dtype))
 
     def rows(self, layer: int) -> tuple[Tensor, ...]:
         """The layer's tensors seen as token rows: row page × page_size + offset. gqa: (k, v), each
-        [(pages + 1) · page_size, heads, dim]; mla: (latent,), [(pages + 1) · page_size, latent_dim + rope_dim].
-        Views: writing to them writes to the pool."""
+        [(pages + 1) · page_size, heads, dim]; mla: (latent,), [(pages + 1) · page_size, latent_dim + rope_dim], but no such
+        rows in float8_e4m3fn. Views: writing to them writes to the pool."""
+        assert not quantised_latents(self.spec.kind, _name(self.dtype)), "pages of planes have no rows"
         if self.spec.kind == "mla":
             return (self.latent[layer].flatten(0, 1),)
         return self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
@@ -84,6 +90,10 @@ class KVPool:
         if fits < 2 * page:
             return OutOfMemory(message, fix="Not even one page fits: free memory on the device, or choose a smaller model.")
         return OutOfMemory(message, fix=f"Set kv.memory: {max(1, fits // MIB)}MiB or less.")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -21,12 +21,6 @@ class KVSpec(Struct, frozen=True, kw_only=True):
     rope_dim: int = 0
     """mla: width of the shared rotary key."""
 
-    def values_per_token(self) -> int:
-        """Values that one token keeps over all layers."""
-        if self.kind == "mla":
-            return self.layers * (self.latent_dim + self.rope_dim)
-        return self.layers * self.heads * (self.head_dim + self.v_head_dim)
-
 
 class ModelSpec(Struct, frozen=True, kw_only=True):
     """What the engine must know of a model without looking inside."""
@@ -90,6 +84,8 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     """Tokens that the KV pool holds."""
     page_size: int
     slots: int
+    kv_dtype: str = ""
+    """Of the KV pool, as torch names it; empty if the engine does not say."""
     weight_precision: str = ""
     """What matrix weights are kept as, as `model.weight_precision` names it; empty if the engine does not say."""
     speculative: SpeculativeInfo | None = None

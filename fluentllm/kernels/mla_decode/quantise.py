@@ -1,6 +1,7 @@
 """Into and out of the FP8 cache, one launch each: quantise-and-append, query quantisation (with rotary), fetch-and-dequantise.
 
-One program a token (or query row). The arithmetic is `reference.quantise_reference`'s.
+One program a token (or query row). The arithmetic is `reference.quantise_reference`'s. `append.append_norms` begins with what
+the down projection gives.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton.launch import launch
+from ..triton.language import FIRST, LOADED, start_next, wait_for_inputs
+from ..triton.launch import launch, programmatic
 from .layout import LATENT, PAGE, ROPE, Fp8Planes
 
 if TYPE_CHECKING:
@@ -41,57 +43,66 @@ def quantise_query(
     q_latent: Tensor,
     q_rope: Tensor,
     *,
-    cos_sin: Tensor | None = None,
-    positions: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
     interleaved: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q_latent [T, H, 512], q_rope [T, H, 64] (last dimension contiguous) → E4M3 [T, H, 512], BF16 [T, H, 64] divided by
     the scale, scale [T, H] float32.
 
-    With cos_sin [positions, 64] float32 (32 cosines, then 32 sines) and positions [T] int64, rotary is applied to q_rope
-    first: pairs (2i, 2i + 1) if `interleaved`, else (i, i + 32)."""
+    With rotary (cos and sin of the rows, [T, 1, 64] each, as `layers.rotary.Rotary.rows` gives them), q_rope is rotated
+    first: pairs (2i, 2i + 1) if `interleaved`, else (i, i + 32). Reference: `PlainOps.rotary`, `quantise_reference`."""
     tokens, heads, _ = q_latent.shape
     content = torch.empty(tokens, heads, LATENT, dtype=torch.float8_e4m3fn, device=q_latent.device)
     aligned = torch.empty(tokens, heads, ROPE, dtype=torch.bfloat16, device=q_latent.device)
     scale = torch.empty(tokens, heads, dtype=torch.float32, device=q_latent.device)
-    rotate = 0 if cos_sin is None else (1 if interleaved else 2)
+    rotate = 0 if rotary is None else (1 if interleaved else 2)
+    cos, sin = rotary or (scale, scale)
     if tokens:
         launch(
             _quantise_query, (tokens, heads),
-            q_latent, q_rope, scale if cos_sin is None else cos_sin, positions if rotate else scale, content, aligned, scale,
-            q_latent.stride(0), q_latent.stride(1), q_rope.stride(0), q_rope.stride(1), heads,
-            ROTATE=rotate, LATENT=LATENT, ROPE=ROPE, num_warps=1,
+            q_latent, q_rope, cos, sin, content, aligned, scale,
+            q_latent.stride(0), q_latent.stride(1), q_rope.stride(0), q_rope.stride(1), cos.stride(0), heads,
+            ROTATE=rotate, LATENT=LATENT, ROPE=ROPE, num_warps=1, **programmatic(q_latent.device),
         )  # fmt: skip
     return content, aligned, scale
 
 
-def fetch(planes: Fp8Planes, rows: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Token rows [T] int64 → [T, 576] in `dtype`: latent, then rotary key, dequantised (for prefill over a cached prefix)."""
-    out = torch.empty(rows.shape[0], LATENT + ROPE, dtype=dtype, device=rows.device)
-    if rows.shape[0]:
-        launch(
-            _fetch, (rows.shape[0],),
-            out, rows, planes.latent, planes.scale, planes.rope,
-            planes.latent.stride(0), planes.scale.stride(0), planes.rope.stride(0),
-            LATENT=LATENT, ROPE=ROPE, PAGE=PAGE, num_warps=1,
-        )  # fmt: skip
+def fetch(
+    planes: Fp8Planes,
+    rows: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    out: Tensor | None = None,
+    out_rows: Tensor | None = None,
+) -> Tensor:
+    """Token rows [T] int64 → [T, 576] in `dtype`: latent, then rotary key, dequantised (for prefill over a cached prefix).
+    With `out` [R, 576], contiguous, and `out_rows` [T] int64: to those rows of it."""
+    if out is None:
+        out = torch.empty(rows.shape[0], LATENT + ROPE, dtype=dtype, device=rows.device)
+    # Launched for no rows too, which runs nothing: kernels that are compiled ahead are those of a first, short prompt.
+    launch(
+        _fetch, (rows.shape[0],),
+        out, out_rows, rows, planes.latent, planes.scale, planes.rope,
+        planes.latent.stride(0), planes.scale.stride(0), planes.rope.stride(0),
+        LATENT=LATENT, ROPE=ROPE, PAGE=PAGE, num_warps=1,
+    )  # fmt: skip
     return out
 
 
 @triton.jit
-def _scale(content, rope):
+def content_scale(content, rope):
     least = tl.maximum(tl.max(tl.abs(content), 0) / E4M3_MAX, tl.max(tl.abs(rope), 0) / ROPE_MAX)
     bits = tl.minimum(tl.maximum(least, MIN_SCALE), MAX_SCALE).to(tl.int32, bitcast=True)
     return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _to_e4m3(content, scale):
+def to_e4m3(content, scale):
     return tl.minimum(tl.maximum(content / scale, -E4M3_MAX), E4M3_MAX).to(tl.float8e4nv)
 
 
 @triton.jit
-def _aligned(rope, scale):
+def aligned_rope(rope, scale):
     return tl.minimum(tl.maximum(rope / scale, -ROPE_MAX), ROPE_MAX).to(tl.bfloat16)
 
 
@@ -105,21 +116,23 @@ def _append(
     r = tl.arange(0, ROPE)
     content = tl.load(latent + token * latent_stride + c).to(tl.float32)
     turned = tl.load(rope + token * rope_stride + r).to(tl.float32)
-    scale = _scale(content, turned)
+    scale = content_scale(content, turned)
     row = tl.load(rows + token)
     page = row // PAGE
     offset = row % PAGE
-    tl.store(out_latent + page * page_latent + offset * LATENT + c, _to_e4m3(content, scale))
+    tl.store(out_latent + page * page_latent + offset * LATENT + c, to_e4m3(content, scale))
     tl.store(out_scale + page * page_scale + offset, scale)
-    tl.store(out_rope + page * page_rope + offset * ROPE + r, _aligned(turned, scale))
+    tl.store(out_rope + page * page_rope + offset * ROPE + r, aligned_rope(turned, scale))
 
 
 @triton.jit
 def _quantise_query(
-    q_latent, q_rope, cos_sin, positions, out_latent, out_rope, out_scale, latent_token, latent_head, rope_token, rope_head,
-    heads, ROTATE: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
+    q_latent, q_rope, cos, sin, out_latent, out_rope, out_scale, latent_token, latent_head, rope_token, rope_head, cos_row,
+    heads, ROTATE: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
+    start_next(PDL, FIRST)
+    wait_for_inputs(PDL)
     head = tl.program_id(1)
     c = tl.arange(0, LATENT)
     r = tl.arange(0, ROPE)
@@ -130,24 +143,22 @@ def _quantise_query(
     if ROTATE:
         if ROTATE == 1:
             partner = r ^ 1
-            pair = r // 2
-            sign = (r % 2).to(tl.float32) * 2 - 1
         else:
             partner = r ^ HALF
-            pair = r % HALF
-            sign = (r // HALF).to(tl.float32) * 2 - 1
-        angle = cos_sin + tl.load(positions + token) * ROPE
-        turned = turned * tl.load(angle + pair) + sign * tl.load(base + partner).to(tl.float32) * tl.load(angle + HALF + pair)
-    scale = _scale(content, turned)
+        other = tl.load(base + partner).to(tl.float32)
+        turned = turned * tl.load(cos + token * cos_row + r).to(tl.float32)
+        turned += other * tl.load(sin + token * cos_row + r).to(tl.float32)
+    start_next(PDL, LOADED)
+    scale = content_scale(content, turned)
     row = token * heads + head
-    tl.store(out_latent + row * LATENT + c, _to_e4m3(content, scale))
-    tl.store(out_rope + row * ROPE + r, _aligned(turned, scale))
+    tl.store(out_latent + row * LATENT + c, to_e4m3(content, scale))
+    tl.store(out_rope + row * ROPE + r, aligned_rope(turned, scale))
     tl.store(out_scale + row, scale)
 
 
 @triton.jit
 def _fetch(
-    out, rows, latent, scale, rope, page_latent, page_scale, page_rope,
+    out, out_rows, rows, latent, scale, rope, page_latent, page_scale, page_rope,
     LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -159,6 +170,8 @@ def _fetch(
     factor = tl.load(scale + page * page_scale + offset)
     content = tl.load(latent + page * page_latent + offset * LATENT + c).to(tl.float32)
     turned = tl.load(rope + page * page_rope + offset * ROPE + r).to(tl.float32)
+    if out_rows is not None:
+        token = tl.load(out_rows + token)
     target = out + token * (LATENT + ROPE)
     tl.store(target + c, (content * factor).to(out.dtype.element_ty))
     tl.store(target + LATENT + r, (turned * factor).to(out.dtype.element_ty))

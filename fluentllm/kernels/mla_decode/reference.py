@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .layout import E4M3_MAX, LATENT, MAX_SCALE, MIN_SCALE, PAGE, ROPE_MAX, Fp8Planes
+from .layout import E4M3_MAX, MAX_SCALE, MIN_SCALE, PAGE, ROPE_MAX, Fp8Planes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def token_scale(latent: Tensor, rope: Tensor) -> Tensor:
-    """[…, 512], […, 64] → […] float32: the content scale of a token or of a query row, the least power of two that
+    """[…, C], […, R] → […] float32: the content scale of a token or of a query row, the least power of two that
     brings the latent under E4M3's 448 (and the rotary part, divided by it, into BF16)."""
     least = torch.maximum(latent.float().abs().amax(-1) / E4M3_MAX, rope.float().abs().amax(-1) / ROPE_MAX)
     bits = least.clamp(MIN_SCALE, MAX_SCALE).view(torch.int32)
@@ -26,7 +26,7 @@ def token_scale(latent: Tensor, rope: Tensor) -> Tensor:
 
 
 def quantise_reference(latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[…, 512], […, 64] → E4M3 […, 512], BF16 […, 64] = rope / scale, scale […] float32 (SnapMLA, arXiv 2602.10718,
+    """[…, C], […, R] → E4M3 […, C], BF16 […, R] = rope / scale, scale […] float32 (SnapMLA, arXiv 2602.10718,
     eq. 6, with a floor under the scale)."""
     scale = token_scale(latent, rope)
     content = (latent.float() / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
@@ -34,39 +34,42 @@ def quantise_reference(latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def append_reference(planes: Fp8Planes, latent: Tensor, rope: Tensor, rows: Tensor) -> None:
-    """Quantise tokens [T, 512], [T, 64] and write them at token rows `rows` [T] (page · 64 + offset)."""
+    """Quantise tokens [T, C], [T, R] and write them at token rows `rows` [T] (page · page size + offset)."""
     content, aligned, scale = quantise_reference(latent, rope)
-    page, offset = rows // PAGE, rows % PAGE
+    page, offset = rows // planes.page, rows % planes.page
     planes.latent.view(torch.uint8)[page, offset] = content.view(torch.uint8)
     planes.scale[page, offset] = scale
     planes.rope[page, offset] = aligned
 
 
 def fetch_reference(planes: Fp8Planes, rows: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Token rows [T] → latent [T, 512], rotary [T, 64], dequantised."""
-    page, offset = rows // PAGE, rows % PAGE
+    """Token rows [T] → latent [T, C], rotary [T, R], dequantised."""
+    page, offset = rows // planes.page, rows % planes.page
     scale = planes.scale[page, offset].to(dtype)[:, None]
     content = planes.latent.view(torch.uint8)[page, offset].view(torch.float8_e4m3fn)
     return content.to(dtype) * scale, planes.rope[page, offset].to(dtype) * scale
 
 
-def gather_tokens(table: Tensor, length: int) -> Tensor:
+def gather_tokens(table: Tensor, length: int, page: int = PAGE) -> Tensor:
     """Token rows of a sequence's first `length` keys, from its page table row [P]."""
     positions = torch.arange(length, device=table.device)
-    return table.long()[positions // PAGE] * PAGE + positions % PAGE
+    return table.long()[positions // page] * page + positions % page
 
 
-def attend(q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """One sequence: q [q, H, 512], [q, H, 64], keys [L, 512], [L, 64] → [q, H, 512] in `dtype`. Rows without a visible
-    key are zero."""
+def attend(
+    q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, scale: float, dtype: torch.dtype, first_key: int = 0
+) -> Tensor:
+    """One sequence: q [q, H, C], [q, H, R], keys [L, C], [L, R] → [q, H, C] in `dtype`. Rows without a visible
+    key are zero; keys before `first_key` are not visible."""
     queries, heads, _ = q_latent.shape
     length = latent.shape[0]
     if length == 0:
-        return torch.zeros(queries, heads, LATENT, dtype=dtype, device=q_latent.device)
+        return torch.zeros(queries, heads, latent.shape[1], dtype=dtype, device=q_latent.device)
     logits = torch.einsum("qhc,lc->qhl", q_latent.to(dtype), latent.to(dtype))
     logits = (logits + torch.einsum("qhc,lc->qhl", q_rope.to(dtype), rope.to(dtype))) * scale
     limit = length - queries + torch.arange(queries, device=logits.device)
-    hidden = torch.arange(length, device=logits.device)[None, :] > limit[:, None]
+    index = torch.arange(length, device=logits.device)[None, :]
+    hidden = (index > limit[:, None]) | (index < first_key)
     probs = logits.masked_fill(hidden[:, None, :], -math.inf).softmax(-1).nan_to_num(0.0)
     return torch.einsum("qhl,lc->qhc", probs, latent.to(dtype))
 
@@ -85,12 +88,12 @@ def decode_reference(
     lengths [N] (keys, the q new ones included; 0 for an inert sequence) → [N, q, H, 512] in `dtype`."""
     outputs = []
     for i, length in enumerate(lengths.tolist()):
-        rows = gather_tokens(page_table[i], length)
+        rows = gather_tokens(page_table[i], length, cache.page if isinstance(cache, Fp8Planes) else cache.shape[1])
         if isinstance(cache, Fp8Planes):
             latent, rope = fetch_reference(cache, rows, dtype)
         else:
-            tokens = cache[rows // PAGE, rows % PAGE].to(dtype)
-            latent, rope = tokens[:, :LATENT], tokens[:, LATENT:]
+            tokens = cache.flatten(0, 1)[rows].to(dtype)
+            latent, rope = tokens.split((q_latent.shape[-1], q_rope.shape[-1]), -1)
         outputs.append(attend(q_latent[i], q_rope[i], latent, rope, scale, dtype))
     return torch.stack(outputs)
 

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 
 @triton.jit
+def kept(x, dtype: tl.constexpr):
+    """x float32 as a cache of this dtype keeps it: what FP8 cannot hold becomes its largest value (`kernels.kv_fp8.kept`)."""
+    if dtype == tl.float8e4nv:
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    return x.to(dtype)
+
+
+@triton.jit
 def _rotate_and_append_kernel(
     q_out, k_rows, v_rows, qkv, cos, sin, kv_row, q_weight, k_weight, positions, eps, inverse_k_scale, inverse_v_scale,
     qkv_row, q_row, k_row, k_head, v_row, v_head, rope_row,
@@ -67,8 +75,8 @@ def _rotate_and_append_kernel(
 
     tl.store(q_out + token * q_row + (head * DIM)[:, None] + d[None, :], rotated, mask=is_q[:, None] & inside)
     row = tl.load(kv_row + token).to(tl.int64)
-    k = (rotated.to(tl.float32) * inverse_k_scale).to(k_rows.dtype.element_ty)
-    v = (x.to(tl.float32) * inverse_v_scale).to(v_rows.dtype.element_ty)
+    k = kept(rotated.to(tl.float32) * inverse_k_scale, k_rows.dtype.element_ty)
+    v = kept(x.to(tl.float32) * inverse_v_scale, v_rows.dtype.element_ty)
     k_at = k_rows + row * k_row + ((head - HEADS) * k_head)[:, None] + d[None, :]
     v_at = v_rows + row * v_row + ((head - HEADS - KV_HEADS) * v_head)[:, None] + d[None, :]
     tl.store(k_at, k, mask=is_k[:, None] & inside)
@@ -127,8 +135,8 @@ def _append_kernel(first_out, second_out, first, second, rows, first_row, second
     a = tl.load(first + token * first_row + i, mask=i < FIRST_SIZE, other=0.0)
     b = tl.load(second + token * second_row + i, mask=i < SECOND_SIZE, other=0.0)
     start_next(PDL, LOADED)
-    a = (a.to(tl.float32) * inverse_first_scale).to(first_out.dtype.element_ty)
-    b = (b.to(tl.float32) * inverse_second_scale).to(second_out.dtype.element_ty)
+    a = kept(a.to(tl.float32) * inverse_first_scale, first_out.dtype.element_ty)
+    b = kept(b.to(tl.float32) * inverse_second_scale, second_out.dtype.element_ty)
     tl.store(first_out + row * first_out_row + i, a, mask=i < FIRST_SIZE)
     tl.store(second_out + row * second_out_row + i, b, mask=i < SECOND_SIZE)
 

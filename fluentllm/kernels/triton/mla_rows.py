@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _norm(x, weight, at, eps, SIZE: tl.constexpr):
+def norm_row(x, weight, at, eps, SIZE: tl.constexpr):
     """RMS norm of one row in float32, rounded to x's dtype as a norm of its own would leave it."""
     y = x.to(tl.float32)
     y = y * tl.rsqrt(tl.sum(y * y, 0) / SIZE + eps)
@@ -40,13 +40,13 @@ def _append_latents_kernel(q_out, cache, down, q_weight, kv_weight, cos, sin, kv
             j = tl.arange(0, BLOCK_Q)
             query = tl.load(row + j, mask=j < Q, other=0.0)
             start_next(PDL, LOADED)
-            tl.store(q_out + token * q_row + j, _norm(query, q_weight, j, eps, Q), mask=j < Q)
+            tl.store(q_out + token * q_row + j, norm_row(query, q_weight, j, eps, Q), mask=j < Q)
     else:
         target = cache + tl.load(kv_rows + token).to(tl.int64) * cache_row
         i = tl.arange(0, BLOCK_KV)
         x = tl.load(row + Q + i, mask=i < KV, other=0.0)
         start_next(PDL, LOADED)
-        latent = _norm(x, kv_weight, i, eps, KV)
+        latent = norm_row(x, kv_weight, i, eps, KV)
         if latent_scale != 1.0:
             latent = (latent.to(tl.float32) * latent_scale).to(x.dtype)
         tl.store(target + i, latent.to(cache.dtype.element_ty), mask=i < KV)

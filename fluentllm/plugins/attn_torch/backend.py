@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from fluentllm.kernels.attention_mla import mla_absorbed, mla_expanded
+from fluentllm.kernels.kv_fp8 import kept, write_rows
 from fluentllm.kernels.native.attention import PagedDecode
 
 from .plan import DecodePlan, SequencePlan, plan_decode, plan_prefill
@@ -46,7 +48,7 @@ class TorchAttention:
         self._windows: dict[int, Window] | None = None
         if pool.device.type == "cpu" and pool.dtype is self._dtype:
             self._windows = {}
-        self._bytes_per_token = pool.spec.values_per_token() * pool.dtype.itemsize
+        self._bytes_per_token = pool.bytes // ((pool.pages + 1) * pool.page_size)
         self._started = False
 
     def begin(self, batch: Batch) -> None:
@@ -74,9 +76,9 @@ class TorchAttention:
             return self._paged(q, k, v, (pool_k, pool_v), batch.kv_rows, batch.page_table, batch.positions, scale)
         k_rows, v_rows = self._rows[layer]
         if self._converts:
-            k, v = k.to(self._kv_dtype), v.to(self._kv_dtype)
-        k_rows.index_copy_(0, batch.kv_rows, k)
-        v_rows.index_copy_(0, batch.kv_rows, v)
+            k, v = kept(k, self._kv_dtype), kept(v, self._kv_dtype)
+        write_rows(k_rows, batch.kv_rows, k)
+        write_rows(v_rows, batch.kv_rows, v)
         if self._decode is not None:
             if not self._started:
                 self._start(layer, batch, self._decode)
@@ -171,46 +173,3 @@ class TorchAttention:
         """[pages, page_size, ...] → [keys, ...]."""
         assert plan.pages is not None
         return pages.index_select(0, plan.pages).flatten(0, 1)[: plan.keys].to(self._dtype)
-
-
-def mla_absorbed(
-    q_nope: Tensor, q_rope: Tensor, known: Tensor, up_k: Tensor, up_v: Tensor, mask: Tensor, scale: float
-) -> Tensor:
-    """Queries taken to the latent space: q' = q_nope · up_k, scores = (q', q_rope) · (latent, k_rope), output = up_v · (weights
-    · latent). known [N, L, C + rope], mask [N, 1, q, L] → [N · q, H, Dv]."""
-    rows, heads, _ = q_nope.shape
-    sequences, keys, _ = known.shape
-    width = up_k.shape[2]
-    absorbed = torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1)
-    queries = torch.cat((absorbed, q_rope), -1).view(sequences, -1, known.shape[2])
-    scores = torch.bmm(queries, known.transpose(1, 2)).view(sequences, -1, heads, keys).mul_(scale)
-    weights = torch.softmax(scores + mask.transpose(1, 2), -1, dtype=torch.float32).to(q_nope.dtype)
-    summed = torch.bmm(weights.view(sequences, -1, keys), known[..., :width]).view(rows, heads, width)
-    return torch.bmm(summed.transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)
-
-
-def mla_expanded(
-    q_nope: Tensor,
-    q_rope: Tensor,
-    latent: Tensor,
-    k_rope: Tensor,
-    up_k: Tensor,
-    up_v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """Keys and values of each head made from the latent: q_nope [T, H, nope], latent [L, C], k_rope [L, rope], mask [1, 1, T,
-    L] bool or None for plain causal → [T, H, Dv]."""
-    heads = q_nope.shape[1]
-    keys = torch.matmul(latent, up_k.transpose(1, 2))
-    keys = torch.cat((keys, k_rope.expand(heads, -1, -1)), -1)
-    values = torch.matmul(latent, up_v.transpose(1, 2))
-    out = F.scaled_dot_product_attention(
-        torch.cat((q_nope, q_rope), -1).transpose(0, 1).unsqueeze(0),
-        keys.unsqueeze(0),
-        values.unsqueeze(0),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-    )
-    return out[0].transpose(0, 1)

@@ -9,6 +9,7 @@ import torch
 from fluentllm.kernels.attention_fixed import fixed_order_attention
 from fluentllm.kernels.attention_reference import gather_rows
 from fluentllm.kernels.fixed_order import FixedOrderOps
+from fluentllm.kernels.kv_fp8 import kept, write_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +37,7 @@ class FixedOrderAttention:
     def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
         pool_k, pool_v = self._pool.k[layer], self._pool.v[layer]
         for rows, new in zip(self._pool.rows(layer), (k, v), strict=True):
-            rows.index_copy_(0, batch.kv_rows, new.to(rows.dtype))
+            write_rows(rows, batch.kv_rows, kept(new, rows.dtype))
         parts = [
             fixed_order_attention(
                 q[span],

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fluentllm.kernels.attention_mla import expanded_keys_and_values
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -29,14 +31,7 @@ class ExpandedPages:
     def keys_and_values(self, latent_pages: Tensor, up_k: Tensor, up_v: Tensor) -> tuple[Tensor, Tensor]:
         """latent_pages [P, page, C + rope], up_k [H, nope, C], up_v [H, Dv, C] → keys [E, page, H, nope + rope], values
         [E, page, H, Dv]."""
-        heads, nope, width = up_k.shape
-        known = latent_pages.index_select(0, self.sources)
-        latent, rope = known.split((width, known.shape[-1] - width), -1)
-        keys = known.new_empty(*known.shape[:2], heads, nope + rope.shape[-1])
-        keys[..., :nope] = (latent @ up_k.flatten(0, 1).T).unflatten(-1, (heads, nope))
-        keys[..., nope:] = rope.unsqueeze(2)
-        values = (latent @ up_v.flatten(0, 1).T).unflatten(-1, (heads, up_v.shape[1]))
-        return keys, values
+        return expanded_keys_and_values(latent_pages.index_select(0, self.sources), up_k, up_v)
 
 
 def expand_pages(batch: Batch) -> ExpandedPages:

@@ -1,0 +1,61 @@
+"""Where a prefill pass has its tokens: a workspace with pages of its own, filled with fresh ones and with cached ones.
+
+Planned once a pass, from lengths that the host knows. `kernels.triton.gqa_prefill` reads the workspace as it reads a pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fluentllm.core.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """For all layers of a pass."""
+
+    pages: int
+    page_table: Tensor
+    """[N, W] int32: where each sequence's pages stand in the workspace."""
+    fresh: Tensor
+    """[T] int64: the workspace's rows of the pass's own tokens."""
+    cached: Tensor
+    """[F] int64: token rows of the pool, of what was computed before the pass."""
+    cached_to: Tensor
+    """[F] int64: the workspace's rows of those."""
+
+
+def plan_workspace(batch: Batch) -> Workspace:
+    lengths, counts = batch.kv_lengths_host, batch.query_lengths
+    assert lengths is not None
+    assert counts is not None
+    size = batch.page_size
+    pages = torch.tensor([-(-keys // size) for keys in lengths], dtype=torch.int64)
+    first_page = torch.cat((pages.new_zeros(1), pages.cumsum(0)))
+    width = int(pages.max()) if lengths else 0
+    table = (first_page[:-1].unsqueeze(1) + torch.arange(width)).to(torch.int32)
+    starts = [keys - count for keys, count in zip(lengths, counts, strict=True)]
+    bases = (first_page[:-1] * size).tolist()
+    nothing = torch.arange(0)
+    fresh = torch.cat([nothing, *(torch.arange(b + s, b + k) for b, s, k in zip(bases, starts, lengths, strict=True))])
+    position = torch.cat([nothing, *(torch.arange(start) for start in starts)])
+    cached_to = torch.cat([nothing, *(torch.arange(b, b + s) for b, s in zip(bases, starts, strict=True))])
+    # Where the pages of cached tokens stand in the flattened page table of the batch.
+    owner = torch.repeat_interleave(torch.arange(len(starts)), torch.tensor(starts, dtype=torch.int64))
+    entry = owner * batch.page_table.shape[1] + position // size
+    table, fresh, cached_to, entry, offset = (
+        _to(tensor, batch.page_table.device) for tensor in (table, fresh, cached_to, entry, position % size)
+    )
+    cached = batch.page_table.flatten()[entry].to(torch.int64) * size + offset
+    return Workspace(int(first_page[-1]), table, fresh, cached, cached_to)
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Without waiting: what is copied from pinned memory is copied in the order of the stream."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
