@@ -129,5 +129,7 @@ def _read(profiler: Any) -> Seen:
     for begin, end in ranges:
         inside = [event.name for event in runtime if begin <= event.time_range.start < end]
         seen.calls.append(Counter(inside))
-        seen.graphs += [e.time_range.start for e in runtime if e.name == "cudaGraphLaunch" and begin <= e.time_range.start < end]
+        seen.graphs += [
+            e.time_range.start for e in runtime if e.name == "cudaGraphLaunch" and begin <= e.time_range.start < end
+        ]
     return seen

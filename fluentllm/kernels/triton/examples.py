@@ -258,7 +258,9 @@ def fixed_order() -> None:
     fixed_bmm(_empty(5, 16, 128, dtype=torch.float32).transpose(0, 1), _floats(16, 128, 512))
     router_logits(_empty(2, 2048), _floats(64, 2048), each=4)
     choices = 2, 6
-    experts(_empty(2, 2048), _floats(*choices), _ints(*choices), _empty(64, 2816, 2048), _empty(64, 2048, 1408), tile=EXPERT_TILE)
+    experts(
+        _empty(2, 2048), _floats(*choices), _ints(*choices), _empty(64, 2816, 2048), _empty(64, 2048, 1408), tile=EXPERT_TILE
+    )
 
 
 EXAMPLES: list[Callable[[], None]] = [

@@ -163,5 +163,3 @@ class FixedTritonAttention(FusedGQA, FusedMLA):
         out = query.new_empty(*query.shape[:2], up_v.shape[1])
         fixed_bmm(latent.transpose(0, 1), up_v.transpose(1, 2), out.transpose(0, 1))
         return out
-
-

@@ -4,7 +4,7 @@ of 1 to 64, at any place in them, in queries of 1 to 8 rows and across any chunk
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,6 +31,7 @@ BATCHES = (0, 2, 17, 64) if INTERPRETED else range(ROWS + 1)
 WIDTH, OUT = 96, 80
 OPS = FixedTritonOps()
 Operation = Callable[..., Tensor]
+Backend = Callable[[AttentionContext], AttentionBackend]
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +206,9 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 class Passes:
     """Two sequences whose queries, keys and values are given for every position; any cut into passes over one backend."""
 
-    def __init__(self, kind: str, dtype: torch.dtype, make: Maker, backend: Callable[[AttentionContext], AttentionBackend]) -> None:
+    def __init__(
+        self, kind: str, dtype: torch.dtype, make: Maker, backend: Callable[[AttentionContext], AttentionBackend]
+    ) -> None:
         self.kv, self.device = KINDS[kind], make.device
         generator = torch.Generator().manual_seed(7)
 
@@ -259,9 +262,9 @@ SETTINGS = [("gqa", torch.float32), ("mla", torch.bfloat16), ("gqa of 96", torch
 
 
 @pytest.fixture(params=SETTINGS[:2] if INTERPRETED else SETTINGS, ids=str)
-def attention(request: pytest.FixtureRequest, make: Maker) -> Iterator[tuple[Passes, list[Tensor]]]:
+def attention(request: pytest.FixtureRequest, make: Maker) -> tuple[Passes, list[Tensor]]:
     passes = Passes(*request.param, make, FixedTritonAttention)
-    yield passes, passes.fill()
+    return passes, passes.fill()
 
 
 def test_attention_is_the_references(attention: tuple[Passes, list[Tensor]], make: Maker) -> None:
