@@ -88,7 +88,8 @@ def test_a_random_mix_of_requests_gives_each_what_it_gets_alone(name: str, tmp_p
         for _ in range(2):  # eagerly and captured, without a prefix cache to speak of and with one
             found = local.call(together(local, wanted))
             for job, tokens, alone in zip(wanted, found, expected, strict=True):
-                assert tokens == (alone if job.leaves_after is None else alone[: len(tokens)]), (job.number, len(job.prompt))
+                whole = job.leaves_after is None
+                assert tokens == (alone if whole else alone[: len(tokens)]), (job.number, len(job.prompt))
         stats = local.engine.stats()
         assert len(local.engine.executor.programs._graphs), "nothing was captured"
     assert stats.preemptions > 0, "nothing was preempted: the pool is too large"

@@ -30,8 +30,7 @@ class Seen:
     """When each graph was launched, µs."""
 
     def idle(self) -> list[float]:
-        """µs between the programs of one step and the next: the longest gap after each launch of a graph but the first, as far as
-        the device is concerned: gaps between the last kernel of one graph and the first of the next."""
+        """µs that the device pauses between one step's program and the next one's."""
         gaps = []
         end = self.busy[0][1]
         for begin, stop in self.busy[1:]:
