@@ -19,6 +19,10 @@ log = logging.getLogger(__name__)
 def choose_ops(device: torch.device, deterministic: bool, library: Library | None = None) -> Ops:
     """The arithmetic of a model: fast, or with every row's bits independent of the rest of the batch. `library`: C kernels
     for a CPU (`load_library`)."""
+    if deterministic and device.type == "cuda":
+        from .triton.fixed_ops import FixedTritonOps
+
+        return FixedTritonOps()
     if deterministic:
         from .fixed_order import FixedOrderOps
 

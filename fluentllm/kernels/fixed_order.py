@@ -7,6 +7,7 @@ only; what is left of elementwise work runs over pieces of a fixed length. Slowe
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from .ops import Ops
     from .weights import Weight
 
 TILE = 8
@@ -62,20 +64,46 @@ class FixedOrderOps(PlainOps):
 
 
 def slowdown(matrices: Iterable[Weight], rows: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """Seconds that one product of `rows` rows with each of the matrices takes, plain and in fixed order."""
+    """Seconds that one product of `rows` rows with each of the matrices takes on the device, plain and in fixed order."""
+    from . import choose_ops
+
     matrices = list(matrices)
     inputs = {m.in_features: torch.randn(rows, m.in_features, dtype=dtype, device=device) for m in matrices}
-    times = []
-    for ops in (PlainOps(), FixedOrderOps()):
-        for _ in range(2):  # the first pass warms up
-            started = time.perf_counter()
-            for matrix in matrices:
-                ops.linear(inputs[matrix.in_features], matrix)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds = time.perf_counter() - started
-        times.append(seconds)
-    return times[0], times[1]
+
+    def every(ops: Ops) -> None:
+        for matrix in matrices:
+            ops.linear(inputs[matrix.in_features], matrix)
+
+    time_of = _seconds_on_gpu if device.type == "cuda" else _seconds
+    plain, fixed = (time_of(partial(every, choose_ops(device, deterministic))) for deterministic in (False, True))
+    return plain, fixed
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    work()  # warms up
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _seconds_on_gpu(work: Callable[[], None]) -> float:
+    """In a CUDA graph, as steps are: launching one by one would take the host longer than the device."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    graph = torch.cuda.CUDAGraph()
+    started, stopped = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()  # compiles
+        stream.synchronize()
+        graph.capture_begin(capture_error_mode="thread_local")
+        work()
+        graph.capture_end()
+        graph.replay()
+        started.record()
+        graph.replay()
+        stopped.record()
+    stopped.synchronize()
+    return float(started.elapsed_time(stopped)) / 1e3
 
 
 def tiled(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -42,9 +42,9 @@ SMALL: dict[str, dict[str, int]] = {
 }
 
 
-def small(name: str, folder: Path) -> Path:
+def small(name: str, folder: Path, **changes: Any) -> Path:
     config = json.loads((SHAPES / name / "config.json").read_text())
-    config |= {"vocab_size": VOCABULARY, "hidden_size": 256, "max_position_embeddings": 4096, **SMALL[name]}
+    config |= {"vocab_size": VOCABULARY, "hidden_size": 256, "max_position_embeddings": 4096, **SMALL[name], **changes}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .launch import Launch
 
 HOPPER = GPUTarget("cuda", 90, 32)
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "enable_fp_fusion")
 _POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",

@@ -14,6 +14,9 @@ from .commit import commit_tokens, decode_rows, leave_drafts
 from .draw import argmax, draw
 from .elementwise import embedding, rotary, silu_mul
 from .filter import filter_thresholds
+from .fixed_attention import fixed_attention, plan_decode, plan_prefill, span_of
+from .fixed_ops import EXPERT_TILE
+from .fixed_product import fixed_bmm, fixed_linear
 from .fp8_gemm import fp8_gemm
 from .fp8_quantise import quantise_rows, silu_mul_quantise
 from .gqa_decode import gqa_decode, query_tiles
@@ -226,6 +229,41 @@ def experts_in_fp8() -> None:
         fp8_experts(_empty(tokens, hidden), _floats(*choices), _ints(*choices), gate_up, down)
 
 
+def fixed_order() -> None:
+    # (heads, KV heads, dim, values, page, dtype): grouped heads, and latents.
+    for heads, kv_heads, dim, value_dim, page, dtype in (
+        (32, 8, 128, 128, 16, BF16),
+        (16, 8, 96, 96, 16, torch.float16),
+        (8, 1, 256, 256, 64, BF16),
+        (16, 1, 576, 512, 64, BF16),
+        (4, 4, 64, 64, 16, torch.float32),
+        (16, 1, 576, 512, 64, torch.float32),
+    ):
+        span, group = span_of(131072), heads // kv_heads
+        cache, table = _empty(1000, page, kv_heads, dim, dtype=dtype), _ints(2, 131072 // page)
+        plans = [
+            plan_prefill(_ints(3), _ints(2), (300, 5), group, value_dim, span),
+            plan_decode(_ints(3), _ints(2), 4, group, value_dim, kv_heads, 131072, span),
+        ]
+        for plan, rows in zip(plans, (305, 8), strict=True):
+            fixed_attention(_empty(rows, heads, dim, dtype=dtype), cache, cache[..., :value_dim], table, plan, 0.1)
+    for rows, depth, dtype in ((4096, 4096, BF16), (151936, 1024, BF16), (2112, 2048, torch.float32)):
+        for tokens in (1, 300):
+            x, weight = _empty(tokens, depth, dtype=dtype), _empty(rows, depth, dtype=dtype)
+            fixed_linear(x, weight, out_dtype=torch.float32)
+            fixed_linear(x, weight, gated=True)
+    q, scale = quantise_rows(_empty(300, 2048))
+    for gated in (False, True):
+        fixed_linear(q, _empty(4096, 2048, dtype=FP8), x_scale=scale, w_scale=_floats(32, 16), gated=gated)
+    fixed_bmm(_empty(5, 16, 128).transpose(0, 1), _empty(16, 128, 512))
+    fixed_bmm(_empty(5, 16, 128, dtype=torch.float32).transpose(0, 1), _floats(16, 128, 512))
+    router_logits(_empty(2, 2048), _floats(64, 2048), each=4)
+    choices = 2, 6
+    experts(
+        _empty(2, 2048), _floats(*choices), _ints(*choices), _empty(64, 2816, 2048), _empty(64, 2048, 1408), tile=EXPERT_TILE
+    )
+
+
 EXAMPLES: list[Callable[[], None]] = [
     decode_attention,
     prefill_attention,
@@ -237,6 +275,7 @@ EXAMPLES: list[Callable[[], None]] = [
     products_of_few_rows,
     experts_in_fp8,
     ngrams,
+    fixed_order,
 ]
 
 

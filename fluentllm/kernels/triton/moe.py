@@ -15,22 +15,33 @@ from .moe_tiles import tile_for
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .moe_tiles import Tile
+
 SMALL_TOKENS = 2
 """Up to here two tokens seldom share an expert, and sorting costs more than it saves."""
 
 
-def experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor | None = None) -> Tensor:
+def experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    shared: Tensor | None = None,
+    *,
+    tile: Tile | None = None,
+) -> Tensor:
     """Σ_k weights[t, k] · expert(ids[t, k], x[t]) + shared[t] → [T, hidden] in x's dtype.
 
     x [T, hidden]; weights [T, K] float32 and ids [T, K] int32 of `moe_route.route`, ids of E or more being zero experts;
     gate_up [E, 2 · inner, hidden] (gate rows first), down [E, hidden, inner]. Every sum is in the order of its own token's
-    choices.
+    choices. `tile`: sort, and take this one, whatever T is (deterministic mode).
     Reference: `kernels.moe.combine_reference`.
     """
-    if x.shape[0] <= SMALL_TOKENS:
+    if x.shape[0] <= SMALL_TOKENS and tile is None:
         return small_moe(x, weights, ids, gate_up, down, shared)
     count, hidden, inner = down.shape
-    tile = tile_for(ids.numel(), count, hidden, inner)
+    tile = tile or tile_for(ids.numel(), count, hidden, inner)
     tiles = sort_by_expert(ids, count, tile.rows)
     if tile.swapped:
         y = stream_down(stream_gate_up(x, gate_up, tiles, ids.shape[1], tile), down, tiles, tile)
@@ -46,6 +57,8 @@ def fp8_experts(
     gate_up: tuple[Tensor, Tensor],
     down: tuple[Tensor, Tensor],
     shared: Tensor | None = None,
+    *,
+    tile: Tile | None = None,
 ) -> Tensor:
     """As `experts`, with matrices in block FP8: (E4M3, scale), gate_up [E, 2 · inner, hidden] and float32 [E, 2 · inner / 128,
     ⌈hidden / 128⌉], down [E, hidden, inner] and [E, hidden / 128, inner / 128]; hidden and inner multiples of 128.
@@ -53,7 +66,7 @@ def fp8_experts(
     Reference: `kernels.moe.combine_reference` of the dequantised operands.
     """
     count, hidden, inner = down[0].shape
-    tile = tile_for(ids.numel(), count, hidden, inner, 1)
+    tile = tile or tile_for(ids.numel(), count, hidden, inner, 1)
     tiles = sort_by_expert(ids, count, tile.rows)
     q, scale = quantise_rows(x)
     h = stream_gate_up(q, gate_up[0], tiles, ids.shape[1], tile, x_scale=scale, w_scale=gate_up[1])

@@ -38,11 +38,12 @@ def _scores_kernel(logits, x, w, tokens, x_row, w_row, total, HIDDEN: tl.constex
             tl.store(logits + token.to(tl.int64) * total + expert, tl.sum(a * row, 0))
 
 
-def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, hidden], weight [total, hidden] float32 → [T, total] float32. Reference: `F.linear` of x in float32."""
+def router_logits(x: Tensor, weight: Tensor, *, each: int | None = None) -> Tensor:
+    """x [T, hidden], weight [total, hidden] float32 → [T, total] float32; `each`: tokens of a program, else by T. Reference:
+    `F.linear` of x in float32."""
     (tokens, hidden), total = x.shape, weight.shape[0]
     logits = torch.empty(tokens, total, dtype=torch.float32, device=x.device)
-    each = 1 if tokens <= 4 else 4
+    each = each or (1 if tokens <= 4 else 4)
     launch(
         _scores_kernel, (total, -(-tokens // each)), logits, x, weight, tokens, x.stride(0), weight.stride(0), total,
         HIDDEN=hidden, BLOCK=power_of_2(hidden), TOKENS=each, num_warps=4, **programmatic(x.device),

@@ -14,6 +14,8 @@ FLUENT_API_VERSION = 1
 PAGE_SIZES = (16, 32, 64, 128)
 MOST_VALUES = 256
 """A head's, in the tiles of the kernels."""
+MOST_LATENT = 512
+"""Values of a latent, in the tiles of deterministic mode."""
 
 
 class TritonAttentionPlugin:
@@ -26,14 +28,12 @@ def _supports(spec: AttentionSpec) -> str | None:
     kv = spec.model.kv
     if spec.device != "cuda":
         return f"it runs on NVIDIA GPUs, not on {spec.device}"
-    if spec.deterministic:
-        return "its prefill and its decode add in different orders, which deterministic mode forbids"
     if spec.page_size not in PAGE_SIZES:
         return f"it reads pages of {', '.join(map(str, PAGE_SIZES))} tokens, not {spec.page_size} (kv.page_size)"
     if kv.kind == "gqa":
         return _supports_gqa(spec)
     if kv.kind == "mla":
-        return _supports_mla(spec)
+        return _supports_mla(spec) if not spec.deterministic else _supports_fixed_mla(spec)
     return f"it knows gqa and mla, not {kv.kind}"
 
 
@@ -63,7 +63,20 @@ def _supports_mla(spec: AttentionSpec) -> str | None:
     return None
 
 
+def _supports_fixed_mla(spec: AttentionSpec) -> str | None:
+    """Deterministic mode has one kernel for grouped heads and for absorbed MLA."""
+    if spec.kv_dtype not in ("float32", "bfloat16", "float16"):
+        return f"in deterministic mode it reads latents in float32, bfloat16 or float16, not {spec.kv_dtype}"
+    if spec.model.kv.latent_dim > MOST_LATENT:
+        return f"it has tiles for latents of up to {MOST_LATENT} values, not {spec.model.kv.latent_dim}"
+    return None
+
+
 def _create(context: AttentionContext) -> AttentionBackend:
+    if context.spec.deterministic:
+        from .fixed import FixedTritonAttention
+
+        return FixedTritonAttention(context)
     from .backend import TritonAttention
 
     return TritonAttention(context)

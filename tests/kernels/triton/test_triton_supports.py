@@ -27,11 +27,16 @@ def test_grouped_heads_on_a_gpu_are_supported() -> None:
     assert _supports(spec(kv_dtype="float8_e4m3fn", page_size=16)) is None
 
 
+def test_deterministic_mode_is_supported_on_any_gpu() -> None:
+    assert _supports(spec(deterministic=True)) is None
+    assert _supports(spec(MLA, deterministic=True, dtype="float32", kv_dtype="float32", page_size=16)) is None
+
+
 @pytest.mark.parametrize(
     ("kv", "changes", "reason"),
     [
         (GQA, {"device": "cpu"}, "not on cpu"),
-        (GQA, {"deterministic": True}, "deterministic"),
+        (MLA, {"deterministic": True, "kv_dtype": "float8_e4m3fn"}, "in deterministic mode"),
         (GQA, {"page_size": 8}, "not 8"),
         (GQA, {"kv_dtype": "int8"}, "not int8"),
         (msgspec.structs.replace(GQA, head_dim=512), {}, "not 512"),
@@ -46,4 +51,5 @@ def test_reasons(kv: KVSpec, changes: dict[str, object], reason: str) -> None:
 
 def test_a_gpu_gets_triton_ops() -> None:
     assert isinstance(choose_ops(torch.device("cuda"), deterministic=False), TritonOps)
+    assert choose_ops(torch.device("cuda"), deterministic=True).deterministic
     assert not isinstance(choose_ops(torch.device("cpu"), deterministic=False), TritonOps)

@@ -1,0 +1,48 @@
+"""Steady decoding, with and without speculation: one graph a step, nothing that waits for the device, and no idle device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .models import engine, small
+from .watching import watch
+
+SYNCHRONISE = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cuStreamSynchronize", "cuCtxSynchronize", "cudaMalloc",
+               "cudaFree", "cudaMemcpy", "cudaMallocHost", "cudaHostAlloc")  # fmt: skip
+DRAFTING: dict[str, dict[str, Any]] = {
+    "none": {},
+    "pld": {"speculative.method": "pld", "speculative.k": 3},
+    "mtp": {"speculative.method": "mtp", "speculative.k": 3},
+}
+STEPS = 20
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("method", DRAFTING)
+def test_a_step_is_one_graph_and_waits_for_nothing(method: str, depth: int, tmp_path: Path) -> None:
+    folder = small("deepseek-v3-lite", tmp_path, num_nextn_predict_layers=1)
+    with engine(folder, **{"engine.overlap_depth": depth, **DRAFTING[method]}) as local:
+        watch(local, 3, 4)
+        local.engine.executor.call(lambda: torch.cuda.set_sync_debug_mode("error")).result()
+        seen = watch(local, 3, STEPS)
+        local.engine.executor.call(lambda: torch.cuda.set_sync_debug_mode("default")).result()
+    print(*sorted({tuple(sorted(counted.items())) for counted in seen.calls}), sep="\n")
+    assert len(seen.calls) >= STEPS
+    for counted in seen.calls:
+        assert counted["cudaGraphLaunch"] == 1, counted
+        assert not any(counted[name] for name in SYNCHRONISE), counted
+    copies = {sum(count for name, count in counted.items() if "Memcpy" in name) for counted in seen.calls}
+    assert len(copies) == 1, f"copies differ from step to step: {copies}"
+
+
+def test_the_device_is_not_idle_between_steps(tmp_path: Path) -> None:
+    """At depth 1, with steps that take longer than the host needs for one: the shape of Qwen3-0.6B, all layers."""
+    with engine(small("qwen3-0.6b", tmp_path, num_hidden_layers=28, hidden_size=1024), **{"engine.overlap_depth": 1}) as local:
+        watch(local, 8, 4)
+        idle = sorted(watch(local, 8, 40).idle())
+    print(f"idle between steps, µs: median {idle[len(idle) // 2]:.1f}, most {idle[-1]:.1f}")
+    assert idle[len(idle) // 2] <= 20
