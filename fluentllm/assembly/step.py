@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from msgspec import structs
 
-from ..core.errors import ConfigError
 from ..core.kv.pool import KVPool
-from ..core.protocols import AttentionContext, AttentionSpec, DraftMemory, ProposerContext
+from ..core.protocols import PHASES, AttentionSpec, DraftMemory, ProposerContext
 from ..core.slots import SlotTables
 from ..step.programs import StepPrograms
+from .attention import attention_for, candidates
 from .choices import choose_kv_dtype, choose_page_size, name_of, synthetic_share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ..core.plugins import PluginManager
     from ..core.plugins.registry import Entry
     from ..core.protocols import AttentionBackend, Proposer
@@ -83,7 +81,8 @@ class PartsMaker:
             deterministic=settings.engine.deterministic,
         )
         # Refused before anything is allocated.
-        attention_for(settings, self._attention_spec, plugins)
+        for phase in PHASES:
+            candidates(settings, self._attention_spec, plugins, phase)
 
     @property
     def page_bytes(self) -> int:
@@ -146,28 +145,5 @@ class PartsMaker:
         return KVPool(kv, pages, self.page_size, self.kv_dtype, self._place)
 
     def _attention(self, spec: AttentionSpec, pool: KVPool, *, or_any: bool = False) -> AttentionBackend:
-        factory = attention_for(self._settings, spec, self._plugins, or_any=or_any)
-        made: AttentionBackend = factory(AttentionContext(spec, pool, self._settings, self._loaded.library))
-        return made
-
-
-def attention_for(
-    settings: Settings, spec: AttentionSpec, plugins: PluginManager, *, or_any: bool = False
-) -> Callable[[AttentionContext], Any]:
-    """`or_any`: where the one that was asked for cannot do it, take another that can."""
-    registry = plugins.registry("attention")
-    name = settings.attention.backend
-    if name != "auto":
-        entry = registry.get(name)
-        reason = entry.supports(spec)
-        if reason is not None and not or_any:
-            raise ConfigError(
-                f"attention.backend {name!r} cannot serve this model: {reason}.", fix="Use attention.backend=auto."
-            )
-        if reason is None:
-            return entry.factory
-    supported = registry.supported(spec)
-    if not supported:
-        raise ConfigError(f"No attention backend supports this model: {registry.why_not(spec)}.", fix="Run `fluent doctor`.")
-    # The plain backend serves everything; one of its own device comes first.
-    return min(supported, key=lambda entry: entry.name == "torch").factory
+        loaded, context = self._loaded, self._sizes.context
+        return attention_for(self._settings, spec, pool, self._plugins, context, loaded.library, or_any=or_any)

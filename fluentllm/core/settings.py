@@ -110,7 +110,10 @@ class KVSettings(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class AttentionSettings(Struct, kw_only=True, forbid_unknown_fields=True):
-    backend: Annotated[str, _help("Attention backend by name; auto takes the fastest that supports the model.")] = "auto"
+    backend: Annotated[str, _help("Attention backend by name; auto takes the fastest here, by measurement.")] = "auto"
+    prefill_backend: Annotated[
+        str | None, _help("Another one for prefill, by name or auto; the same as for decode if null.")
+    ] = None
 
 
 class SpeculativeSettings(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -4,7 +4,7 @@ Torch-free: tensors and modules appear in annotations only. A factory is called 
 plain bound methods of what it returned.
 """
 
-from .attention import AttentionBackend, AttentionContext, AttentionSpec, FusedGQA, FusedMLA
+from .attention import PHASES, AttentionBackend, AttentionContext, AttentionSpec, FusedGQA, FusedMLA, PartialAttention, Phase
 from .drafting import DraftContext, DraftMemory, DraftTarget, MovableProposer, Proposer, ProposerContext, ProposerFactory
 from .grammars import GrammarCompiler, GrammarContext, GrammarMatcher, HostGrammar
 from .models import BuildContext, Checkpoint, Model, ModelFamily, PackedTensor, StreamingCheckpoint, WeightsContext, WeightSlot
@@ -22,6 +22,7 @@ from .registration import (
 from .scheduling import Scheduler, SchedulerContext
 
 __all__ = [
+    "PHASES",
     "AttentionBackend",
     "AttentionContext",
     "AttentionSpec",
@@ -41,6 +42,8 @@ __all__ = [
     "ModelFamily",
     "MovableProposer",
     "PackedTensor",
+    "PartialAttention",
+    "Phase",
     "Proposer",
     "ProposerContext",
     "ProposerFactory",

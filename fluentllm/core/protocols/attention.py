@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from ..kv.pool import KVPool
     from ..settings import Settings
     from ..types import ModelSpec
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,8 @@ class AttentionSpec:
     kv_dtype: str
     page_size: int
     deterministic: bool
+    phases: tuple[Phase, ...] = PHASES
+    """What it is wanted for: prefill passes, decode passes (verification among them), or both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,22 @@ class AttentionBackend(Protocol):
         """q_nope [T, H, nope], q_rope [T, H, rope], latent [T, C] (normed, scaled), k_rope [T, rope] (rotary applied),
         up_k [H, nope, C], up_v [H, Dv, C] (the two halves of kv_b) → [T, H, Dv]. The backend chooses the absorbed or the
         expanded form."""
+        ...
+
+
+class PartialAttention(AttentionBackend):
+    """A backend that may leave passes to another on the same pool: its kernels are still being compiled, or a pass has
+    something that they do not know. Derive from it to be asked."""
+
+    @abstractmethod
+    def load(self) -> None:
+        """Once, before the first pass: waits until kernels that were compiled earlier are loaded. Compiles nothing."""
+        ...
+
+    @abstractmethod
+    def serves(self, batch: Batch) -> bool:
+        """Before `begin`: will it do this pass? Waits for nothing. Of decode passes with the same number of sequences, query
+        length and first key the answer never changes, since they are captured."""
         ...
 
 

@@ -20,6 +20,10 @@ class KVSpec(Struct, frozen=True, kw_only=True):
     """mla: width of the compressed latent."""
     rope_dim: int = 0
     """mla: width of the shared rotary key."""
+    nope_dim: int = 0
+    """mla: width of a head's key without its rotary part, in expanded form. Nothing that is kept."""
+    value_dim: int = 0
+    """mla: width of a head's value, in expanded form."""
 
 
 class ModelSpec(Struct, frozen=True, kw_only=True):

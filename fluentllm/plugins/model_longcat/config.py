@@ -124,7 +124,14 @@ class LongcatConfig:
             layers=self.layers,
             heads=self.heads,
             max_position=self.max_position,
-            kv=KVSpec(kind="mla", layers=2 * self.layers, latent_dim=self.kv_lora, rope_dim=self.rope),
+            kv=KVSpec(
+                kind="mla",
+                layers=2 * self.layers,
+                latent_dim=self.kv_lora,
+                rope_dim=self.rope,
+                nope_dim=self.nope,
+                value_dim=self.value,
+            ),
             eos_token_ids=self.eos,
             draft_kv_layers=1,
         )
