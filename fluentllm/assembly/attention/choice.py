@@ -54,7 +54,7 @@ def candidates(
     found = sorted(registry.supported(spec), key=lambda entry: (entry.name == PLAIN, entry.name != FIRST, entry.name))
     setting, name = asked_for(settings.attention, phase)
     if name != "auto":
-        entry = registry.get(name)
+        entry = registry.get(name, setting)
         reason = entry.reason_against(spec)
         if reason is not None and not or_any:
             raise ConfigError(

@@ -77,19 +77,20 @@ class Registry:
         """Forget what a plugin offered, because its registration broke off half-way."""
         self._entries = {name: entry for name, entry in self._entries.items() if entry.plugin != plugin}
 
-    def get(self, name: str) -> Entry:
-        """Raises `ConfigError` with the names there are."""
+    def get(self, name: str, setting: str | None = None) -> Entry:
+        """Raises `ConfigError` with the names there are. `setting`: where the name stood, if not in the usual one."""
+        setting = setting or self.setting
         entry = self._entries.get(name)
         if entry is not None:
             return entry
         known = ", ".join(self.names()) or "none"
         near = difflib.get_close_matches(name, self.names(), n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
-        where = f"Set `{self.setting}` to one of these" if self.setting else "Choose one of these"
+        where = f"Set `{setting}` to one of these" if setting else "Choose one of these"
         raise ConfigError(
             f"No plugin offers the {self.noun} {name!r}; there are: {known}.",
             fix=f"{hint}{where}, or install a plugin that offers it.",
-            param=self.setting,
+            param=setting,
         )
 
     def require(self, name: str, spec: Any) -> Entry:

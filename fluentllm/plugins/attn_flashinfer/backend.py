@@ -49,6 +49,7 @@ class FlashInferAttention(FusedGQA, FusedMLA, PartialAttention):
     def load(self) -> None:
         if self._on_device:
             self._modules.wait()
+            self._modules.compile()
 
     def serves(self, batch: Batch) -> bool:
         if not self._on_device or batch.first_key:

@@ -1,6 +1,6 @@
 """FlashInfer's modules of a model: loaded where they are compiled; else compiled in a process of its own, at lowest priority.
 
-    modules = Modules(wanted, "9.0a");  modules.start()   …   modules.wait()   …   modules.ready(module)
+    modules = Modules(wanted, "9.0a");  modules.start()   …   modules.wait();  modules.compile()   …   modules.ready(module)
 
 No request waits for a compiler: until a module is ready another backend does its passes. What was compiled stays in
 FlashInfer's cache folder, for later starts.
@@ -42,35 +42,48 @@ class Modules:
         self._architecture = architecture
         self._loaded: frozenset[Module] = frozenset()
         self._settled = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._missing: list[Module] = []
+        self._started = False
+        self._lock = threading.Lock()
 
     def start(self) -> None:
-        """In the background: importing FlashInfer alone takes seconds."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="fluent-flashinfer", daemon=True)
-            self._thread.start()
+        """Load what was compiled earlier, in the background: importing FlashInfer alone takes seconds."""
+        with self._lock:
+            if not self._started:
+                self._started = True
+                threading.Thread(target=self._load_all, name="fluent-flashinfer", daemon=True).start()
 
     def wait(self) -> None:
-        """Until everything that was compiled earlier is loaded."""
+        """Until that is done."""
         self.start()
         self._settled.wait()
+
+    def compile(self) -> None:
+        """What is missing, in the background; after `wait`, once."""
+        with self._lock:
+            missing, self._missing = self._missing, []
+        if not missing:
+            return
+        if toolkit.find_compiler() is None:
+            self.trouble = "there is no CUDA compiler (nvcc) and ninja to compile its kernels with"
+            log.warning("%d FlashInfer modules stay out of use: %s", len(missing), self.trouble)
+            return
+        log.info("compiling %d FlashInfer modules in the background; until then other kernels do their work", len(missing))
+        threading.Thread(target=self._compile, args=(missing,), name="fluent-flashinfer", daemon=True).start()
 
     def ready(self, module: Module) -> bool:
         return module in self._loaded
 
-    def _run(self) -> None:
+    def _load_all(self) -> None:
         try:
             import_flashinfer(self._architecture)
-            missing = [module for module in self.wanted if not (is_compiled(module) and self._load(module))]
+            self._missing = [module for module in self.wanted if not (is_compiled(module) and self._load(module))]
         except Exception as error:
             self.trouble = f"{type(error).__name__}: {error}"
             log.warning("FlashInfer cannot be used: %s", self.trouble)
             log.debug("", exc_info=True)
-            return
         finally:
             self._settled.set()
-        if missing:
-            self._compile(missing)
 
     def _load(self, module: Module) -> bool:
         try:
@@ -82,11 +95,6 @@ class Modules:
         return True
 
     def _compile(self, missing: list[Module]) -> None:
-        if toolkit.find_compiler() is None:
-            self.trouble = "there is no CUDA compiler (nvcc) and ninja to compile its kernels with"
-            log.warning("%d FlashInfer modules stay out of use: %s", len(missing), self.trouble)
-            return
-        log.info("compiling %d FlashInfer modules in the background; until then other kernels do their work", len(missing))
         environment = {
             **os.environ,
             **toolkit.environment(),
