@@ -30,6 +30,8 @@ _KV_DTYPES = {name: getattr(torch, kept) for name, kept in KV_FORMATS.items()}
 DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
 DEFAULT_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
 DEFAULT_STEP_RATIO = {"cuda": 4.0}
+DEFAULT_PAGE_SIZE = {"mla": 64, "gqa": 16}
+"""64: what the MLA kernels read. Grouped heads read any; `benchmarks/kernels/attention.py` compares them."""
 
 
 def choose_library(settings: Settings, device: torch.device) -> Library | None:
@@ -106,7 +108,7 @@ def choose_kv_dtype(settings: Settings, dtype: torch.dtype) -> torch.dtype:
 
 
 def choose_page_size(settings: Settings, spec: ModelSpec) -> int:
-    return settings.kv.page_size or (64 if spec.kv.kind == "mla" else 16)
+    return settings.kv.page_size or DEFAULT_PAGE_SIZE[spec.kv.kind]
 
 
 def max_model_len(settings: Settings, spec: ModelSpec) -> int:

@@ -165,7 +165,11 @@ def _model(settings: Settings, plugins: PluginManager) -> tuple[ModelSpec | None
 
 
 def _model_choices(settings: Settings, plugins: PluginManager, spec: ModelSpec) -> list[dict[str, str]]:
+    from dataclasses import replace
+
     from fluentllm.assembly import choose_device, choose_dtype, choose_kv_dtype, choose_page_size
+    from fluentllm.assembly.attention import asked_for, described
+    from fluentllm.assembly.choices import max_model_len
     from fluentllm.core.kv.formats import token_bytes
     from fluentllm.core.protocols import AttentionSpec
 
@@ -180,16 +184,18 @@ def _model_choices(settings: Settings, plugins: PluginManager, spec: ModelSpec) 
         page_size=choose_page_size(settings, spec),
         deterministic=settings.engine.deterministic,
     )
-    registry, wanted = plugins.registry("attention"), settings.attention.backend
-    usable = [entry.name for entry in registry.supported(attention_spec)]
-    against = "; ".join(f"not {name}: {reason}" for name, reason in registry.why_not(attention_spec).items())
-    chosen = registry.require(wanted, attention_spec).name if wanted != "auto" else next(iter(usable), "none")
-    why = "; ".join(filter(None, [f"can serve this model: {', '.join(usable) or 'none'}", against]))
+    registry, longest = plugins.registry("attention"), max_model_len(settings, spec)
     size = token_bytes(spec.kv, kv_dtype) * spec.kv.layers
-    return [
-        _choice("kv.dtype", settings.kv.dtype, kv_dtype, f"{size:,} bytes a token", always=True),
-        _choice("attention.backend", wanted, chosen, why, always=True),
-    ]
+    rows = [_choice("kv.dtype", settings.kv.dtype, kv_dtype, f"{size:,} bytes a token", always=True)]
+    for phase, (used, why) in described(settings, attention_spec, plugins, device, longest).items():
+        asked = replace(attention_spec, phases=(phase,))
+        usable = ", ".join(entry.name for entry in registry.supported(asked))
+        against = [f"not {name}: {reason}" for name, reason in registry.why_not(asked).items()]
+        setting = "attention.backend" if phase == "decode" else "attention.prefill_backend"
+        _, wanted = asked_for(settings.attention, phase)
+        reasons = "; ".join(filter(None, [why, f"can serve this model in {phase}: {usable}", *against]))
+        rows.append({"setting": setting, "set_to": wanted, "uses": used, "because": reasons})
+    return rows
 
 
 def _choice(setting: str, wanted: str, chosen: str, reason: str, always: bool = False) -> dict[str, str]:

@@ -1,5 +1,5 @@
 """Which backend attends, in prefill and in decode: by name, or by measurement on this GPU."""
 
-from .choice import attention_for, candidates, described
+from .choice import asked_for, attention_for, candidates, described
 
-__all__ = ["attention_for", "candidates", "described"]
+__all__ = ["asked_for", "attention_for", "candidates", "described"]
