@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 
+from fluentllm.core.batch import Batch
 from fluentllm.core.kv.pool import KVPool
 from fluentllm.core.protocols import AttentionContext, AttentionSpec, PartialAttention
 from fluentllm.core.settings import Settings, SpeculativeSettings
@@ -93,6 +95,16 @@ def test_on_tensors_without_memory_every_pass_is_left_to_others() -> None:
     backend = plugin._create(context(spec()))
     assert isinstance(backend, PartialAttention)
     backend.load()
+    (modules,) = (found for wanted, found in plugin._modules.items() if wanted == wanted_modules(context(spec())))
+    modules.wait()  # nothing imports behind the back of the tests that follow
+    positions = torch.zeros(1, dtype=torch.int64, device="meta")
+    batch = Batch(
+        tokens=positions, positions=positions, sequences=positions, slots=positions, query_start=positions,
+        kv_lengths=positions,
+        page_table=positions, kv_rows=positions, history=positions, page_size=64, query_length=1, query_lengths=None,
+    )  # fmt: skip
+    assert not backend.serves(batch)
+    assert not backend.serves(replace(batch, query_length=None, query_lengths=(1,), kv_lengths_host=(1,)))
 
 
 @pytest.mark.skipif(INSTALLED, reason="FlashInfer is installed")

@@ -24,7 +24,7 @@ class PagedDecode:
 
     def __init__(self, device: torch.device) -> None:
         # xqa counts the semaphores back to zero itself; at first they must be zero.
-        self._semaphores = torch.zeros(SEMAPHORE_BYTES // 4, dtype=torch.uint32, device=device)
+        self._semaphores = torch.zeros(SEMAPHORE_BYTES // 4, dtype=torch.int32, device=device).view(torch.uint32)
         self._scratch = torch.zeros(SCRATCH_BYTES, dtype=torch.uint8, device=device)
         self._run = importlib.import_module("flashinfer.xqa").xqa
         self._masks: dict[tuple[int, int], Tensor] = {}
