@@ -98,8 +98,8 @@ def test_a_random_mix_of_requests_gives_each_what_it_gets_alone(name: str, tmp_p
 @pytest.mark.parametrize("method", ["pld", "mtp"])
 def test_nor_does_speculation_change_it(method: str, tmp_path: Path) -> None:
     folder = small("deepseek-v3-lite", tmp_path, num_nextn_predict_layers=1)
-    wanted = [Job(n, [n, 7, 8] * 20, SamplingParams(max_tokens=50, temperature=0.9 * (n % 2), seed=n, ignore_eos=True), 0.0, None)
-              for n in range(9)]  # fmt: skip
+    params = [SamplingParams(max_tokens=50, temperature=0.9 * (n % 2), seed=n, ignore_eos=True) for n in range(9)]
+    wanted = [Job(n, [n, 7, 8] * 20, params[n], 0.0, None) for n in range(9)]
     with engine(folder, **{"engine.deterministic": True}) as local:
         expected = local.call(together(local, wanted))
     for depth in (0, 2):
