@@ -35,7 +35,7 @@ class Case:
         pages = sequences * -(-LENGTH // PAGE)
         self.pool = KVPool(kv, pages, PAGE, kv_dtype, torch.device("cpu"))
         for tensor in (self.pool.k, self.pool.v, self.pool.latent):
-            tensor.normal_()
+            tensor.copy_(torch.randn(tensor.shape))
         self.table = (torch.randperm(pages) + 1).to(torch.int32).view(sequences, -1)
         self.history = torch.randint(0, 1000, (sequences, LENGTH), dtype=torch.int32)
         model = ModelSpec(
@@ -57,7 +57,8 @@ class Case:
         rows = sequences, LENGTH
         if kv.kind == "gqa":
             self.q = torch.randn(LAYERS, *rows, HEADS, 16)
-            self.k, self.v = torch.randn(2, LAYERS, *rows, 2, 16)
+            # What FP8 holds exactly, so that what is read back is what was given.
+            self.k, self.v = torch.randn(2, LAYERS, *rows, 2, 16).to(kv_dtype if self.fp8 else torch.float32).float()
         else:
             self.q = torch.randn(LAYERS, *rows, HEADS, NOPE + 8)
             self.k = torch.randn(LAYERS, *rows, 24 + 8)
@@ -99,7 +100,11 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        return 1.0 if self.pool.dtype is torch.float32 else 1500.0
+        return 1500.0 if self.pool.dtype is torch.bfloat16 else 1.0
+
+    @property
+    def fp8(self) -> bool:
+        return self.pool.dtype is torch.float8_e4m3fn
 
     def _rows(self, tensor: Tensor, chunks: list[tuple[int, int, int]]) -> Tensor:
         parts = [tensor[sequence, start : start + count] for sequence, start, count in chunks]
@@ -227,6 +232,25 @@ def test_keys_and_values_in_fewer_bits(kv: KVSpec, window: None) -> None:
     case.run([(0, 10, 5), (1, 14, 2)])
     for step in range(3):
         case.run([(0, 15 + step, 1), (1, 16 + step, 1)], decode=True)
+
+
+def test_keys_and_values_in_eight_bits(deterministic: bool, window: None) -> None:
+    case = Case(GQA, 3, deterministic=deterministic, kv_dtype=torch.float8_e4m3fn)
+    case.run([(0, 0, 17), (1, 0, 1), (2, 0, 8)])
+    case.run([(0, 17, 5), (1, 1, 3), (2, 8, 0)])
+    case.run([])
+    for step in range(3):
+        case.run([(0, 22 + 2 * step, 2), (1, 4 + 2 * step, 2), (2, 8 + 2 * step, 2)], decode=True)
+
+
+def test_what_eight_bits_cannot_hold_is_saturated(deterministic: bool) -> None:
+    case = Case(GQA, 1, deterministic=deterministic, kv_dtype=torch.float8_e4m3fn)
+    case.k[:, 0, 0], case.v[:, 0, :5] = 1e5, -1e9
+    batch = case.batch([(0, 0, 5)], decode=False)
+    case.backend.begin(batch)
+    case._ours(0, [(0, 0, 5)], batch)
+    assert torch.equal(case.pool.k[0].flatten(0, 1)[batch.kv_rows[0]].float(), torch.full((2, 16), 448.0))
+    assert torch.equal(case.pool.v[0].flatten(0, 1)[batch.kv_rows].float(), torch.full((5, 2, 16), -448.0))
 
 
 def test_the_window_appends_instead_of_copying(monkeypatch: pytest.MonkeyPatch) -> None:
