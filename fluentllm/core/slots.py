@@ -109,7 +109,7 @@ class SlotTables:
         """Write a grammar's rows; its states are counted from its first row."""
         table = torch.frombuffer(bytearray(load.next), dtype=torch.int32).view(load.states, self.vocab_size)
         table = torch.where(table < 0, table, table + load.first)
-        self.grammar_next[load.first : load.first + load.states] = table.to(self.device)
+        self.grammar_next[load.first : load.first + load.states] = to_device(table, self.device)
 
     def mask(self, masks: TokenMasks) -> None:
         """Write what a slot may draw at its next positions. Words of 32 bits as bytes: on the little-endian machines that this

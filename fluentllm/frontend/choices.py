@@ -34,6 +34,10 @@ class TokenInfo(Struct, gc=False):
     """(token, logprob), most likely first."""
 
 
+Verified = dict[tuple[int, int], int]
+"""(drafts verified, drafts accepted) → how many steps."""
+
+
 class Delta(Struct, gc=False):
     """What one step brought one choice."""
 
@@ -53,9 +57,8 @@ class Delta(Struct, gc=False):
     cached_tokens: int = 0
     """With the first delta."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    drafted: int = 0
-    """Drafts that were verified since the last delta."""
-    accepted: int = 0
+    drafts: Verified | None = None
+    """Verifications since the last delta."""
     handoff: HandoffReport | None = None
     """With the first delta, of a request that was handed over."""
 
@@ -64,9 +67,8 @@ class Choice:
     """Detokenizes one sequence and watches for its stop strings."""
 
     __slots__ = (
-        "_accepted",
         "_detokenizer",
-        "_drafted",
+        "_drafts",
         "_generated",
         "_given",
         "_infos",
@@ -94,8 +96,7 @@ class Choice:
         self._generated = 0
         self._started = False
         self._plain = False  # after the first output, if there is nothing but text to look at
-        self._drafted = 0  # with `_accepted`: drafts that no delta has told of yet
-        self._accepted = 0
+        self._drafts: Verified = {}  # that no delta has told of yet
         self._untold = 0  # generated tokens that `text` told of and no delta yet
         self._seen = 0  # characters that tokens have completed
         self._given = 0  # characters handed out
@@ -108,9 +109,13 @@ class Choice:
         tokens = output.tokens
         self._untold += len(tokens)
         if output.drafted:
-            self._drafted += output.drafted
-            self._accepted += output.accepted
+            self._verified(output)
         return self._push(tokens)
+
+    def _verified(self, output: RequestOutput) -> None:
+        if output.drafted:
+            key = output.drafted, output.accepted
+            self._drafts[key] = self._drafts.get(key, 0) + 1
 
     def take(self, output: RequestOutput) -> Delta:
         """What an engine output means. After a delta with a finish reason there is no more.
@@ -119,8 +124,8 @@ class Choice:
         """
         if output.finish_reason == "abort" or output.finish_reason == "error":  # noqa: PLR1714 - mypy narrows this one
             raise EngineDied("The engine gave the request up.", fix="Send it again.")
-        drafted, accepted = self._drafted + output.drafted, self._accepted + output.accepted
-        self._drafted = self._accepted = 0
+        self._verified(output)
+        drafts, self._drafts = self._drafts or None, {}
         tokens = output.tokens
         reason: Ending | None = output.finish_reason
         cached = 0 if self._started else output.cached_tokens
@@ -136,9 +141,7 @@ class Choice:
                 text += self._detokenizer.flush()
             new_tokens = len(output.tokens) + self._untold
             self._untold = 0
-            delta = Delta(
-                self.index, text, tokens, None, reason, stop, new_tokens, cached, output.prompt_logprobs, drafted, accepted
-            )
+            delta = Delta(self.index, text, tokens, None, reason, stop, new_tokens, cached, output.prompt_logprobs, drafts)
             delta.handoff = output.handoff
             return delta
         pieces = []
@@ -164,9 +167,7 @@ class Choice:
         text = "".join(pieces)
         self._given += len(text)
         infos = self._ready_infos(reason is not None, cut=isinstance(stop, str)) if self._logprobs else None
-        delta = Delta(
-            self.index, text, tokens, infos, reason, stop, new_tokens, cached, output.prompt_logprobs, drafted, accepted
-        )
+        delta = Delta(self.index, text, tokens, infos, reason, stop, new_tokens, cached, output.prompt_logprobs, drafts)
         delta.handoff = output.handoff
         return delta
 

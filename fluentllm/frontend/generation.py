@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from ..core.errors import ContextTooLong, EngineDied, EngineUnavailable, InvalidRequest
 from ..core.types import Handoff, HandoffReport, Request, SamplingParams, SpeculativeInfo
-from .choices import Choice, Delta, Ending, TokenInfo
+from .choices import Choice, Delta, Ending, TokenInfo, Verified
 from .detokenizer import Detokenizer
 from .merge import merge
 from .sampling import SamplingOptions, check_ids, choice_seed, context_limit, sampling_params
@@ -71,10 +71,14 @@ class Completion(Struct, kw_only=True):
     prompt_logprobs: list[TokenLogprob | None] | None = None
     new_tokens: int = 0
     cached_tokens: int = 0
-    drafted: int = 0
-    """Drafts that were verified."""
-    accepted: int = 0
+    drafts: Verified = {}
+    """Of all its steps that had drafts."""
     handoff: HandoffReport | None = None
+
+
+def add_drafts(to: Verified, more: Verified) -> None:
+    for key, steps in more.items():
+        to[key] = to.get(key, 0) + steps
 
 
 class Usage(Struct):
@@ -83,8 +87,7 @@ class Usage(Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    drafts: Verified = {}
     speculative: SpeculativeInfo | None = None
     """Who drafts, if anything does."""
     received_bytes: int = 0
@@ -94,8 +97,8 @@ class Usage(Struct):
 
     def add(self, delta: Delta | Completion, n: int) -> None:
         self.completion_tokens += delta.new_tokens
-        self.drafted += delta.drafted
-        self.accepted += delta.accepted
+        if delta.drafts:
+            add_drafts(self.drafts, delta.drafts)
         if delta.handoff is not None:
             self.received_bytes += delta.handoff.received_bytes
             self.saved_bytes += delta.handoff.saved_bytes
@@ -269,8 +272,8 @@ class Generation:
                 result.tokens += delta.tokens
                 result.new_tokens += delta.new_tokens
                 result.cached_tokens += delta.cached_tokens
-                result.drafted += delta.drafted
-                result.accepted += delta.accepted
+                if delta.drafts:
+                    add_drafts(result.drafts, delta.drafts)
                 result.handoff = result.handoff or delta.handoff
                 if delta.logprobs is not None:
                     result.logprobs = (result.logprobs or []) + delta.logprobs

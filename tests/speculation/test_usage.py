@@ -43,9 +43,11 @@ async def usages(folder: Path, **settings: Any) -> tuple[dict[str, Any], dict[st
 async def test_drafts_in_usage(folder: Path) -> None:
     whole, streamed, stats = await usages(folder, **PLD)
     details = whole["completion_tokens_details"]
-    assert details.keys() == {"accepted_prediction_tokens", "rejected_prediction_tokens"}
+    assert details["proposer"] == "pld"
+    assert details["verified_by_position"] == stats.drafted
+    assert details["accepted_by_position"] == stats.accepted
     assert details["accepted_prediction_tokens"] == sum(stats.accepted)
-    assert sum(details.values()) == sum(stats.drafted) > 0
+    assert details["rejected_prediction_tokens"] == sum(stats.drafted) - sum(stats.accepted) > 0
     assert streamed["completion_tokens"] == whole["completion_tokens"] == 40
     # The second answer finds its prompt in the cache; its drafts are the same.
     assert streamed["completion_tokens_details"] == details

@@ -25,6 +25,12 @@ class CompletionTokensDetails(Struct, kw_only=True, omit_defaults=True):
     """Drafts that became tokens."""
     rejected_prediction_tokens: int
     """Drafts that were verified and did not."""
+    proposer: str
+    """Who drafted: `speculative.method`."""
+    verified_by_position: list[int]
+    """Verified drafts, first ones, second ones, …"""
+    accepted_by_position: list[int]
+    """And accepted ones: their mean length is 1 + all accepted ÷ verified first ones."""
     synthetic_acceptance: float | None = None
     """Drafts were accepted at random, for a benchmark: the answer means nothing."""
 

@@ -92,8 +92,14 @@ def _transferred(usage: Usage) -> KVTransferUsage | None:
 def _drafts(usage: Usage) -> CompletionTokensDetails | None:
     if usage.speculative is None:
         return None
+    info, positions = usage.speculative, range(usage.speculative.max_k)
+    verified = [sum(n for (drafted, _), n in usage.drafts.items() if drafted > j) for j in positions]
+    accepted = [sum(n for (_, right), n in usage.drafts.items() if right > j) for j in positions]
     return CompletionTokensDetails(
-        accepted_prediction_tokens=usage.accepted,
-        rejected_prediction_tokens=usage.drafted - usage.accepted,
-        synthetic_acceptance=usage.speculative.synthetic_acceptance,
+        accepted_prediction_tokens=sum(accepted),
+        rejected_prediction_tokens=sum(verified) - sum(accepted),
+        proposer=info.method,
+        verified_by_position=verified,
+        accepted_by_position=accepted,
+        synthetic_acceptance=info.synthetic_acceptance,
     )
