@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
 from hypothesis import settings
@@ -81,6 +82,12 @@ def third_party_plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         users.write_text(str(left))
         if left == 0:
             _pip("uninstall", "--quiet", "--yes", "fluent-shortest-first")
+
+
+@pytest.fixture
+def quick_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gguf.GGUFReader` takes a slice for each of 50,000 tokens, and slices of numpy's memmap are slow: a plain array serves."""
+    monkeypatch.setattr("numpy.memmap", lambda path, **_: np.fromfile(path, np.uint8))
 
 
 def _pip(command: str, *arguments: str) -> None:

@@ -58,6 +58,7 @@ def transformers_model(file: Path) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.usefixtures("quick_gguf")
 @torch.inference_mode()
 def test_greedy_text_is_transformers(file: Path) -> None:
     """Each of our tokens is the likeliest for Transformers after the ones before it: so its greedy text is ours."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
 
@@ -63,6 +64,8 @@ def _counted(route: Route, services: Services) -> Callable[[Request], Awaitable[
             return await endpoint(request)
         except (FluentError, HTTPException, ClientLeft):
             raise
+        except ClientDisconnect:  # while the body was read
+            raise ClientLeft from None
         except Exception:
             stats.failures += 1
             raise

@@ -18,6 +18,7 @@ import uvloop
 
 from fluentllm.frontend.app import create_app
 from fluentllm.frontend.client import SocketEngineClient
+from fluentllm.frontend.http import HttpProtocol
 from fluentllm.frontend.services import Services
 
 from .child import Child, run, settle
@@ -64,7 +65,7 @@ async def serve(child: Child, plugins: PluginManager) -> None:
     await client.start()
     config = uvicorn.Config(
         create_app(services, plugins.routes()),
-        http="httptools",
+        http=HttpProtocol,
         ws="none",
         lifespan="off",
         access_log=False,

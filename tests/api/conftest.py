@@ -29,6 +29,7 @@ from fluentllm.core.plugins import PluginManager
 from fluentllm.core.settings import Settings
 from fluentllm.frontend.app import create_app
 from fluentllm.frontend.client import EngineClient, LocalEngineClient
+from fluentllm.frontend.http import HttpProtocol
 from fluentllm.frontend.services import Services
 
 TINY = {
@@ -108,7 +109,9 @@ async def serving(services: Services, engine: Any) -> AsyncIterator[Api]:
     plugins = PluginManager.load({"frontend"}, allow=[])
     app = create_app(services, plugins.routes())
     server = uvicorn.Server(
-        uvicorn.Config(app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, server_header=False)
+        uvicorn.Config(
+            app, http=HttpProtocol, ws="none", lifespan="off", access_log=False, log_config=None, server_header=False
+        )
     )
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     with socket.create_server(("127.0.0.1", 0)) as public:

@@ -264,10 +264,31 @@ async def test_refusals_leave_nothing_behind(real: Api, big: bytes) -> None:
     assert answer.json()["usage"]["completion_tokens"] == 2
 
 
-async def test_a_client_that_speaks_no_http(real: Api) -> None:
-    url = httpx.URL(real.url)
+GOOD = b'{"prompt": "x", "max_tokens": 1}'
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01 not http at all\r\n\r\n",
+        CHUNKED + b"zz\r\n" + GOOD + b"\r\n0\r\n\r\n",
+        CHUNKED + b"5\r\n" + GOOD + b"\r\n0\r\n\r\n",
+        HEAD + b"content-length: -5\r\n\r\n" + GOOD,
+        HEAD + b"content-length: 5\r\ncontent-length: 7\r\n\r\n" + GOOD,
+        HEAD + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    ],
+    ids=["no HTTP", "chunk without a size", "chunk longer than said", "negative length", "two lengths", "length and chunks"],
+)
+async def test_broken_http_is_a_400(echo: Api, sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    url = httpx.URL(echo.url)
     reader, writer = await asyncio.open_connection(url.host, url.port)
-    writer.write(b"\x16\x03\x01 not http at all\r\n\r\n")
-    assert (await reader.read()).startswith(b"HTTP/1.1 400")
+    writer.write(sent)
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n")
+    assert json.loads(body)["error"]["code"] == "invalid_http"
     writer.close()
     await writer.wait_closed()
+    await asyncio.sleep(0.02)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

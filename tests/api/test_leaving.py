@@ -44,7 +44,7 @@ async def test_leaving_stops_the_work(real: Api, fields: dict[str, Any]) -> None
         assert real.engine.stats().generated_tokens - before < LONG["max_tokens"] * fields.get("n", 1)
 
 
-async def test_leaving_before_the_body_is_sent(real: Api) -> None:
+async def test_leaving_before_the_body_is_sent(real: Api, caplog: pytest.LogCaptureFixture) -> None:
     await real.complete(max_tokens=1)
     await real.http.aclose()
     await connection_count_settles(real)
@@ -57,6 +57,7 @@ async def test_leaving_before_the_body_is_sent(real: Api) -> None:
         writer.close()
         await writer.wait_closed()
         await connection_count_settles(real)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_a_crowd_that_leaves(real: Api) -> None:

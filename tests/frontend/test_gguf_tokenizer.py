@@ -169,6 +169,7 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
             load_tokenizer(cut)
 
 
+@pytest.mark.usefixtures("quick_gguf")
 def test_the_header_reads_as_the_gguf_package_reads_it(smollm2_file: Path) -> None:
     ours = read_header(smollm2_file).metadata
     theirs = {
@@ -193,6 +194,7 @@ def test_smollm2_against_its_tokenizer_json(smollm2_file: Path) -> None:
         assert ours.decode(ours.encode(text), skip_special_tokens=False) == text
 
 
+@pytest.mark.usefixtures("quick_gguf")
 def test_smollm2_against_transformers(smollm2_file: Path) -> None:
     transformers = pytest.importorskip("transformers")
     ours = load_tokenizer(smollm2_file)
