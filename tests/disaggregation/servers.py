@@ -57,11 +57,12 @@ class Router:
 
 
 @contextmanager
-def cluster(folder: Path, transport: str) -> Iterator[tuple[Server, Server]]:
+def cluster(folder: Path, transport: str, *arguments: str) -> Iterator[tuple[Server, Server]]:
     """One of each."""
     with ExitStack() as stack:
-        prefill = start(folder / "prefill", "prefill", transport, "--set", "plugins.kv_layerwise.port=0")
+        prefill = start(folder / "prefill", "prefill", transport, "--set", "plugins.kv_layerwise.port=0", *arguments)
         stack.callback(prefill.end)
-        decode = start(folder / "decode", "decode", transport, "--set", f'plugins.kv_layerwise.peers=["{door(prefill)}"]')
+        peers = f'plugins.kv_layerwise.peers=["{door(prefill)}"]'
+        decode = start(folder / "decode", "decode", transport, "--set", peers, *arguments)
         stack.callback(decode.end)
         yield prefill, decode

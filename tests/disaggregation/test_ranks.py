@@ -191,8 +191,8 @@ async def hand_over(transport: str, heads: int, source: int, target: int, chunk:
             assert torch.equal(rank.states[rank.sequence.pages], states)
             # Every byte once, however many ranks have it.
             assert rank.report.received_bytes == rank.handoffs.exchange.layout.bytes_of(TOKENS)
-        sent = sum(rank.handoffs.stats().get("sent_bytes", 0) for rank in prefill)
-        assert sent == sum(rank.report.received_bytes for rank in decode)
+        received = sum(rank.report.received_bytes for rank in decode)
+        await until(lambda: sum(rank.handoffs.stats().get("sent_bytes", 0) for rank in prefill) == received)
         await until(lambda: not any(rank.handoffs.quarantine.open for rank in decode))
         for rank in decode:
             assert rank.kv.allocator.leases("remote") == []

@@ -2,15 +2,85 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+from processes.server import Server
 
 from .servers import API_KEY, Router, cluster, door, start
 
 pytestmark = pytest.mark.transports
 PROMPTS = ["Once upon a time", "x" * 200, "The capital of France is" * 12]
+
+
+# What sglang-router 0.3.2 made of a client's body, with --pd-disaggregation and round_robin, before it sent it to both.
+SGLANG_COMPLETION = {
+    "model": "tiny",
+    "max_tokens": 8,
+    "temperature": 0.0,
+    "stream": False,
+    "echo": False,
+    "no_stop_trim": False,
+    "ignore_eos": True,
+    "skip_special_tokens": True,
+    "return_hidden_states": False,
+}
+SGLANG_CHAT = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "hi"}],
+    "logprobs": False,
+    "max_completion_tokens": 8,
+    "n": 2,
+    "seed": 3,
+    "stream": False,
+    "no_stop_trim": False,
+    "ignore_eos": False,
+    "continue_final_message": False,
+    "skip_special_tokens": True,
+    "separate_reasoning": True,
+    "stream_reasoning": True,
+    "return_hidden_states": False,
+}
+
+
+def test_the_bodies_of_sglang_router(tmp_path: Path) -> None:
+    """Its own fields and lists of rooms; the router itself was tried by hand, see docs/disaggregation.md."""
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    own = ("--set", f"model.chat_template={template}")
+    with cluster(tmp_path, "nixl", *own) as (prefill, decode), ThreadPoolExecutor(1) as pool:
+        host, port = door(prefill).split(":")
+        one = {"bootstrap_host": host, "bootstrap_port": int(port), "bootstrap_room": 4668818069231509158}
+        two = {
+            "bootstrap_host": [host] * 2,
+            "bootstrap_port": [int(port)] * 2,
+            "bootstrap_room": [1916479674964123302, 4075922612820287121],
+        }
+        headers = {"Authorization": f"Bearer {API_KEY}"}
+
+        def post(server: Server, path: str, body: dict) -> dict:
+            answer = httpx.post(f"{server.url}{path}", json=body, headers=headers, timeout=30)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        for path, body, rooms in (
+            ("/v1/completions", {**SGLANG_COMPLETION, "prompt": PROMPTS[1]}, one),
+            ("/v1/chat/completions", SGLANG_CHAT, two),
+        ):
+            whole = post(prefill, path, body)
+            half = pool.submit(post, prefill, path, {**body, **rooms})
+            answer = post(decode, path, {**body, **rooms})
+            half.result()
+            texts = [[c.get("text") or c["message"]["content"] for c in each["choices"]] for each in (answer, whole)]
+            assert texts[0] == texts[1]
+            assert answer["usage"]["kv_transfer"]["received_bytes"] > 0
+        other = {**two, "bootstrap_host": [host, "10.0.0.1"]}
+        refused = httpx.post(f"{decode.url}/v1/chat/completions", json={**SGLANG_CHAT, **other}, headers=headers, timeout=30)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "bootstrap_host")
+        stats = httpx.get(f"{decode.url}/handoff", headers=headers, timeout=10).json()["stats"]["handoff"]
+        assert stats.get("local_prefills", 0) == 0
 
 
 @pytest.mark.parametrize("transport", ["nixl", "mooncake"])

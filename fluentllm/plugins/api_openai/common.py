@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from fluentllm.core.errors import InvalidRequest
 
+from .schema import FIXED
+
 if TYPE_CHECKING:
     from starlette.requests import Request
 
@@ -45,6 +47,10 @@ def check_common(body: GenerationRequest, prompts: int, services: Services) -> N
             raise InvalidRequest(
                 "stream_options.include_obfuscation = true is not supported.", fix="Leave it out.", param="stream_options"
             )
+    for field, (value, reason) in FIXED.items():
+        if getattr(body, field) not in (None, value):
+            seen = str(not value).lower()
+            raise InvalidRequest(f"{field} = {seen} is not supported: {reason}.", fix="Leave it out.", param=field)
 
 
 def wants_usage(body: GenerationRequest) -> bool:

@@ -7,7 +7,7 @@ another machine, so they are taken only from who has shown the API key.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from msgspec import Meta, Struct
 
@@ -21,8 +21,16 @@ if TYPE_CHECKING:
 
     from .schema import GenerationRequest
 
+T = TypeVar("T", str, int)
+
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(min_length=1, max_length=96)]
+Room = Annotated[int, Meta(ge=0)]
+Several = Meta(min_length=1, max_length=16384)
+# SGLang's router sends a list, one for each choice, where n is above 1.
+Hosts = Annotated[list[str], Several]
+Ports = Annotated[list[Port], Several]
+Rooms = Annotated[list[Room], Several]
 
 
 class KVTransferParams(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -59,7 +67,8 @@ def handoff_of(body: GenerationRequest, services: Services) -> Handoff | None:
     """What the body asks for; None if it is an ordinary request. Raises `InvalidRequest`, `HandoffForbidden`."""
     wrapped = body.disaggregated_params or DisaggregatedParams()
     params = body.kv_transfer_params or wrapped.kv_transfer_params
-    room = body.bootstrap_room if body.bootstrap_room is not None else wrapped.bootstrap_room
+    room = _only("bootstrap_room", body.bootstrap_room, differ=True)
+    room = room if room is not None else wrapped.bootstrap_room
     pulls = params is not None and (params.do_remote_decode or params.handoff is not None)
     if room is None and not pulls:
         return None
@@ -77,11 +86,25 @@ def handoff_of(body: GenerationRequest, services: Services) -> Handoff | None:
             param=field,
         )
     if room is not None:
-        host = body.bootstrap_host or wrapped.bootstrap_host
-        port = body.bootstrap_port if body.bootstrap_port is not None else wrapped.bootstrap_port
+        host = _only("bootstrap_host", body.bootstrap_host) or wrapped.bootstrap_host
+        port = _only("bootstrap_port", body.bootstrap_port)
+        port = port if port is not None else wrapped.bootstrap_port
         return _handoff(f"room-{room}", role, host, port, concurrent=True)
     assert params is not None
     return _handoff(params.handoff or new_id("kv"), role, params.remote_host, params.remote_port)
+
+
+def _only(field: str, value: T | list[T] | None, *, differ: bool = False) -> T | None:
+    """Of a list the first: both engines are sent the same one, and choices are told apart by their number."""
+    if not isinstance(value, list):
+        return value
+    if not differ and any(item != value[0] for item in value):
+        raise InvalidRequest(
+            f"{field} names several prefill engines; all choices of a request are computed by one.",
+            fix="Send one request for each.",
+            param=field,
+        )
+    return value[0]
 
 
 def _handoff(name: str, role: str, host: str | None, port: int | None, *, concurrent: bool = False) -> Handoff:

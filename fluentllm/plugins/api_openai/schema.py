@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from fluentllm.core.types import MAX_LOGPROBS
 from fluentllm.frontend.sampling import SamplingOptions
 
-from .handoff import DisaggregatedParams, KVTransferParams, Port
+from .handoff import DisaggregatedParams, Hosts, KVTransferParams, Port, Ports, Room, Rooms
 
 IGNORED = {
     "user": "Names an end user of the caller's, for OpenAI's abuse monitoring.",
@@ -23,8 +23,18 @@ IGNORED = {
     "service_tier": "Chooses among OpenAI's prices.",
     "prompt_cache_key": "Routes to OpenAI's caches; the prefix cache here finds prefixes by itself.",
     "prompt_cache_retention": "How long OpenAI's caches keep a prefix.",
+    "separate_reasoning": "SGLang's routers write it out; reasoning is not told apart here.",
+    "stream_reasoning": "The same.",
 }
 """Accepted and without effect, with the reason."""
+
+FIXED = {
+    "no_stop_trim": (False, "a stop string is never part of the text"),
+    "skip_special_tokens": (True, "special tokens are never part of the text"),
+    "return_hidden_states": (False, "hidden states are not returned"),
+    "continue_final_message": (False, "the last message cannot be continued"),
+}
+"""SGLang's routers write these out. Field → the one value that is taken, and why no other is."""
 
 REFUSED = {
     "tools": "calling tools is not supported",
@@ -88,18 +98,25 @@ class TextFormat(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class GenerationRequest(SamplingOptions, kw_only=True, forbid_unknown_fields=True):
-    """What chat and text completions have in common; the last seven are those of `IGNORED`."""
+    """What chat and text completions have in common; the last nine are those of `IGNORED`."""
 
     model: Annotated[str, Meta(description="The served model's name; may be left out.")] | None = None
     stream: Annotated[bool, Meta(description="Send the answer as server-sent events while it is generated.")] | None = None
     stream_options: StreamOptions | None = None
-    bootstrap_host: Annotated[str, Meta(description="Where the prefill engine takes control connections.")] | None = None
-    bootstrap_port: Port | None = None
+    bootstrap_host: (
+        Annotated[str | Hosts, Meta(description="Where the prefill engine takes control connections; or n times the same.")]
+        | None
+    ) = None
+    bootstrap_port: Port | Ports | None = None
     bootstrap_room: (
-        Annotated[int, Meta(ge=0, description="Names a request that goes to a prefill and a decode engine at once.")] | None
+        Annotated[Room | Rooms, Meta(description="Names a request that goes to a prefill and a decode engine at once.")] | None
     ) = None
     kv_transfer_params: KVTransferParams | None = None
     disaggregated_params: DisaggregatedParams | None = None
+    no_stop_trim: bool | None = None
+    skip_special_tokens: bool | None = None
+    return_hidden_states: bool | None = None
+    continue_final_message: bool | None = None
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
@@ -107,6 +124,8 @@ class GenerationRequest(SamplingOptions, kw_only=True, forbid_unknown_fields=Tru
     service_tier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
 
 
 class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
