@@ -86,7 +86,7 @@ ended), 0: launched normally.
 
 small: a few rows, done in a microsecond or two. product: fills the chip and holds most of its shared memory; whoever is placed
 while it runs is placed where there happens to be room. experts: the products of a few experts' matrices, many times as many
-programs as there are places. Measured with benchmarks/kernels/launches.py."""
+programs as there are places. benchmarks/kernels/launches.py measures it; NOTES.md there has what was seen."""
 
 
 EARLY = {"small": True, "product": True, "experts": False}
