@@ -43,6 +43,7 @@ class Prewarm:
         self._thread: threading.Thread | None = None
         self.compiled = 0
         """Kernels that were asked for, each for one set of types and constants."""
+        self._given_up = threading.Event()
 
     def start(self, steps: Callable[[], Iterator[list[Launch]]], device: torch.device, timeline: Timeline) -> None:
         """`steps` gives what each step will launch, the first needed first; it runs on a thread."""
@@ -54,11 +55,18 @@ class Prewarm:
         if self._thread is not None:
             self._thread.join()
 
+    def give_up(self) -> None:
+        """Nobody will launch them: end soon, and wait for that. A process that ends while a thread compiles may crash."""
+        self._given_up.set()
+        self.wait()
+
     def _run(self, steps: Callable[[], Iterator[list[Launch]]], device: torch.device, timeline: Timeline) -> None:
         started = time.time()
         try:
             with Compiler(device) as compiler, timeline.stage("kernels listed"), torch.inference_mode():
                 for launches in steps():
+                    if self._given_up.is_set():
+                        raise RuntimeError("loading failed")
                     compiler.add(launches)
             self.compiled = compiler.count
             timeline.add(f"{self.compiled} kernels compiled", started, time.time())
@@ -152,7 +160,7 @@ class Compiler:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(wait=True)
+        self._pool.shutdown(wait=True, cancel_futures=error[0] is not None)
 
 
 def _compile(launch: Launch) -> None:

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,10 @@ from fluentllm.assembly.kernels import launches_of
 from fluentllm.core import config
 from fluentllm.core.plugins import PluginManager
 from fluentllm.core.protocols import BuildContext
+from fluentllm.core.timeline import Timeline
 from fluentllm.hub import load_config, resolve
 from fluentllm.kernels import choose_ops
-from fluentllm.prewarm import key_of
+from fluentllm.prewarm import Prewarm, key_of
 
 MODELS = Path(__file__).parents[1] / "benchmarks" / "gpu" / "models"
 SMALL = {"num_hidden_layers": 2, "num_layers": 2, "n_routed_experts": 8, "vocab_size": 500}
@@ -86,6 +89,22 @@ def test_drafts_are_recorded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     assert (rows(alone), rows(drafting)) == ({1}, {1, 2, 3})
     assert "_leave_kernel" in {launch.kernel.__name__ for launch in drafting}
+
+
+def test_one_that_is_given_up_ends_and_lists_no_more() -> None:
+    going = threading.Event()
+
+    def steps() -> Iterator[list]:
+        while True:
+            going.set()
+            yield []
+
+    prewarm = Prewarm()
+    prewarm.start(steps, torch.device("cpu"), Timeline("engine"))
+    going.wait()
+    prewarm.give_up()
+    assert prewarm.compiled == 0
+    assert not any(thread.name == "fluent-prewarm" for thread in threading.enumerate())
 
 
 FAKE_DRIVER = """

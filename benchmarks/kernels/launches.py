@@ -38,6 +38,8 @@ class Variant:
     small: int = 1
     early: bool = True
     """May products be set up early?"""
+    experts_early: bool = EARLY["experts"]
+    """May experts' products?"""
     merge_inside: bool = False
     prefetch: int = 0
     measured: bool = True
@@ -50,6 +52,7 @@ VARIANTS = [
     Variant("base"),
     Variant("product loaded", product=2),
     Variant("product at end", product=3),
+    Variant("experts early", experts_early=True),
     Variant("product late", early=False),
     Variant("product late, loaded", product=2, early=False),
     Variant("small loaded", small=2),
@@ -79,8 +82,8 @@ def applied(variant: Variant) -> Iterator[None]:
     with ExitStack() as undo:
         undo.callback(START_NEXT.update, dict(START_NEXT))
         undo.callback(EARLY.update, dict(EARLY))
-        EARLY.update(product=variant.early)
-        START_NEXT.update(product=variant.product, small=variant.small)
+        EARLY.update(product=variant.early, experts=variant.experts_early)
+        START_NEXT.update(product=variant.product, small=variant.small, experts=variant.product)
         put(gqa_plan, "MERGE_INSIDE", variant.merge_inside)
         put(linear_tiles, "MOST_TOKENS", variant.most_tokens)
         if not variant.measured:

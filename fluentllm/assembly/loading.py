@@ -89,7 +89,11 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager, ti
     except (torch.OutOfMemoryError, MemoryError) as error:
         model = model or without_memory(family, config, context)
         slots = list(model.weight_slots()) if model is not None else None
+        kernels.give_up()
         raise weights_too_large(slots, device, dtype, error) from None
+    except BaseException:
+        kernels.give_up()
+        raise
     model_hash = fingerprint(config, _weight_files(files.path)) if settings.disaggregation.role != "both" else ""
     return LoadedModel(model, device, dtype, model.nbytes(), precision, context, files.path, model_hash, library, kernels)
 

@@ -114,10 +114,6 @@ class Ops(Protocol):
         """logits [T, total] float32, bias [total] float32 → weights [T, top_k] float32, ids [T, top_k] integers."""
         ...
 
-    def router(self, x: Tensor, weight: Weight, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`route` of `router_logits`: x [T, hidden], weight [total, hidden] float32 → weights and ids [T, top_k]."""
-        ...
-
     def experts(
         self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, routing: Routing, shared: Tensor | None
     ) -> Tensor:

@@ -118,9 +118,6 @@ class PlainOps:
     def route(self, logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         return route(logits, routing, bias)
 
-    def router(self, x: Tensor, weight: Weight, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.route(self.router_logits(x, weight), routing, bias)
-
     def experts(
         self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, routing: Routing, shared: Tensor | None
     ) -> Tensor:

@@ -46,7 +46,7 @@ class Router(Module):
         self._packed: Weight | None = None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._ops.router(x, self._packed, self.routing, self.bias)
+        return self._ops.route(self._ops.router_logits(x, self._packed), self.routing, self.bias)
 
     def own_slots(self) -> Iterator[WeightSlot]:
         yield WeightSlot(self.weight_name, tuple(self.weight.shape), self.weight.copy_)

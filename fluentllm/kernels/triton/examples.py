@@ -29,7 +29,6 @@ from .linear_tiles import LinearTile
 from .mla_rows import append_latents, rotate_queries
 from .moe import experts, fp8_experts
 from .moe_route import route
-from .moe_router import new_router_counters, router
 from .moe_scores import router_logits
 from .moe_sort import sort_by_expert
 from .moe_stream import stream_down, stream_gate_up
@@ -175,7 +174,6 @@ def mixture_of_experts() -> None:
     for routing in routings:
         for bias in (None, _floats(routing.total)):
             route(_floats(8, routing.total), routing, bias)
-            router(_empty(8, 2048), _floats(routing.total, 2048), new_router_counters(torch.device("meta")), routing, bias)
     for tokens in (1, 32):
         router_logits(_empty(tokens, 2048), _floats(64, 2048))
         router_logits(_empty(tokens, 3072), _floats(192, 3072))

@@ -41,7 +41,7 @@ def experts(
     if x.shape[0] <= SMALL_TOKENS and tile is None:
         return small_moe(x, weights, ids, gate_up, down, shared)
     count, hidden, inner = down.shape
-    tile = tile or tile_for(ids.numel(), count, hidden, inner)
+    tile = tile or tile_for(ids.numel(), count, hidden, inner, gate_up.element_size())
     tiles = sort_by_expert(ids, count, tile.rows)
     if tile.swapped:
         y = stream_down(stream_gate_up(x, gate_up, tiles, ids.shape[1], tile), down, tiles, tile)

@@ -95,5 +95,5 @@ def _launch(
         _grouped_kernel, (count * -(-n // columns),), out, x, w, tiles.order, tiles.offsets, tiles.experts, tiles.firsts, count,
         x.stride(0), w.stride(0), w.stride(1), out.stride(0),
         N=n, K=x.shape[1], TOP_K=top_k, GATED=gated, BLOCK_M=tile.rows, BLOCK_N=columns, BLOCK_K=tile.depth, TILE_GROUP=8,
-        num_warps=tile.warps, num_stages=tile.stages, **programmatic(x.device, "product"),
+        num_warps=tile.warps, num_stages=tile.stages, **programmatic(x.device, "experts"),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def choose(weights, ids, x, bias, token, scale, TOTAL: tl.constexpr, TOP_K: tl.constexpr, GROUPS: tl.constexpr,
-           TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, TOP2: tl.constexpr, RENORMALISE: tl.constexpr,
-           BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
-    """Scores, choice and weights of one token from its logits x [BLOCK] float32, -inf from TOTAL on."""
+def _route_kernel(weights, ids, logits, bias, row_stride, scale, TOTAL: tl.constexpr, TOP_K: tl.constexpr,
+                  GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, TOP2: tl.constexpr,
+                  RENORMALISE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK)
     inside = e < TOTAL
+    start_next(PDL, FIRST)
+    wait_for_inputs(PDL)
+    x = tl.load(logits + token * row_stride + e, mask=inside, other=float("-inf")).to(tl.float32)
+    start_next(PDL, LOADED)
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-x))
     else:
@@ -65,45 +70,18 @@ def choose(weights, ids, x, bias, token, scale, TOTAL: tl.constexpr, TOP_K: tl.c
     tl.store(ids + token * TOP_K + k, chosen, mask=k < TOP_K)
 
 
-@triton.jit
-def _route_kernel(weights, ids, logits, bias, row_stride, scale, TOTAL: tl.constexpr, TOP_K: tl.constexpr,
-                  GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, TOP2: tl.constexpr,
-                  RENORMALISE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    e = tl.arange(0, BLOCK)
-    start_next(PDL, FIRST)
-    wait_for_inputs(PDL)
-    x = tl.load(logits + token * row_stride + e, mask=e < TOTAL, other=float("-inf")).to(tl.float32)
-    start_next(PDL, LOADED)
-    choose(weights, ids, x, bias, token, scale, TOTAL, TOP_K, GROUPS, TOP_GROUPS, SIGMOID, TOP2, RENORMALISE, BLOCK, BLOCK_K,
-           BLOCK_G)  # fmt: skip
-
-
-def choice_of(routing: Routing) -> dict[str, Any]:
-    """Compile-time parameters of `choose`."""
-    return {
-        "TOTAL": routing.total,
-        "TOP_K": routing.top_k,
-        "GROUPS": routing.groups,
-        "TOP_GROUPS": routing.top_groups,
-        "SIGMOID": routing.scores == "sigmoid",
-        "TOP2": routing.group_score == "top2",
-        "RENORMALISE": routing.renormalise,
-        "BLOCK": power_of_2(routing.total),
-        "BLOCK_K": power_of_2(routing.top_k),
-        "BLOCK_G": power_of_2(routing.groups),
-    }
-
-
 def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """logits [T, total] float32, bias [total] float32 → weights [T, top_k] float32, ids [T, top_k] int32, best first; of equals
     the lowest id. Reference: `kernels.moe.route`."""
     tokens, total = logits.shape
     weights = torch.empty(tokens, routing.top_k, dtype=torch.float32, device=logits.device)
     ids = torch.empty(tokens, routing.top_k, dtype=torch.int32, device=logits.device)
+    block = power_of_2(total)
     launch(
-        _route_kernel, (tokens,), weights, ids, logits, bias, logits.stride(0), routing.scale, **choice_of(routing),
-        num_warps=max(1, min(4, power_of_2(total) // 128)), **programmatic(logits.device),
+        _route_kernel, (tokens,), weights, ids, logits, bias, logits.stride(0), routing.scale,
+        TOTAL=total, TOP_K=routing.top_k, GROUPS=routing.groups, TOP_GROUPS=routing.top_groups,
+        SIGMOID=routing.scores == "sigmoid", TOP2=routing.group_score == "top2", RENORMALISE=routing.renormalise,
+        BLOCK=block, BLOCK_K=power_of_2(routing.top_k), BLOCK_G=power_of_2(routing.groups),
+        num_warps=max(1, min(4, block // 128)), **programmatic(logits.device),
     )  # fmt: skip
     return weights, ids

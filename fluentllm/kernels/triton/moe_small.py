@@ -83,12 +83,12 @@ def small_moe(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Te
     launch(
         _gate_up_kernel, (tokens * top_k, -(-inner // block_n)), h, x, gate_up, ids, x.stride(0), *gate_up.stride()[:2],
         EXPERTS=experts, INNER=inner, HIDDEN=hidden, TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=3, num_warps=4,
-        **programmatic(x.device, "product"),
+        **programmatic(x.device, "experts"),
     )  # fmt: skip
     launch(
         _down_kernel, (tokens, -(-hidden // block_n)), out, h, down, x, shared, weights, ids, x.stride(0),
         0 if shared is None else shared.stride(0), *down.stride()[:2],
         EXPERTS=experts, INNER=inner, HIDDEN=hidden, TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=3, num_warps=4,
-        **programmatic(x.device, "product"),
+        **programmatic(x.device, "experts"),
     )  # fmt: skip
     return out

@@ -108,5 +108,5 @@ def _launch(
         tiles.experts, tiles.firsts, count, n, x.shape[1], x.stride(0), flat.stride(0),
         0 if x_scale is None else x_scale.stride(0), out.stride(0),
         ROWS=w.shape[1], TOP_K=top_k, GATED=gated, BLOCK_M=tile.rows, BLOCK_N=columns, BLOCK_K=tile.depth, TILE_GROUP=8,
-        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, **programmatic(x.device, "product"),
+        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, **programmatic(x.device, "experts"),
     )  # fmt: skip

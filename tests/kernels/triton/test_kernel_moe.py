@@ -11,7 +11,6 @@ from fluentllm.kernels.moe import Routing, combine_reference, route as plain_rou
 from fluentllm.kernels.triton import moe
 from fluentllm.kernels.triton.moe import experts, fp8_experts
 from fluentllm.kernels.triton.moe_route import route
-from fluentllm.kernels.triton.moe_router import MOST_TOKENS, new_router_counters, router
 from fluentllm.kernels.triton.moe_sort import sort_by_expert
 from fluentllm.kernels.triton.moe_tiles import Tile, tile_for
 
@@ -34,19 +33,6 @@ def test_route(routing: Routing, with_bias: bool, device: torch.device, rng: tor
     assert torch.equal(ids.cpu().long(), expected)
     assert_close(weights.cpu(), expected_weights)
     assert route(logits[:0].to(device), routing)[1].shape == (0, routing.top_k)
-
-
-@pytest.mark.parametrize("tokens", [0, 1, 5, MOST_TOKENS])
-@pytest.mark.parametrize("routing", ROUTINGS[1:3])
-def test_the_whole_router(routing: Routing, tokens: int, device: torch.device, rng: torch.Generator) -> None:
-    x, weight = torch.randn(tokens, 72, generator=rng).bfloat16(), torch.randn(routing.total, 72, generator=rng)
-    bias = torch.randn(routing.total, generator=rng) * 0.1
-    expected_weights, expected = plain_route((x.double() @ weight.double().T).float(), routing, bias)
-    operands = (x.to(device), weight.to(device), new_router_counters(device), routing, bias.to(device))
-    for _ in range(2):  # the second finds the counters as the first left them
-        weights, ids = router(*operands)
-        assert torch.equal(ids.cpu().long(), expected)
-        assert_close(weights.cpu(), expected_weights, rtol=1e-4, atol=1e-4)
 
 
 def test_nan_logits_choose_experts_that_exist(device: torch.device) -> None:
