@@ -86,7 +86,7 @@ def third_party_plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
 
 @pytest.fixture
 def quick_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`gguf.GGUFReader` takes a slice for each of 50,000 tokens, and slices of numpy's memmap are slow: a plain array serves."""
+    """`gguf.GGUFReader` takes a slice for each of 50,000 tokens; slices of numpy's memmap are slow: a plain array serves."""
     monkeypatch.setattr("numpy.memmap", lambda path, **_: np.fromfile(path, np.uint8))
 
 
