@@ -134,3 +134,16 @@ def test_they_predict_text_that_was_held_out(name: str, monkeypatch: pytest.Monk
         tokens = torch.tensor([[trained.s.eos, *tokenizer.encode(text)[:512]]])
         losses.append(F.cross_entropy(trained.logits(trained(tokens))[0, :-1], tokens[0, 1:], reduction="none"))
     assert math.exp(torch.cat(losses).mean().item()) < PERPLEXITY
+
+
+def test_an_fp8_cache_predicts_as_well_as_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`benchmarks/kv/perplexity.py` on one text; its page records more."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.kv.perplexity import held_out, perplexities
+
+    texts = torch.tensor(held_out(2, 200))
+    rows = list(perplexities(["bfloat16", "fp8"], texts, ["decode:8", "prefill:32"], device="cpu"))
+    assert [row["backend"] for row in rows] == ["TorchAttention"] * 2 + ["PlainMlaFp8"] * 2
+    for bf16, fp8 in zip(rows[:2], rows[2:], strict=True):
+        assert bf16["tokens"] == fp8["tokens"] > 300
+        assert 0 < abs(fp8["perplexity"] / bf16["perplexity"] - 1) < 0.005

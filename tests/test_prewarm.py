@@ -75,6 +75,20 @@ def test_every_family_can_be_recorded(
     assert len(distinct) < len(launches) / 2
 
 
+def test_an_fp8_cache_is_recorded_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MLA's by kernels of its own, and none of those over 16 bits; that of grouped heads by the same ones."""
+    with caplog.at_level(logging.ERROR):
+        latent = recorded(small(tmp_path / "mla", "deepseek-v3-lite"), monkeypatch, **{"kv.dtype": "fp8"})
+        grouped = recorded(small(tmp_path / "gqa", "qwen3-0.6b"), monkeypatch, **{"kv.dtype": "fp8"})
+    assert caplog.records == []
+    names = {launch.kernel.__name__ for launch in latent}
+    assert SOME | {"_append_norms", "_fetch", "_quantise_query", "decode_fp8", "_prefill_kernel"} <= names
+    assert "decode_bf16" not in names
+    assert {launch.kernel.__name__ for launch in grouped} >= SOME | GROUPED
+
+
 def test_drafts_are_recorded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Each number of drafts is a program of its own; a proposer that failed would have been logged."""
     with caplog.at_level(logging.ERROR):

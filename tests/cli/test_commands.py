@@ -9,6 +9,7 @@ import pytest
 from fluentllm import __version__, cli, devices
 from fluentllm.cli import options
 from fluentllm.core.errors import ConfigError
+from fluentllm.hub import resolve
 
 
 def test_help_names_every_command(fluent):
@@ -138,6 +139,20 @@ def test_doctor_says_what_would_be_used(fluent, tmp_path):
     assert packages["flashinfer-python"]["for"] == "cuda"
     assert report["problems"] == []
     assert "No problem found." in fluent(*line[:2], *line[3:]).stdout
+
+
+def test_doctor_says_what_a_token_of_kv_takes(fluent, tmp_path):
+    """644 bytes a layer of MLA in FP8: 512 latent values, their scale, 64 rotary values in BF16; 1,152 in 16 bits."""
+    config = json.loads((resolve("longcat-nano").path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = ("doctor", str(tmp_path), "--json", "--set", "engine.device=cpu", "--set", "model.load_format=dummy")
+    layers = 2 * config["num_layers"]
+    for dtype, kept, size, backend in (("fp8", "float8_e4m3fn", 644, "mla_fp8"), ("bfloat16", "bfloat16", 1152, "torch")):
+        report = json.loads(fluent(*line, "--set", f"kv.dtype={dtype}").stdout)
+        choices = {row["setting"]: row for row in report["choices"]}
+        assert choices["kv.dtype"]["uses"] == kept
+        assert choices["kv.dtype"]["because"] == f"as set; {size * layers:,} bytes a token"
+        assert choices["attention.backend"]["uses"] == backend
 
 
 def test_doctor_says_what_there_is_for_a_gpu(fluent, monkeypatch, tmp_path):

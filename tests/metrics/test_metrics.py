@@ -60,11 +60,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def test_what_a_server_did(folder: Path) -> None:
-    settings = {"speculative.method": "pld", "speculative.k": 3, "plugins.spec_pld.shortest": 1, "kv.page_size": 4}
+    settings = {
+        "speculative.method": "pld",
+        "speculative.k": 3,
+        "plugins.spec_pld.shortest": 1,
+        "kv.page_size": 4,
+        "kv.dtype": "fp8",
+    }
     async with serving_real(folder, **settings) as api:
         before = await scraped(api)
         assert value(before, "fluent_engine_up") == 1
         assert value(before, "fluent_build_info", version=__import__("fluentllm").__version__, model="tiny") == 1
+        assert value(before, "fluent_kv_cache_info", dtype="float8_e4m3fn", page_size="4") == 1
         assert value(before, "fluent_generation_tokens_total") == 0
         prompt = [5, 6, 7, 5, 6, 7, 5, 8, 9]
         usages = []

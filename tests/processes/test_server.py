@@ -31,7 +31,7 @@ def temporary():
 def server(tmp_path_factory):
     """One that tests may crash; each must leave it healthy."""
     folder = Path(tempfile.mkdtemp(prefix="f", dir="/tmp"))
-    with running(tmp_path_factory.mktemp("model"), folder, "--set", "log.requests=true") as server:
+    with running(tmp_path_factory.mktemp("model"), folder, "--set", "log.requests=true", "--kv-dtype", "fp8") as server:
         yield server
     shutil.rmtree(folder)
 
@@ -59,6 +59,7 @@ def events(response):
 def test_the_line_in_the_banner_works_when_pasted(server):
     assert server.health() == (200, '{"status":"ready"}')
     assert "LlamaForCausalLM" in server.output
+    assert "tokens in pages of 16, float8_e4m3fn," in server.output  # as --kv-dtype asked
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     line = next(line for line in server.lines if "curl " in line)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from fluentllm.core.session import Engine
-    from fluentllm.core.types import EngineStats, SpeculativeStats
+    from fluentllm.core.types import EngineStats, ModelInfo, SpeculativeStats
 
     from .requests import Latencies
 
@@ -34,6 +34,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
         yield from _load(stats)
+        yield _cache(self._engine.info)
         yield from _counts(stats)
         yield from _histograms(self._latencies)
         yield _labelled(
@@ -42,6 +43,12 @@ class EngineCollector(Collector):
         yield _labelled("fluent_requests_refused", "Requests that did not enter, by error code.", "code", stats.refused)
         if stats.speculative is not None:
             yield from _speculation(stats.speculative)
+
+
+def _cache(info: ModelInfo) -> GaugeMetricFamily:
+    about = GaugeMetricFamily("fluent_kv_cache_info", "Always 1; how KV is kept.", labels=["dtype", "page_size"])
+    about.add_metric([info.kv_dtype, str(info.page_size)], 1.0)
+    return about
 
 
 def _load(stats: EngineStats) -> Iterator[Metric]:
