@@ -51,6 +51,9 @@ class TritonAttention(FusedGQA, FusedMLA):
         self._mla_lengths: Tensor | None = None
 
     def begin(self, batch: Batch) -> None:
+        if batch.first_key and self._kv.kind == "mla":
+            # Only draft layers lack a first key, and all of those have grouped heads.
+            raise NotImplementedError("MLA by kernels sees all keys of a sequence, from its first on.")
         self._plan = self._tiles = self._expanded = None
         self._mla = {}
         self._mla_lengths = batch.kv_lengths

@@ -99,6 +99,15 @@ def test_mla_prefill(device: torch.device, rng: torch.Generator) -> None:
         torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-5)
 
 
+def test_mla_without_its_first_key_is_refused(device: torch.device, rng: torch.Generator) -> None:
+    made = tables(device, rng)
+    _, ours = backends(KVSpec(kind="mla", layers=1, latent_dim=48, rope_dim=16), made)
+    for batch in passes(made):
+        batch.first_key = 1
+        with pytest.raises(NotImplementedError, match="from its first on"):
+            ours.begin(batch)
+
+
 def small_llama(ops: Ops, device: torch.device) -> Model:
     found = {}
     llama.fluent_models(found.setdefault)
