@@ -53,7 +53,6 @@ def test_observers_are_told_what_happens():
     observers.kv_events([])
     assert counter.seen == [7, "finished", "cleared"]
     assert observers.watches_kv
-    assert observers.watches_requests
 
 
 def test_observers_are_engine_side_only():

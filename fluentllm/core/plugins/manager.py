@@ -14,7 +14,6 @@ import importlib.util
 import logging
 import time
 from functools import partial
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -288,8 +287,3 @@ def _selecting(function: Callable[..., Any], positions: tuple[int, ...], arity: 
     if positions == tuple(range(arity)):
         return function
     return lambda *arguments: function(*(arguments[position] for position in positions))
-
-
-def installed_plugins() -> list[PluginInfo]:
-    """All of them, without importing any and without regard to allow and deny lists."""
-    return discover(metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP))

@@ -135,11 +135,6 @@ class Observers:
             self._tell(self._kv_events, events)
 
     @property
-    def watches_requests(self) -> bool:
-        """False: nobody listens, so no event needs to be made."""
-        return bool(self._request)
-
-    @property
     def watches_kv(self) -> bool:
         return bool(self._kv_events)
 

@@ -20,7 +20,7 @@ from ...transfer.faults import FaultyTransport
 from ...transfer.frames import MIN_KEY
 from ...transfer.layout import layout_of, memory_of
 from ...transfer.memory import RegisteredMemory
-from ...transfer.messages import Attempt, Describe, Group
+from ...transfer.messages import Describe, Group
 from ...transfer.slices import slices_of, sources_of
 from .pacing import Pacing
 
@@ -184,10 +184,6 @@ class Exchange:
         heads = [range(first, first + part.heads) for first, part in zip(firsts, parts, strict=True)]
         states = layers.stop == source.layers and sources_of(source, target)[0] == source.tp_rank
         return self.memory.checksum(pages, layers, tokens, states, heads)
-
-
-def attempt_of(handoff: str, attempt: int, source: int, target: int) -> Attempt:
-    return Attempt(handoff, attempt, source, target)
 
 
 def _key(settings: LayerwiseSettings) -> bytes:
