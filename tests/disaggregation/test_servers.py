@@ -81,6 +81,9 @@ def test_the_bodies_of_sglang_router(tmp_path: Path) -> None:
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "bootstrap_host")
         stats = httpx.get(f"{decode.url}/handoff", headers=headers, timeout=10).json()["stats"]["handoff"]
         assert stats.get("local_prefills", 0) == 0
+        metrics = httpx.get(f"{decode.url}/metrics", headers=headers, timeout=10).text
+        assert f'fluent_handoffs_total{{counter="received_bytes"}} {float(stats["received_bytes"])}' in metrics
+        assert "fluent_handoffs_open 0.0" in metrics
 
 
 @pytest.mark.parametrize("transport", ["nixl", "mooncake"])

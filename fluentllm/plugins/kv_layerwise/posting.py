@@ -1,4 +1,4 @@
-"""Hands one group of layers to the transport."""
+"""Which layers of which pages are due, and how they are handed to the transport."""
 
 from __future__ import annotations
 
@@ -6,11 +6,38 @@ import time
 from typing import TYPE_CHECKING
 
 from ...transfer.descriptors import plan_rank_writes
-from ...transfer.messages import Group
+from ...transfer.messages import FirstToken, Group
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ...transfer.layout import KVLayout
     from .exchange import Exchange
     from .outgoing import Outgoing, Sending
+
+
+def due(outgoing: Outgoing, sending: Sending, layout: KVLayout, group: int) -> Iterator[tuple[range, range, bool]]:
+    """Pages, layers and whether it is the last, of what is complete and not sent: whole groups of layers of each chunk, and
+    chunks that are complete together. Marked as sent."""
+    chunks = outgoing.chunks
+    sending.sent += [0] * (len(chunks) - len(sending.sent))
+    total = layout.layers
+    # What proposers keep for pages goes with the last layer, and is not there before the pass has ended.
+    target = total - max(layout.draft_layers, bool(layout.page_states))
+    number = 0
+    while number < len(chunks):
+        chunk, sent = chunks[number], sending.sent[number]
+        ready = total if chunk.progress.ended else min(chunk.progress.layers, target)
+        last = number
+        if ready == total and sent == 0:
+            while last + 1 < len(chunks) and chunks[last + 1].progress.ended and not sending.sent[last + 1]:
+                last += 1
+        if ready > sent and (ready == total or ready - sent >= group):
+            pages = range(chunk.first, chunks[last].end)
+            sending.sent[number : last + 1] = [ready] * (last + 1 - number)
+            final = pages.stop == len(outgoing.pages) and all(count == total for count in sending.sent)
+            yield pages, range(sent, ready), final
+        number = last + 1
 
 
 def post_group(
@@ -48,3 +75,22 @@ def post_group(
     exchange.counters["writes_sent"] += len(writes)
     exchange.pacing.posted(time.perf_counter() - started)
     return number
+
+
+def tell_first(outgoing: Outgoing, sending: Sending) -> None:
+    """The first token, once, when it has been drawn."""
+    if outgoing.first is None or sending.told:
+        return
+    sending.told = True
+    token, logprob, rank, top = outgoing.first
+    sending.connection.link.send(
+        FirstToken(
+            of=sending.of,
+            token=token,
+            logprob=logprob,
+            rank=rank,
+            top=top,
+            cached_tokens=outgoing.sequence.cached_tokens,
+            groups=sending.groups,
+        )
+    )

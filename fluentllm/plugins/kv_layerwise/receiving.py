@@ -11,21 +11,15 @@ it is drained.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ...core.errors import FluentError, InvalidRequest
-from ...core.kv.events import encode_tokens
 from ...core.types import HandoffReport, TokenLogprob
 from ...transfer.messages import (
-    MAX_PROMPT,
     Attempt,
     Cancel,
-    Compute,
     Drained,
     Failed,
     Fetch,
@@ -33,9 +27,9 @@ from ...transfer.messages import (
     Message,
     Refuse,
     Release,
-    Reserve,
 )
-from .incoming import Incoming, Writer
+from .asking import can_tell, reserve, tell_request
+from .incoming import Incoming
 from .lending import Lender
 from .peers import PrefillPeer, address
 
@@ -237,55 +231,17 @@ class Receiver:
         return True
 
     def _ask(self, incoming: Incoming, connections: list[Connection], lease: Lease) -> None:
-        exchange, sequence = self._exchange, incoming.sequence
-        allocator = exchange.host.kv.allocator
-        held = sequence.published
-        pages = sequence.pages[held : exchange.host.kv.pages_for(sequence.prompt_length)]
-        incoming.pages = pages
-        self._tell_request(incoming)
-        prompt = encode_tokens(sequence.tokens[: sequence.prompt_length])
-        timeout = exchange.settings.transfer_timeout
-        for number, connection in enumerate(connections):
-            of = Attempt(incoming.id, incoming.asks, connection.epoch, exchange.epoch)
-            if number:  # each writer has a lease of its own, that ends when this writer is drained
-                lease = allocator.lease("remote", incoming.id)
-                allocator.share(lease, pages)
-            covered = np.zeros((exchange.layout.layers, len(pages)), dtype=bool)
-            incoming.writers[of] = Writer(of, connection, lease, covered)
-            self._receiving[of] = incoming
-            connection.link.send(
-                Reserve(
-                    of=of,
-                    prompt_tokens=sequence.prompt_length,
-                    prompt_hash=hashlib.sha256(prompt).digest(),
-                    held_pages=held,
-                    pages=pages,
-                    deadline=timeout,
-                    checksums=exchange.settings.checksums,
-                )
-            )
+        sequence = incoming.sequence
+        incoming.pages = sequence.pages[sequence.published : self._exchange.host.kv.pages_for(sequence.prompt_length)]
+        if tell_request(self._exchange, incoming):
+            self._counters["requests_told"] += 1
+        for writer in reserve(self._exchange, incoming, connections, lease):
+            incoming.writers[writer.of] = writer
+            self._receiving[writer.of] = incoming
         incoming.attempts += 1
         incoming.asks += 1
         self._expect()
-        self._time(incoming, timeout, partial(self._late, incoming))
-
-    def _tell_request(self, incoming: Incoming) -> None:
-        """To an engine that no router has given it to, as far as we know."""
-        first = incoming.peer.connections[0]
-        told = first.epoch in incoming.known or (not incoming.asks and not incoming.tried and not incoming.attempts)
-        incoming.known.add(first.epoch)
-        if told or not _can_tell(incoming):
-            return
-        request = incoming.sequence.request
-        self._counters["requests_told"] += 1
-        first.link.send(
-            Compute(
-                of=Attempt(incoming.id, incoming.asks, first.epoch, self._exchange.epoch),
-                prompt=encode_tokens(request.prompt),
-                params=request.params,
-                priority=request.priority,
-            )
-        )
+        self._time(incoming, self._exchange.settings.transfer_timeout, partial(self._late, incoming))
 
     def _late(self, incoming: Incoming) -> None:
         self._counters["deadline_transfer"] += 1
@@ -348,7 +304,7 @@ class Receiver:
 
     def _turn_to_another(self, incoming: Incoming) -> bool:
         """Another prefill engine, if one can be told the request."""
-        if not _can_tell(incoming):
+        if not can_tell(incoming):
             return False
         for peer in self._peers.values():
             if peer is not incoming.peer and peer not in incoming.tried and not peer.refusal and peer.breaker.state != "open":
@@ -428,9 +384,3 @@ class Receiver:
         tokens = incoming.sequence.prompt_length - (held + end - 1) * size if last else size
         layers = range(group.first_layer, group.first_layer + group.layer_count)
         return self._exchange.checksum(connection, incoming.pages[group.first_page : end], layers, tokens, sent=False)
-
-
-def _can_tell(incoming: Incoming) -> bool:
-    """Whether another engine can be told the request: not a grammar, which a front end compiled for two."""
-    request = incoming.sequence.request
-    return request.params.grammar is None and 4 * len(request.prompt) <= MAX_PROMPT

@@ -17,11 +17,11 @@ from ...core.kv.events import decode_tokens, encode_tokens
 from ...core.transport import TransportError
 from ...core.types import Handoff, Request
 from ...transfer.descriptors import PageError
-from ...transfer.messages import Cancel, Compute, Drained, Failed, FirstToken, Message, Refuse, Release, Reserve
+from ...transfer.messages import Cancel, Compute, Drained, Failed, Message, Refuse, Release, Reserve
 from ...transfer.slices import targets_of
 from .fetching import Fetcher
 from .outgoing import Chunk, Early, Outgoing, Sending
-from .posting import post_group
+from .posting import due, post_group, tell_first
 from .watch import Progress
 
 if TYPE_CHECKING:
@@ -282,53 +282,18 @@ class Sender:
                 self._stop(sending)
                 self._settle(sending)
                 continue
-            self._tell_first(outgoing, sending)
+            tell_first(outgoing, sending)
             total = self._exchange.layout.layers
             sending.over |= sending.told and all(sent == total for sent in sending.sent)
             self._settle(sending)
 
     def _send(self, outgoing: Outgoing, sending: Sending) -> None:
-        """Whole groups of layers of each chunk. Raises `TransportError`, `PageError`."""
-        layout, chunks = self._exchange.layout, outgoing.chunks
-        sending.sent += [0] * (len(chunks) - len(sending.sent))
-        total, group = layout.layers, self._watch.group
-        # What proposers keep for pages goes with the last layer, and is not there before the pass has ended.
-        target = total - max(layout.draft_layers, bool(layout.page_states))
-        number = 0
-        while number < len(chunks):
-            chunk, sent = chunks[number], sending.sent[number]
-            ready = total if chunk.progress.ended else min(chunk.progress.layers, target)
-            last = number
-            if ready == total and sent == 0:
-                # Chunks that are complete go together.
-                while last + 1 < len(chunks) and chunks[last + 1].progress.ended and not sending.sent[last + 1]:
-                    last += 1
-            if ready > sent and (ready == total or ready - sent >= group):
-                pages = range(chunk.first, chunks[last].end)
-                sending.sent[number : last + 1] = [ready] * (last + 1 - number)
-                final = pages.stop == len(outgoing.pages) and all(count == total for count in sending.sent)
-                transfer = post_group(self._exchange, outgoing, sending, pages, range(sent, ready), last=final)
-                if transfer is not None:
-                    sending.transfers[transfer] = time.perf_counter()
-                    self._transfers[transfer] = sending
-            number = last + 1
-
-    def _tell_first(self, outgoing: Outgoing, sending: Sending) -> None:
-        if outgoing.first is None or sending.told:
-            return
-        sending.told = True
-        token, logprob, rank, top = outgoing.first
-        sending.connection.link.send(
-            FirstToken(
-                of=sending.of,
-                token=token,
-                logprob=logprob,
-                rank=rank,
-                top=top,
-                cached_tokens=outgoing.sequence.cached_tokens,
-                groups=sending.groups,
-            )
-        )
+        """Raises `TransportError`, `PageError`."""
+        for pages, layers, last in due(outgoing, sending, self._exchange.layout, self._watch.group):
+            transfer = post_group(self._exchange, outgoing, sending, pages, layers, last=last)
+            if transfer is not None:
+                sending.transfers[transfer] = time.perf_counter()
+                self._transfers[transfer] = sending
 
     def _stop(self, sending: Sending) -> None:
         sending.over = True

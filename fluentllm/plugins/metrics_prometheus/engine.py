@@ -41,6 +41,8 @@ class EngineCollector(Collector):
             "fluent_requests_finished", "Requests that ended, by reason.", "finish_reason", self._latencies.finished
         )
         yield _labelled("fluent_requests_refused", "Requests that did not enter, by error code.", "code", stats.refused)
+        if stats.handoff:
+            yield from _handoffs(stats.handoff)
         if stats.speculative is not None:
             yield from _speculation(stats.speculative)
 
@@ -49,6 +51,14 @@ def _cache(info: ModelInfo) -> GaugeMetricFamily:
     about = GaugeMetricFamily("fluent_kv_cache_info", "Always 1; how KV is kept.", labels=["dtype", "page_size"])
     about.add_metric([info.kv_dtype, str(info.page_size)], 1.0)
     return about
+
+
+def _handoffs(counters: dict[str, int]) -> Iterator[Metric]:
+    now = {"open": "Handoffs that are not over.", "quarantined_pages": "KV pages that a late writer may still write to."}
+    for name, text in now.items():
+        yield _gauge(f"fluent_handoffs_{name}", text, counters.get(name, 0))
+    events = {name: count for name, count in counters.items() if name not in now}
+    yield _labelled("fluent_handoffs", "Events, bytes and failures of handoffs between engines, by name.", "counter", events)
 
 
 def _load(stats: EngineStats) -> Iterator[Metric]:
