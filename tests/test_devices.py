@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fluentllm import devices
-from fluentllm.assembly.step import attention_for
+from fluentllm.assembly.attention import candidates
 from fluentllm.core.errors import ConfigError
 from fluentllm.core.plugins import PluginManager
 from fluentllm.core.protocols import AttentionSpec
@@ -109,17 +109,17 @@ def test_the_drivers_version_is_read_from_the_system(monkeypatch: pytest.MonkeyP
     assert devices.driver_version() == "580.95.05"
 
 
-@pytest.mark.parametrize(("capability", "plugin"), [((9, 0), "attn_triton"), ((8, 0), "attn_torch"), ((10, 0), "attn_torch")])
+@pytest.mark.parametrize(("capability", "backend"), [((9, 0), "triton"), ((8, 0), "torch"), ((10, 0), "torch")])
 def test_mla_falls_back_where_its_kernels_do_not_run(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], plugin: str
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], backend: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
     plugins = PluginManager.load({"engine", "executor"}, allow=[], deny=[])
     kv = KVSpec(kind="mla", layers=1, latent_dim=512, rope_dim=64)
     model = ModelSpec(architecture="x", vocab_size=9, hidden_size=64, layers=1, heads=4, max_position=64, kv=kv)
     spec = AttentionSpec(model=model, device="cuda", dtype="bfloat16", kv_dtype="bfloat16", page_size=64, deterministic=False)
-    assert plugin in attention_for(Settings(), spec, plugins).__module__
-    if plugin == "attn_torch":
+    assert candidates(Settings(), spec, plugins, "decode")[0].name == backend
+    if backend == "torch":
         number = ".".join(map(str, capability))
         with pytest.raises(ConfigError, match=rf"built for Hopper \(compute capability 9\.0\), not {number}"):
-            attention_for(Settings(attention=AttentionSettings(backend="triton")), spec, plugins)
+            candidates(Settings(attention=AttentionSettings(backend="triton")), spec, plugins, "decode")

@@ -168,7 +168,8 @@ def test_logits_are_the_float64_ones_as_far_as_bf16_goes(family: Any, determinis
     spec = AttentionSpec(
         model=found.spec, device="cuda", dtype="bfloat16", kv_dtype="bfloat16", page_size=64, deterministic=deterministic
     )
-    entries = registry.supported(spec)
+    # FlashInfer's kernels may not be compiled yet: tests/gpu/test_flashinfer.py waits for them.
+    entries = [entry for entry in registry.supported(spec) if entry.name != "flashinfer"]
     assert "triton" in {entry.name for entry in entries}, registry.why_not(spec)
     for entry in entries:
         off = errors(found.logits(device, torch.bfloat16, entry.factory, deterministic=deterministic), exact)
