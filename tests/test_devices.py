@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from fluentllm import devices
+from fluentllm.assembly.attention import candidates
 from fluentllm.core.errors import ConfigError
+from fluentllm.core.plugins import PluginManager
+from fluentllm.core.protocols import AttentionSpec
+from fluentllm.core.settings import AttentionSettings, Settings
+from fluentllm.core.types import KVSpec, ModelSpec
 
 
 @pytest.fixture
@@ -102,3 +107,19 @@ def test_the_drivers_version_is_read_from_the_system(monkeypatch: pytest.MonkeyP
     assert devices.driver_version() is None
     file.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs) Tue Sep 23\n")
     assert devices.driver_version() == "580.95.05"
+
+
+@pytest.mark.parametrize(("capability", "backend"), [((9, 0), "triton"), ((8, 0), "torch"), ((10, 0), "torch")])
+def test_mla_falls_back_where_its_kernels_do_not_run(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], backend: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    plugins = PluginManager.load({"engine", "executor"}, allow=[], deny=[])
+    kv = KVSpec(kind="mla", layers=1, latent_dim=512, rope_dim=64)
+    model = ModelSpec(architecture="x", vocab_size=9, hidden_size=64, layers=1, heads=4, max_position=64, kv=kv)
+    spec = AttentionSpec(model=model, device="cuda", dtype="bfloat16", kv_dtype="bfloat16", page_size=64, deterministic=False)
+    assert candidates(Settings(), spec, plugins, "decode")[0].name == backend
+    if backend == "torch":
+        number = ".".join(map(str, capability))
+        with pytest.raises(ConfigError, match=rf"built for Hopper \(compute capability 9\.0\), not {number}"):
+            candidates(Settings(attention=AttentionSettings(backend="triton")), spec, plugins, "decode")

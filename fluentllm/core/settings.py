@@ -59,6 +59,13 @@ class EngineSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     overlap_depth: Annotated[int, _help("Steps launched ahead of what has been read.", "steps", ge=0, le=2)] = 1
     deterministic: Annotated[bool, _help("Fixed-order arithmetic: a token does not depend on what else runs. Slower.")] = False
     cuda_graphs: Annotated[bool, _help("Capture decode programs on a GPU; off: launch each kernel by itself.")] = True
+    moe_overlap: Annotated[
+        Literal["auto", "on", "off"],
+        _help(
+            "LongCat on a GPU: in decode the experts run on a second stream, beside the attention and dense layers that do not "
+            "need them. auto: off, until it is measured to be faster. No effect elsewhere."
+        ),
+    ] = "auto"
     memory_share: Annotated[
         float,
         _help("How much of a GPU's memory may be in use, by weights, the largest step, the KV pool and others.", gt=0, le=1),

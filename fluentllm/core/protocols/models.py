@@ -105,6 +105,8 @@ class BuildContext:
     """What matrix weights are packed to after loading: one of `kernels.weights.PRECISIONS`."""
     max_positions: int = 0
     """Rotary tables need no more rows than this."""
+    moe_overlap: bool = False
+    """Experts on a shortcut may run on a second stream of the GPU (`fluentllm.layers.side_stream`)."""
 
 
 class Model(Protocol):

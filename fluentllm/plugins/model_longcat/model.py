@@ -17,6 +17,7 @@ from fluentllm.layers.mtp import MTP, DraftingModel, MTPNames
 from fluentllm.layers.ngram import NgramEmbedding
 from fluentllm.layers.norm import RMSNorm
 from fluentllm.layers.rotary import Rotary
+from fluentllm.layers.side_stream import SideStream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,8 @@ class Longcat(DraftingModel):
         self.embedding = Embedding(ctx, "model.embed_tokens", config.vocab, config.hidden)
         self.ngram = _ngram(ctx, config, config.ngram, self.embedding) if config.ngram else None
         self.rotary = Rotary(ctx, config.raw, config.rope, config.max_position, interleaved=True)
-        self.layers = [LongcatLayer(ctx, config, number, self.rotary) for number in range(config.layers)]
+        side = SideStream() if ctx.moe_overlap else None
+        self.layers = [LongcatLayer(ctx, config, number, self.rotary, side) for number in range(config.layers)]
         self.norm = RMSNorm(ctx, "model.norm", config.hidden, config.eps)
         self.head = Head(ctx, "model.embed_tokens" if config.tied else "lm_head", config.vocab, config.hidden)
         self.mtp = _mtp(ctx, config, self.rotary)
@@ -53,9 +55,10 @@ class Longcat(DraftingModel):
 
 
 class LongcatLayer(Module):
-    """Attention and dense MLP, twice; the MoE reads what the first MLP reads, and is added at the end."""
+    """Attention and dense MLP, twice; the MoE reads what the first MLP reads, and is added at the end: so in decode it may run
+    on a stream of its own meanwhile."""
 
-    def __init__(self, ctx: BuildContext, config: LongcatConfig, number: int, rotary: Rotary) -> None:
+    def __init__(self, ctx: BuildContext, config: LongcatConfig, number: int, rotary: Rotary, side: SideStream | None) -> None:
         prefix, hidden, eps = f"model.layers.{number}", config.hidden, config.eps
         shape = _shape(config)
         self.input_norms = [RMSNorm(ctx, f"{prefix}.input_layernorm.{i}", hidden, eps) for i in (0, 1)]
@@ -72,6 +75,7 @@ class LongcatLayer(Module):
             bias="router.e_score_correction_bias",
         )
         self._add = ctx.ops.add
+        self._side = side
 
     def __call__(
         self, delta: Tensor | None, residual: Tensor, rows: tuple[Tensor, Tensor], batch: Batch, attention: AttentionBackend
@@ -80,11 +84,19 @@ class LongcatLayer(Module):
         x = self.input_norms[0](residual) if delta is None else self.input_norms[0].add(delta, residual)
         x = self.attentions[0](x, rows, batch, attention)
         x = self.post_norms[0].add(x, residual)
-        shortcut = self.moe(x)
+        # Prefill fills the chip by itself, and its tensors are large: a second stream would hold memory apart.
+        side = self._side if batch.query_length is not None else None
+        if side is None:
+            shortcut = self.moe(x)
+        else:
+            side.start(self.moe, x)
         x = self.input_norms[1].add(self.mlps[0](x), residual)
         x = self.attentions[1](x, rows, batch, attention)
         x = self.post_norms[1].add(x, residual)
-        return self._add(self.mlps[1](x), shortcut)
+        x = self.mlps[1](x)
+        if side is not None:
+            shortcut = side.result()
+        return self._add(x, shortcut)
 
 
 def _shape(config: LongcatConfig) -> MLAShape:
