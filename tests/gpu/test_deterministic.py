@@ -18,7 +18,7 @@ from fluentllm.local import LocalEngine
 from .models import VOCABULARY, engine, small
 
 REQUESTS, LONGEST = 64, 8000
-POOL = {"qwen3-0.6b": "24MiB", "deepseek-v3-lite": "44MiB", "longcat-flash-lite": "56MiB"}
+POOL = {"qwen3-0.6b": "24MiB", "deepseek-v3-lite": "32MiB", "longcat-flash-lite": "56MiB"}
 """So small that requests are preempted."""
 
 

@@ -40,8 +40,9 @@ def test_a_step_is_one_graph_and_waits_for_nothing(method: str, depth: int, tmp_
 
 
 def test_the_device_is_not_idle_between_steps(tmp_path: Path) -> None:
-    """At depth 1, with steps that take longer than the host needs for one: the shape of Qwen3-0.6B, all layers."""
-    with engine(small("qwen3-0.6b", tmp_path, num_hidden_layers=28, hidden_size=1024), **{"engine.overlap_depth": 1}) as local:
+    """At depth 1, with steps of some 5 ms: longer than the host needs for one, under the profiler too."""
+    shape = {"num_hidden_layers": 28, "hidden_size": 4096, "intermediate_size": 14336}
+    with engine(small("qwen3-0.6b", tmp_path, **shape), **{"engine.overlap_depth": 1}) as local:
         watch(local, 8, 4)
         idle = sorted(watch(local, 8, 40).idle())
     print(f"idle between steps, µs: median {idle[len(idle) // 2]:.1f}, most {idle[-1]:.1f}")
