@@ -36,7 +36,8 @@ def test_layers_are_told_in_order_while_later_ones_compute() -> None:
         done.set()
 
     # A kernel that is loaded at its first use may wait for all that is queued.
-    assert bool((kv[:2] == 0).all()) and bool((kv[:8] == 0).all())
+    assert bool((kv[:2] == 0).all())
+    assert bool((kv[:8] == 0).all())
     watch = StreamWatch(advanced, ended)
     try:
         watch.group = 2
