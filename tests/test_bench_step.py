@@ -11,6 +11,7 @@ from engine.harness import write_tiny_llama
 from fluentllm.bench.costs import Load, of_launch, of_product
 from fluentllm.bench.step import lines, measure
 from fluentllm.core import config
+from fluentllm.core.kv.formats import token_bytes
 from fluentllm.core.types import KVSpec, ModelSpec
 from fluentllm.local import LocalEngine
 
@@ -20,7 +21,7 @@ MLA = KVSpec(kind="mla", layers=2, latent_dim=512, rope_dim=64)
 
 def load(kv: KVSpec = GQA, batch: int = 32, length: float = 1000) -> Load:
     spec = ModelSpec(architecture="A", vocab_size=9, hidden_size=64, layers=2, heads=32, max_position=64, kv=kv)
-    return Load(spec, batch, 1, length, 2)
+    return Load(spec, batch, 1, length, token_bytes(kv, "bfloat16"))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

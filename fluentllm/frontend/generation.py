@@ -75,6 +75,16 @@ class Completion(Struct, kw_only=True):
     """Of all its steps that had drafts."""
     handoff: HandoffReport | None = None
 
+    @property
+    def drafted(self) -> int:
+        """Drafts that were verified."""
+        return sum(drafted * steps for (drafted, _), steps in self.drafts.items())
+
+    @property
+    def accepted(self) -> int:
+        """Drafts that became tokens."""
+        return sum(accepted * steps for (_, accepted), steps in self.drafts.items())
+
 
 def add_drafts(to: Verified, more: Verified) -> None:
     for key, steps in more.items():

@@ -67,7 +67,7 @@ def test_error_codes() -> None:
         errors.InvalidRequest, errors.ContextTooLong, errors.ModelNotFound, errors.BodyTooLarge, errors.QueueFull,
         errors.FluentError, errors.EngineUnavailable, errors.EngineDied,
     )  # fmt: skip
-    gate = {(401, "invalid_api_key"), (404, "unknown_path"), (405, "method_not_allowed")}
+    gate = {(401, "invalid_api_key"), (404, "unknown_path"), (405, "method_not_allowed"), (400, "invalid_http")}
     assert {(int(status), code) for status, code in rows} == gate | {(kind.status, kind.code) for kind in kinds}
 
 
