@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fluentllm.core.protocols import FusedGQA, FusedMLA, PartialAttention
-from fluentllm.kernels.triton.kv_append import append, flat_heads, rotate_and_append
-from fluentllm.kernels.triton.mla_rows import append_latents, rotate_queries
+from fluentllm.core.protocols import PartialAttention
+from fluentllm.kernels.triton.mla_rows import rotate_queries
+from fluentllm.layers.pool_writes import PoolWrites
 
 from .decode import PagedDecode
 from .modules import MOST_ROWS, Module, decode_module, prefill_module
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .compiling import Modules
 
 
-class FlashInferAttention(FusedGQA, FusedMLA, PartialAttention):
+class FlashInferAttention(PoolWrites, PartialAttention):
     """`core.protocols.AttentionBackend`."""
 
     capturable = True
@@ -69,37 +69,11 @@ class FlashInferAttention(FusedGQA, FusedMLA, PartialAttention):
             self._decode = PagedDecode(batch.kv_lengths.device)
 
     # ------------------------------------------------------------------------------------------------------------------ gqa
-    def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
-        k_rows, v_rows = self._rows[layer]
-        append(flat_heads(k), flat_heads(v), batch.kv_rows, k_rows.flatten(1), v_rows.flatten(1))
-        return self._attend(layer, q.contiguous(), batch, scale)
-
-    def gqa_from_product(
-        self,
-        layer: int,
-        qkv: Tensor,
-        heads: int,
-        rope: tuple[Tensor, Tensor],
-        batch: Batch,
-        scale: float,
-        *,
-        q_weight: Tensor | None = None,
-        k_weight: Tensor | None = None,
-        eps: float = 0.0,
-        interleaved: bool = False,
-    ) -> Tensor:
-        k_rows, v_rows = self._rows[layer]
-        q = rotate_and_append(
-            qkv, *rope, batch.kv_rows, k_rows, v_rows, heads, q_weight=q_weight, k_weight=k_weight, eps=eps,
-            interleaved=interleaved,
-        )  # fmt: skip
-        return self._attend(layer, q, batch, scale)
-
     def _attend(self, layer: int, q: Tensor, batch: Batch, scale: float) -> Tensor:
         k_pages, v_pages = self._pages[layer]
         if batch.query_length is not None:
             assert self._decode is not None
-            return self._decode(q, k_pages, v_pages, batch, scale)
+            return self._decode(q.contiguous(), k_pages, v_pages, batch, scale)
         if self._paged is None:
             self._paged = PagedPrefill(q.device)
         heads = Heads(q.shape[1], k_pages.shape[2], q.shape[2], v_pages.shape[3], q.dtype, scale)
@@ -107,7 +81,7 @@ class FlashInferAttention(FusedGQA, FusedMLA, PartialAttention):
             # At a pass's first layer; a draft layer may have other heads.
             self._paged.plan(batch, heads)
             self._planned = heads
-        return self._paged.run(q, k_pages, v_pages)
+        return self._paged.run(q.contiguous(), k_pages, v_pages)
 
     # ------------------------------------------------------------------------------------------------------------------ mla
     def mla(
@@ -122,28 +96,8 @@ class FlashInferAttention(FusedGQA, FusedMLA, PartialAttention):
         batch: Batch,
         scale: float,
     ) -> Tensor:
-        (cache,) = self._rows[layer]
-        width = latent.shape[1]
-        append(latent, k_rope, batch.kv_rows, cache[:, :width], cache[:, width:])
+        self._append_latents(layer, latent, k_rope, batch)
         return self._mla_prefill(layer, torch.cat((q_nope, q_rope), -1), up_k, up_v, batch, scale)
-
-    def mla_append(
-        self,
-        layer: int,
-        down: Tensor,
-        q_weight: Tensor | None,
-        kv_weight: Tensor,
-        rope: tuple[Tensor, Tensor],
-        batch: Batch,
-        *,
-        eps: float,
-        latent_scale: float,
-        interleaved: bool,
-    ) -> Tensor | None:
-        (cache,) = self._rows[layer]
-        return append_latents(
-            down, q_weight, kv_weight, *rope, batch.kv_rows, cache, eps=eps, latent_scale=latent_scale, interleaved=interleaved
-        )
 
     def mla_from_query(
         self,

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fluentllm.core.protocols import FusedGQA, FusedMLA
 from fluentllm.kernels.triton.gqa_decode import gqa_decode, query_tiles
 from fluentllm.kernels.triton.gqa_plan import GqaPlan, plan_gqa
 from fluentllm.kernels.triton.gqa_prefill import PrefillTiles, gqa_prefill, prefill_tiles
-from fluentllm.kernels.triton.kv_append import append, flat_heads, rotate_and_append
-from fluentllm.kernels.triton.mla_rows import append_latents, rotate_queries
+from fluentllm.kernels.triton.mla_rows import rotate_queries
+from fluentllm.layers.pool_writes import PoolWrites
 
 from .expand import ExpandedPages, expand_pages
 
@@ -29,7 +28,7 @@ FLOAT32_TILE = 16
 """Rows of a prefill tile in float32, which is multiplied without tensor cores."""
 
 
-class TritonAttention(FusedGQA, FusedMLA):
+class TritonAttention(PoolWrites):
     """`core.protocols.AttentionBackend`. MLA: absorbed in decode, expanded in prefill."""
 
     capturable = True
@@ -77,34 +76,6 @@ class TritonAttention(FusedGQA, FusedMLA):
         return self._rows[0][0].dtype is torch.float32
 
     # ------------------------------------------------------------------------------------------------------------------ gqa
-    def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
-        k_rows, v_rows = self._rows[layer]
-        append(flat_heads(k), flat_heads(v), batch.kv_rows, k_rows.flatten(1), v_rows.flatten(1))
-        return self._attend(layer, q, batch, scale)
-
-    def gqa_from_product(
-        self,
-        layer: int,
-        qkv: Tensor,
-        heads: int,
-        rope: tuple[Tensor, Tensor],
-        batch: Batch,
-        scale: float,
-        *,
-        q_weight: Tensor | None = None,
-        k_weight: Tensor | None = None,
-        eps: float = 0.0,
-        interleaved: bool = False,
-    ) -> Tensor:
-        """The same from the QKV product [T, (H + 2 Hkv) · D]: norms, rotary and the KV write are one launch. `rope` is
-        `Rotary.rows(batch.positions)`."""
-        k_rows, v_rows = self._rows[layer]
-        q = rotate_and_append(
-            qkv, *rope, batch.kv_rows, k_rows, v_rows, heads, q_weight=q_weight, k_weight=k_weight, eps=eps,
-            interleaved=interleaved,
-        )  # fmt: skip
-        return self._attend(layer, q, batch, scale)
-
     def _attend(self, layer: int, q: Tensor, batch: Batch, scale: float) -> Tensor:
         k_pages, v_pages = self._pages[layer]
         if self._plan is not None:
@@ -129,30 +100,10 @@ class TritonAttention(FusedGQA, FusedMLA):
         batch: Batch,
         scale: float,
     ) -> Tensor:
-        (cache,) = self._rows[layer]
-        width = latent.shape[1]
-        append(latent, k_rope, batch.kv_rows, cache[:, :width], cache[:, width:])
+        self._append_latents(layer, latent, k_rope, batch)
         if batch.query_length is None:
             return self._mla_prefill(layer, torch.cat((q_nope, q_rope), -1), up_k, up_v, scale)
         return self._mla_decode(layer, q_nope, q_rope.contiguous(), up_k, up_v, batch, scale)
-
-    def mla_append(
-        self,
-        layer: int,
-        down: Tensor,
-        q_weight: Tensor | None,
-        kv_weight: Tensor,
-        rope: tuple[Tensor, Tensor],
-        batch: Batch,
-        *,
-        eps: float,
-        latent_scale: float,
-        interleaved: bool,
-    ) -> Tensor | None:
-        (cache,) = self._rows[layer]
-        return append_latents(
-            down, q_weight, kv_weight, *rope, batch.kv_rows, cache, eps=eps, latent_scale=latent_scale, interleaved=interleaved
-        )
 
     def mla_from_query(
         self,

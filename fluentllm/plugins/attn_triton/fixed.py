@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fluentllm.core.protocols import FusedGQA, FusedMLA
 from fluentllm.kernels.triton.fixed_attention import FixedPlan, fixed_attention, plan_decode, plan_prefill, span_of
 from fluentllm.kernels.triton.fixed_product import fixed_bmm
-from fluentllm.kernels.triton.kv_append import append, flat_heads, rotate_and_append
-from fluentllm.kernels.triton.mla_rows import append_latents, rotate_queries
+from fluentllm.kernels.triton.mla_rows import rotate_queries
+from fluentllm.layers.pool_writes import PoolWrites
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from fluentllm.core.protocols import AttentionContext
 
 
-class FixedTritonAttention(FusedGQA, FusedMLA):
+class FixedTritonAttention(PoolWrites):
     """`core.protocols.AttentionBackend`. Its reference is `attn_torch.fixed.FixedOrderAttention`."""
 
     capturable = True
@@ -65,32 +64,6 @@ class FixedTritonAttention(FusedGQA, FusedMLA):
         return plan
 
     # ------------------------------------------------------------------------------------------------------------------ gqa
-    def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
-        k_rows, v_rows = self._rows[layer]
-        append(flat_heads(k), flat_heads(v), batch.kv_rows, k_rows.flatten(1), v_rows.flatten(1))
-        return self._attend(layer, q, batch, scale)
-
-    def gqa_from_product(
-        self,
-        layer: int,
-        qkv: Tensor,
-        heads: int,
-        rope: tuple[Tensor, Tensor],
-        batch: Batch,
-        scale: float,
-        *,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        eps: float,
-        interleaved: bool,
-    ) -> Tensor:
-        k_rows, v_rows = self._rows[layer]
-        q = rotate_and_append(
-            qkv, *rope, batch.kv_rows, k_rows, v_rows, heads, q_weight=q_weight, k_weight=k_weight, eps=eps,
-            interleaved=interleaved,
-        )  # fmt: skip
-        return self._attend(layer, q, batch, scale)
-
     def _attend(self, layer: int, q: Tensor, batch: Batch, scale: float) -> Tensor:
         pages = self._pages[layer]
         return fixed_attention(q, *pages, batch.page_table, self._plan(q.shape[1]), scale, first_key=batch.first_key)
@@ -108,30 +81,10 @@ class FixedTritonAttention(FusedGQA, FusedMLA):
         batch: Batch,
         scale: float,
     ) -> Tensor:
-        (cache,) = self._rows[layer]
-        width = latent.shape[1]
-        append(latent, k_rope, batch.kv_rows, cache[:, :width], cache[:, width:])
+        self._append_latents(layer, latent, k_rope, batch)
         query = self._absorbed(q_nope, up_k, q_rope.shape[2])
-        query[..., width:] = q_rope
+        query[..., latent.shape[1] :] = q_rope
         return self._attend_to_latents(layer, query, up_v, batch, scale)
-
-    def mla_append(
-        self,
-        layer: int,
-        down: Tensor,
-        q_weight: Tensor | None,
-        kv_weight: Tensor,
-        rope: tuple[Tensor, Tensor],
-        batch: Batch,
-        *,
-        eps: float,
-        latent_scale: float,
-        interleaved: bool,
-    ) -> Tensor | None:
-        (cache,) = self._rows[layer]
-        return append_latents(
-            down, q_weight, kv_weight, *rope, batch.kv_rows, cache, eps=eps, latent_scale=latent_scale, interleaved=interleaved
-        )
 
     def mla_from_query(
         self,

@@ -1,0 +1,78 @@
+"""What attention backends on a GPU do before they attend: norms, rotary and the write into the pool's rows (no planes)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from ..core.protocols import FusedGQA, FusedMLA
+from ..kernels.triton.kv_append import append, flat_heads, rotate_and_append
+from ..kernels.triton.mla_rows import append_latents
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.batch import Batch
+
+
+class PoolWrites(FusedGQA, FusedMLA):
+    """Derive from it, set `_rows`, and attend to what has been written."""
+
+    _rows: list[tuple[Tensor, ...]]
+    """Of each layer, as `KVPool.rows` gives them."""
+
+    @abstractmethod
+    def _attend(self, layer: int, q: Tensor, batch: Batch, scale: float) -> Tensor:
+        """q [T, H, D], rotated; grouped heads, whose keys and values are in the pool → [T, H, Dv]."""
+        ...
+
+    def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
+        k_rows, v_rows = self._rows[layer]
+        append(flat_heads(k), flat_heads(v), batch.kv_rows, k_rows.flatten(1), v_rows.flatten(1))
+        return self._attend(layer, q, batch, scale)
+
+    def gqa_from_product(
+        self,
+        layer: int,
+        qkv: Tensor,
+        heads: int,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        scale: float,
+        *,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float = 0.0,
+        interleaved: bool = False,
+    ) -> Tensor:
+        """Norms, rotary and the KV write are one launch."""
+        k_rows, v_rows = self._rows[layer]
+        q = rotate_and_append(
+            qkv, *rope, batch.kv_rows, k_rows, v_rows, heads, q_weight=q_weight, k_weight=k_weight, eps=eps,
+            interleaved=interleaved,
+        )  # fmt: skip
+        return self._attend(layer, q, batch, scale)
+
+    def _append_latents(self, layer: int, latent: Tensor, k_rope: Tensor, batch: Batch) -> None:
+        """latent [T, C] and k_rope [T, rope], as `mla` is given them."""
+        (cache,) = self._rows[layer]
+        width = latent.shape[1]
+        append(latent, k_rope, batch.kv_rows, cache[:, :width], cache[:, width:])
+
+    def mla_append(
+        self,
+        layer: int,
+        down: Tensor,
+        q_weight: Tensor | None,
+        kv_weight: Tensor,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        *,
+        eps: float,
+        latent_scale: float,
+        interleaved: bool,
+    ) -> Tensor | None:
+        (cache,) = self._rows[layer]
+        return append_latents(
+            down, q_weight, kv_weight, *rope, batch.kv_rows, cache, eps=eps, latent_scale=latent_scale, interleaved=interleaved
+        )
