@@ -25,12 +25,17 @@ class Lane:
 
     def _run(self) -> None:
         while (item := self._work.get()) is not None:
-            future, call = item
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                call()
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(None)
+            _do(*item)
+            # While this waits, nothing may be kept alive by what is done: an engine ends with its last reference.
+            del item
+
+
+def _do(future: Future[None], call: Callable[[], None]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        call()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(None)
