@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fluentllm.bench.offline import latency
 from fluentllm.core.config import load
-from fluentllm.kernels.triton import gqa_plan, linear, linear_tiles
+from fluentllm.kernels.triton import deferred_norm, gqa_plan, linear, linear_tiles
 from fluentllm.kernels.triton.launch import EARLY, START_NEXT
 from fluentllm.local import LocalEngine
 
@@ -46,12 +46,15 @@ class Variant:
     """Tiles from `linear_tiles.MEASURED`, else the rule's."""
     most_tokens: int = linear_tiles.MOST_TOKENS
     """0: all products are torch's."""
+    defer_norms: bool = True
+    """Norms shared out between the products around them, else launches of their own."""
 
 
 VARIANTS = [
     Variant("base"),
     Variant("product loaded", product=2),
     Variant("product at end", product=3),
+    Variant("norms apart", defer_norms=False),
     Variant("experts early", experts_early=True),
     Variant("product late", early=False),
     Variant("product late, loaded", product=2, early=False),
@@ -86,6 +89,7 @@ def applied(variant: Variant) -> Iterator[None]:
         START_NEXT.update(product=variant.product, small=variant.small, experts=variant.product)
         put(gqa_plan, "MERGE_INSIDE", variant.merge_inside)
         put(linear_tiles, "MOST_TOKENS", variant.most_tokens)
+        put(deferred_norm, "DEFER", variant.defer_norms)
         if not variant.measured:
             put(linear_tiles, "MEASURED", {})
         if variant.prefetch:

@@ -28,9 +28,9 @@ def choose_ops(device: torch.device, deterministic: bool, library: Library | Non
 
         return FixedOrderOps()
     if device.type == "cuda":
-        from .triton.ops import TritonOps
+        from .triton.deferred_norm import DeferringOps
 
-        return TritonOps()
+        return DeferringOps()
     if library is not None and device.type == "cpu":
         from .native.ops import NativeOps
 

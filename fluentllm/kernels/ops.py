@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from .moe import Routing
     from .ngram import NgramTables
+    from .residual import ExpertSum, Rows
     from .weights import Weight
 
 
@@ -74,6 +75,18 @@ class Ops(Protocol):
         """residual += delta, in place; → rms_norm(residual)."""
         ...
 
+    def linear_add_rms_norm(
+        self, x: Tensor, weight: Weight, other: Tensor | None, residual: Tensor, norm: Tensor, eps: float
+    ) -> Rows:
+        """x [T, in], weight [D, in], other [T, D] or [D] or None, norm [D]: residual [T, D] += x Wᵀ + other, in place;
+        → rms_norm(residual)."""
+        ...
+
+    def linear_rms_norm(self, x: Rows, weight: Weight, bias: Tensor | None, norm: Tensor, eps: float) -> tuple[Rows, Tensor]:
+        """x [T, in], weight [D + R, in], norm [D] → of the product's columns the first D, normed, and the other R as they are,
+        [T, R] (rows may lie apart)."""
+        ...
+
     def add(self, a: Tensor, b: Tensor) -> Tensor: ...
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
@@ -119,4 +132,8 @@ class Ops(Protocol):
     ) -> Tensor:
         """x [T, hidden], weights and ids of `route`, shared [T, hidden] → Σ_k weight · expert(x) + shared, [T, hidden];
         zero experts return x."""
+        ...
+
+    def experts_add_rms_norm(self, addend: ExpertSum, residual: Tensor, norm: Tensor, eps: float) -> Rows:
+        """residual [T, hidden] += the experts' sum, in place; → rms_norm(residual)."""
         ...

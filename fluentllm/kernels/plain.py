@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from .moe import combine, route
 from .ngram import ngram_ids
+from .residual import NormedRows, linear_plus
 from .weights import Weight, copy_bytes, pack, pack_blocks
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .native.library import Library
     from .ngram import NgramTables
     from .ops import ExpertWeights
+    from .residual import ExpertSum, Rows
 
 
 class PlainOps:
@@ -75,6 +77,15 @@ class PlainOps:
     def add_rms_norm(self, delta: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self.rms_norm(residual.add_(delta), weight, eps)
 
+    def linear_add_rms_norm(
+        self, x: Tensor, weight: Weight, other: Tensor | None, residual: Tensor, norm: Tensor, eps: float
+    ) -> Rows:
+        return self.add_rms_norm(linear_plus(self, x, weight, other), residual, norm, eps)
+
+    def linear_rms_norm(self, x: Rows, weight: Weight, bias: Tensor | None, norm: Tensor, eps: float) -> tuple[Rows, Tensor]:
+        y = x.linear(weight, bias) if isinstance(x, NormedRows) else self.linear(x, weight, bias)
+        return self.rms_norm(y[:, : norm.shape[0]], norm, eps), y[:, norm.shape[0] :]
+
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
 
@@ -123,6 +134,9 @@ class PlainOps:
     ) -> Tensor:
         out = combine(x, weights, ids, experts, routing)
         return out if shared is None else self.add(out, shared)
+
+    def experts_add_rms_norm(self, addend: ExpertSum, residual: Tensor, norm: Tensor, eps: float) -> Rows:
+        return self.add_rms_norm(addend.tensor(), residual, norm, eps)
 
 
 def partner(x: Tensor, interleaved: bool) -> Tensor:

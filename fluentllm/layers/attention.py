@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ..core.batch import Batch
     from ..core.protocols import AttentionBackend, BuildContext
+    from ..kernels.residual import Product, Rows
     from .rotary import Rotary
 
 
@@ -34,7 +35,7 @@ class AttentionShape:
 
 
 class Attention(Module):
-    """[T, inputs] → [T, hidden]. q, k and v are one product, and q and k are rotated in one call."""
+    """[T, inputs] → [T, hidden], for the residual stream. q, k and v are one product, and q and k are rotated in one call."""
 
     def __init__(self, ctx: BuildContext, prefix: str, shape: AttentionShape, layer: int, rotary: Rotary) -> None:
         self.layer = layer
@@ -52,7 +53,7 @@ class Attention(Module):
         self._heads = (shape.heads + 2 * shape.kv_heads, dim)
         self._first_v = shape.heads + shape.kv_heads
 
-    def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, backend: AttentionBackend) -> Tensor:
+    def __call__(self, x: Rows, rope: tuple[Tensor, Tensor], batch: Batch, backend: AttentionBackend) -> Product:
         """`rope` is `Rotary.rows(batch.positions)`."""
         heads = self.shape.heads
         product = self.qkv(x)
@@ -63,7 +64,7 @@ class Attention(Module):
                 k_weight=self.k_norm.weight if self.k_norm is not None else None,
                 eps=self.shape.norm_eps or 0.0, interleaved=self._rotary.interleaved,
             )  # fmt: skip
-            return self.o(out.flatten(1))
+            return self.o.later(out.flatten(1))
         qkv = product.view(-1, *self._heads)
         v = qkv[:, self._first_v :]
         if self.q_norm is None or self.k_norm is None:
@@ -73,4 +74,4 @@ class Attention(Module):
             q = self._rotary(self.q_norm(qkv[:, :heads]), rope)
             k = self._rotary(self.k_norm(qkv[:, heads : self._first_v]), rope)
         out = backend.gqa(self.layer, q, k, v, batch, self._scale)
-        return self.o(out.flatten(1))
+        return self.o.later(out.flatten(1))

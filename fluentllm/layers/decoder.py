@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..core.batch import Batch
     from ..core.protocols import AttentionBackend, BuildContext
     from ..core.types import ModelSpec
+    from ..kernels.residual import Addend
     from .module import Block
 
     FeedForward = Callable[[BuildContext, str, int], Block]
@@ -58,12 +59,11 @@ class DecoderLayer(Module):
         self.mlp = mlp
 
     def __call__(
-        self, delta: Tensor | None, residual: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, backend: AttentionBackend
-    ) -> Tensor:
+        self, delta: Addend | None, residual: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, backend: AttentionBackend
+    ) -> Addend:
         """`delta` is what the layer before left to be added to `residual` → what this one leaves."""
-        x = self.input_norm(residual) if delta is None else self.input_norm.add(delta, residual)
-        x = self.attention(x, rope, batch, backend)
-        return self.mlp(self.post_norm.add(x, residual))
+        attended = self.attention(self.input_norm.enter(delta, residual), rope, batch, backend)
+        return self.mlp.later(self.post_norm.enter(attended, residual))
 
 
 class Decoder(Trunk):

@@ -12,6 +12,7 @@ import torch
 from ..core.protocols import WeightSlot
 from ..kernels.fp8_weight import side_by_side
 from ..kernels.quantise import dequantise_blocks
+from ..kernels.residual import NormedRows, Product
 from .module import Module, join
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.protocols import BuildContext, PackedTensor
+    from ..kernels.residual import Rows
     from ..kernels.weights import Weight
+    from .norm import RMSNorm
 
 
 log = logging.getLogger("fluentllm.engine")
@@ -62,8 +65,21 @@ class Linear(Module):
         if bias:
             self.bias = torch.zeros(self.out_features, dtype=ctx.dtype, device=ctx.device)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
+        assert self.weight is not None
+        if isinstance(x, NormedRows):
+            return x.linear(self.weight, self.bias)
         return self._linear(x, self.weight, self.bias)
+
+    def later(self, x: Tensor) -> Product:
+        """The same, for the residual stream: computed by whoever adds it there."""
+        assert self.weight is not None
+        return Product(self._ops, x, self.weight, self.bias)
+
+    def with_norm(self, x: Rows, norm: RMSNorm) -> tuple[Rows, Tensor]:
+        """The columns of the first parts, as many as `norm` is wide, normed, and the others as they are."""
+        assert self.weight is not None
+        return self._ops.linear_rms_norm(x, self.weight, self.bias, norm.weight, norm.eps)
 
     def split(self, y: Tensor) -> tuple[Tensor, ...]:
         """[T, Σ parts] → a view for each part."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..core.batch import Batch
     from ..core.protocols import AttentionBackend, BuildContext
+    from ..kernels.residual import Addend, Product, Rows
     from .module import Block
 
 LATENT_EPS = 1e-6
@@ -72,7 +73,7 @@ class MLA(Module):
         # The query's scale is the same for both of its parts, so it scales the scores.
         self.scale = softmax_scale(rotary, head) * shape.query_scale
 
-    def __call__(self, x: Tensor, rows: tuple[Tensor, Tensor], batch: Batch, attention: AttentionBackend) -> Tensor:
+    def __call__(self, x: Rows, rows: tuple[Tensor, Tensor], batch: Batch, attention: AttentionBackend) -> Product:
         """`rows` are the rotary's of the batch's positions."""
         shape = self.shape
         down = self.down(x)
@@ -91,9 +92,9 @@ class MLA(Module):
         q_rope = self.rotary(q_rope, rows)
         k_rope = self.rotary(k_rope.unsqueeze(1), rows).squeeze(1)
         out = attention.mla(self.layer, q_nope, q_rope, latent, k_rope, self.up_k, self.up_v, batch, self.scale)
-        return self.out(out.flatten(1))
+        return self.out.later(out.flatten(1))
 
-    def _fused(self, x: Tensor, down: Tensor, rows: tuple[Tensor, Tensor], batch: Batch, attention: FusedMLA) -> Tensor:
+    def _fused(self, x: Rows, down: Tensor, rows: tuple[Tensor, Tensor], batch: Batch, attention: FusedMLA) -> Product:
         """The same by a backend that takes products as they come."""
         shape, interleaved = self.shape, self.rotary.interleaved
         latent = attention.mla_append(
@@ -102,7 +103,7 @@ class MLA(Module):
         )  # fmt: skip
         q = self.query(x if latent is None else latent).unflatten(1, (shape.heads, -1))
         out = attention.mla_from_query(self.layer, q, rows, self.up_k, self.up_v, batch, self.scale, interleaved=interleaved)
-        return self.out(out.flatten(1))
+        return self.out.later(out.flatten(1))
 
     def own_slots(self) -> Iterator[WeightSlot]:
         shape = self.shape
@@ -130,21 +131,20 @@ class MLALayer(Module):
         self.feed_forward = feed_forward
 
     def __call__(
-        self, delta: Tensor | None, residual: Tensor, rows: tuple[Tensor, Tensor], batch: Batch, attention: AttentionBackend
-    ) -> Tensor:
+        self, delta: Addend | None, residual: Tensor, rows: tuple[Tensor, Tensor], batch: Batch, attention: AttentionBackend
+    ) -> Addend:
         """`delta` is what is still to be added to `residual` → what this layer leaves to be added. `residual` changes."""
-        x = self.input_norm(residual) if delta is None else self.input_norm.add(delta, residual)
-        x = self.attention(x, rows, batch, attention)
-        return self.feed_forward(self.post_norm.add(x, residual))
+        attended = self.attention(self.input_norm.enter(delta, residual), rows, batch, attention)
+        return self.feed_forward.later(self.post_norm.enter(attended, residual))
 
     def some_rows(
         self, residual: Tensor, rows: tuple[Tensor, Tensor], batch: Batch, attention: AttentionBackend, wanted: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Addend, Tensor]:
         """The same where nothing follows that needs all rows: KV for all of them, and for those of `wanted` [W] int64 what is
         left to be added and their residual, [W, hidden] each."""
-        x = self.attention(self.input_norm(residual), rows, batch, attention)[wanted]
+        attended = self.attention(self.input_norm(residual), rows, batch, attention).of(wanted)
         residual = residual[wanted]
-        return self.feed_forward(self.post_norm.add(x, residual)) if wanted.shape[0] else x, residual
+        return self.feed_forward.later(self.post_norm.enter(attended, residual)) if wanted.shape[0] else attended, residual
 
 
 def softmax_scale(rotary: Rotary, head: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..kernels.residual import NormedRows
 from .linear import Linear
 from .module import Module
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.protocols import BuildContext
+    from ..kernels.residual import Product, Rows
 
 
 class MLP(Module):
@@ -21,5 +23,16 @@ class MLP(Module):
         self.down = Linear(ctx, prefix, inner, {"down_proj": hidden}, bias=bias)
         self._gated_linear = ctx.ops.gated_linear
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self._gated_linear(x, self.gate_up.weight, self.gate_up.bias))
+    def __call__(self, x: Rows) -> Tensor:
+        return self.down(self._inner(x))
+
+    def later(self, x: Rows) -> Product:
+        """The same, for the residual stream: the last product is computed by whoever adds it there."""
+        return self.down.later(self._inner(x))
+
+    def _inner(self, x: Rows) -> Tensor:
+        weight, bias = self.gate_up.weight, self.gate_up.bias
+        assert weight is not None
+        if isinstance(x, NormedRows):
+            return x.gated_linear(weight, bias)
+        return self._gated_linear(x, weight, bias)

@@ -5,19 +5,23 @@ Not an `nn.Module`: nothing is trained, and a call costs no more than a Python c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from typing import Any
 
-    from torch import Tensor
-
     from ..core.protocols import WeightSlot
+    from ..kernels.residual import Addend, Rows
     from ..kernels.weights import Weight
 
-    Block = Callable[[Tensor], Tensor]
-    """A module that maps [T, hidden] to [T, hidden]."""
+
+class Block(Protocol):
+    """A feed-forward block."""
+
+    def later(self, x: Rows) -> Addend:
+        """x [T, hidden], normed → [T, hidden], for the residual stream."""
+        ...
 
 
 class Module:

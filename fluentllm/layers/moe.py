@@ -15,6 +15,7 @@ from ..core.protocols import WeightSlot
 from ..kernels.block_fp8 import BLOCK, E4M3, quantise_weight
 from ..kernels.fp8_weight import Fp8BlockWeight
 from ..kernels.moe import Routing
+from ..kernels.residual import ExpertSum, NormedRows
 from ..kernels.weights import DENSE
 from .mlp import MLP
 from .module import Module, join
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.protocols import BuildContext, PackedTensor
+    from ..kernels.residual import Rows
     from ..kernels.weights import Weight
 
 
@@ -45,8 +47,14 @@ class Router(Module):
         self._ops = ctx.ops
         self._packed: Weight | None = None
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._ops.route(self._ops.router_logits(x, self._packed), self.routing, self.bias)
+    def __call__(self, x: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Third: x as a tensor, for the experts."""
+        assert self._packed is not None
+        if isinstance(x, NormedRows):
+            logits, x = x.router_logits(self._packed)
+        else:
+            logits = self._ops.router_logits(x, self._packed)
+        return *self._ops.route(logits, self.routing, self.bias), x
 
     def own_slots(self) -> Iterator[WeightSlot]:
         yield WeightSlot(self.weight_name, tuple(self.weight.shape), self.weight.copy_)
@@ -188,12 +196,15 @@ class SparseMoE(Module):
         self.router = Router(ctx, join(prefix, router, "weight"), join(prefix, bias) if bias else None, hidden, routing)
         self.experts = Experts(ctx, join(prefix, "experts"), routing, hidden, inner)
         self.shared = MLP(ctx, join(prefix, "shared_experts"), hidden, shared_inner) if shared_inner else None
-        self._experts = ctx.ops.experts
+        self._ops = ctx.ops
 
-    def __call__(self, x: Tensor) -> Tensor:
-        weights, ids = self.router(x)
+    def __call__(self, x: Rows) -> Tensor:
+        return self.later(x).tensor()
+
+    def later(self, x: Rows) -> ExpertSum:
+        weights, ids, x = self.router(x)
         shared = self.shared(x) if self.shared is not None else None
-        return self._experts(x, weights, ids, self.experts, self.routing, shared)
+        return ExpertSum(self._ops, x, weights, ids, self.experts, self.routing, shared)
 
 
 def _refuse(tensor: Tensor) -> None:

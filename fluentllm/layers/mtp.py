@@ -75,9 +75,9 @@ class MTP(Module):
         residual = self.project(torch.cat((tokens, self.hidden_norm(hidden)), -1))
         rows = self.layer.attention.rotary.rows(batch.positions)
         if wanted is None:
-            return self.norm.add(self.layer(None, residual, rows, batch, attention), residual)
+            return self.norm.leave(self.layer(None, residual, rows, batch, attention), residual)
         delta, residual = self.layer.some_rows(residual, rows, batch, attention, wanted)
-        return self.norm.add(delta, residual) if wanted.shape[0] else residual
+        return self.norm.leave(delta, residual) if wanted.shape[0] else residual
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] → [R, vocab] float32."""

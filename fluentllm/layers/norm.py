@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.protocols import WeightSlot
+from ..kernels.residual import computed
 from .module import Module, join
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.protocols import BuildContext
+    from ..kernels.residual import Addend, Rows
 
 
 class RMSNorm(Module):
@@ -31,9 +33,19 @@ class RMSNorm(Module):
         """x [..., size] → the same shape."""
         return self._rms_norm(x, self.weight, self.eps)
 
-    def add(self, delta: Tensor, residual: Tensor) -> Tensor:
-        """residual += delta, in place; → norm(residual)."""
-        return self._add_rms_norm(delta, residual, self.weight, self.eps)
+    def enter(self, delta: Addend | None, residual: Tensor) -> Rows:
+        """In front of a block: residual [T, size] += delta, in place; → norm(residual), for products."""
+        if delta is None:
+            return self._rms_norm(residual, self.weight, self.eps)
+        if isinstance(delta, torch.Tensor):
+            return self._add_rms_norm(delta, residual, self.weight, self.eps)
+        return delta.add_rms_norm(residual, self.weight, self.eps)
+
+    def leave(self, delta: Addend | None, residual: Tensor) -> Tensor:
+        """Behind the last block: the same, as a tensor."""
+        if delta is None:
+            return self._rms_norm(residual, self.weight, self.eps)
+        return self._add_rms_norm(computed(delta), residual, self.weight, self.eps)
 
     def own_slots(self) -> Iterator[WeightSlot]:
         yield WeightSlot(join(self.name, "weight"), tuple(self.weight.shape), self.weight.copy_, init="ones")

@@ -17,26 +17,29 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ..kernels.residual import Rows
+
 
 class SideStream:
     """One piece of work at a time. On a device that is no GPU the work is done at once, in place."""
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
-        self._inputs: Tensor | None = None
+        self._inputs: Rows | None = None
         self._result: Tensor | None = None
 
-    def start(self, work: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    def start(self, work: Callable[[Rows], Tensor], x: Rows) -> None:
         """Enqueue work(x) behind all that the current stream has been given. It may not change what others read meanwhile.
         Work whose result was never asked for, because the pass failed, is forgotten."""
         self._inputs = self._result = None
-        if x.device.type != "cuda":
+        device = x.device
+        if device.type != "cuda":
             self._result = work(x)
             return
         if self._stream is None:
-            self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._inputs = x
-        self._stream.wait_stream(torch.cuda.current_stream(x.device))
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             self._result = work(x)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..kernels.residual import computed
 from .module import Module
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from ..core.batch import Batch
     from ..core.protocols import AttentionBackend
+    from ..kernels.residual import Addend
     from .norm import RMSNorm
 
 
@@ -37,16 +39,22 @@ class Trunk(Module):
         """residual [T, hidden], the embedded tokens (changed in place) → hidden states after the final norm, [T, hidden]."""
         if self.taps:
             batch.layer_inputs = []
-        delta = None
+        delta: Addend | None = None
         for number, layer in enumerate(self.layers):
             if number in self.taps:
-                _keep(batch, delta, residual)
+                delta = _keep(batch, delta, residual)
             delta = layer(delta, residual, rope, batch, attention)
         if len(self.layers) in self.taps:
-            _keep(batch, delta, residual)
-        return self.norm(residual) if delta is None else self.norm.add(delta, residual)
+            delta = _keep(batch, delta, residual)
+        return self.norm.leave(delta, residual)
 
 
-def _keep(batch: Batch, delta: Tensor | None, residual: Tensor) -> None:
-    # A copy, since the layers change `residual` in place.
-    batch.layer_inputs.append(residual.clone() if delta is None else residual + delta)
+def _keep(batch: Batch, delta: Addend | None, residual: Tensor) -> Tensor | None:
+    """Leave the layer's input in the batch → delta, computed."""
+    if delta is None:
+        # A copy, since the layers change `residual` in place.
+        batch.layer_inputs.append(residual.clone())
+        return None
+    delta = computed(delta)
+    batch.layer_inputs.append(residual + delta)
+    return delta

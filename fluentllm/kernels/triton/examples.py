@@ -24,18 +24,20 @@ from .gqa_plan import plan_gqa
 from .gqa_prefill import gqa_prefill, prefill_tiles
 from .kv_append import append, rotate_and_append
 from .launch import recording
-from .linear import linear, new_counters
+from .linear import linear, linear_norm, new_counters
 from .linear_tiles import LinearTile
 from .mla_rows import append_latents, rotate_queries
 from .moe import experts, fp8_experts
 from .moe_route import route
-from .moe_scores import router_logits
+from .moe_scores import normed_router_logits, router_logits
 from .moe_sort import sort_by_expert
 from .moe_stream import stream_down, stream_gate_up
 from .moe_tiles import Tile
 from .ngram import ngram_embedding, ngram_gather
 from .norm import add_rms_norm, rms_norm
+from .normed import NormAfter
 from .prompt_lookup import prompt_lookup
+from .streamed_weight import StreamedFp8Weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -188,6 +190,7 @@ def mixture_of_experts() -> None:
             down = _empty(routing.experts, hidden, inner)
             shared = x if routing.zero_experts == 0 else None
             experts(x, _floats(*choices), _ints(*choices), gate_up, down, shared)
+            experts(x, _floats(*choices), _ints(*choices), gate_up, down, shared, after=NormAfter(_empty(hidden), 1e-6, x))
 
 
 def products_of_few_rows() -> None:
@@ -203,6 +206,22 @@ def products_of_few_rows() -> None:
         scales = _floats(-(-rows // 128), -(-depth // 128))
         matrix = _empty(rows, depth, dtype=FP8)
         linear(q, matrix, x_scale=scale, w_scale=scales, gated=gated, counters=new_counters(rows, x.device))
+
+    # A norm between two products: of all columns behind the residual stream, of MLA's query latent; in front of a router.
+    for tokens, rows, depth in ((1, 2048, 2048), (32, 3072, 4096)):
+        x, stream, gain = _empty(tokens, depth), _empty(tokens, rows), _empty(rows)
+        for other in (None, stream):
+            normed, _ = linear_norm(
+                x, _empty(rows, depth), NormAfter(gain, 1e-6, stream), other=other, counters=new_counters(rows, x.device)
+            )
+        linear(normed, _empty(12288, rows), gated=True)
+        normed_router_logits(normed, _floats(64, rows))
+        latent, _ = linear_norm(
+            normed, _empty(2112, rows), NormAfter(_empty(1536), 1e-6), counters=new_counters(2112, x.device)
+        )
+        linear(latent, _empty(3072, 1536), counters=new_counters(3072, x.device))
+    fp8 = StreamedFp8Weight(_empty(2048, 2048, dtype=FP8), _floats(16, 16))
+    fp8.gated(fp8.stream_norm(_empty(8, 2048), NormAfter(_empty(2048), 1e-6, _empty(8, 2048)))[0])
 
     for tma in (False, True):
         tile = LinearTile(16, 32, 128, 2, 4, tma=tma, prefetch=4)

@@ -14,10 +14,10 @@ from ..fixed_order import tiled
 from ..fp8_weight import Fp8BlockWeight
 from ..plain import PlainOps
 from ..weights import DenseWeight
-from . import fp8_quantise, moe, moe_scores, ngram as ngrams
+from . import fp8_quantise, moe_scores, ngram as ngrams
 from .fixed_product import fixed_bmm, fixed_linear
 from .moe_tiles import Tile
-from .ops import TritonOps
+from .ops import TritonOps, expert_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,11 +94,10 @@ class FixedTritonOps(TritonOps):
         if experts.gate_up is None or experts.down is None:
             # Packed one by one: calls `linear` for each expert, and waits for the ids.
             return super().experts(x, weights, ids, experts, routing, shared)
-        if experts.gate_up_scale is not None and experts.down_scale is not None:
-            gate_up, down = (experts.gate_up, experts.gate_up_scale), (experts.down, experts.down_scale)
-            return moe.fp8_experts(x, weights, ids, gate_up, down, shared, tile=FP8_EXPERT_TILE)
         tile = FLOAT32_EXPERT_TILE if x.dtype is torch.float32 else EXPERT_TILE
-        return moe.experts(x, weights, ids, experts.gate_up, experts.down, shared, tile=tile)
+        if experts.gate_up_scale is not None:
+            tile = FP8_EXPERT_TILE
+        return expert_sum(x, weights, ids, experts, shared, tile=tile)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

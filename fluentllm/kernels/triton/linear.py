@@ -3,6 +3,8 @@
 Where W has too few rows to fill the chip, several programs share a tile's columns, and the last to finish adds up what all
 found, in their order. With programmatic dependent launch a program asks for its first weights while the kernels before it
 still run.
+
+Both ends of an RMS norm can be its: what it leaves at the end of one product, and what it applies in the next (`normed.py`).
 """
 
 from __future__ import annotations
@@ -14,48 +16,73 @@ import triton
 import triton.language as tl
 
 from .language import FIRST, LOADED, silu_of_rounded, start_next, wait_for_inputs
-from .launch import bulk_copies, descriptor, launch, programmatic
+from .launch import bulk_copies, descriptor, launch, power_of_2, programmatic
 from .linear_tiles import LinearTile, linear_tile
+from .normed import Normed, load_squares, norm_factor, opened
 from .streaming import SCALE_BLOCK, prefetch_weights, stream
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .normed import NormAfter
+
 
 @triton.jit
-def _finish(out, other, acc, m, n, M, N, out_row, other_row, factor):
+def _finish(out, other, residual, norm, squares_out, acc, m, n0, M, N, normed, out_row, other_row, residual_row, factor,
+            BLOCK_N: tl.constexpr):  # fmt: skip
+    n = n0 + tl.arange(0, BLOCK_N)
     inside = (m < M)[None, :] & (n < N)[:, None]
+    row = m.to(tl.int64)
     if other is not None:
-        rest = tl.load(other + (m.to(tl.int64) * other_row)[None, :] + n[:, None], mask=inside, other=0.0)
+        rest = tl.load(other + (row * other_row)[None, :] + n[:, None], mask=inside, other=0.0)
         acc = (acc.to(out.dtype.element_ty).to(tl.float32) + rest.to(tl.float32)) * factor
-    tl.store(out + (m.to(tl.int64) * out_row)[None, :] + n[:, None], acc.to(out.dtype.element_ty), mask=inside)
+    y = acc.to(out.dtype.element_ty)
+    if residual is not None:
+        at = residual + (row * residual_row)[None, :] + n[:, None]
+        # The sum has the stream's dtype, as an addition of its own would leave it.
+        y = (y.to(tl.float32) + tl.load(at, mask=inside, other=0.0).to(tl.float32)).to(out.dtype.element_ty)
+        tl.store(at, y, mask=inside)
+    if norm is not None:  # noqa: SIM102 (the one is known when this is compiled, the other is not)
+        if n0 < normed:
+            wide = tl.where(inside, y.to(tl.float32), 0.0)
+            tl.store(squares_out + (n0 // BLOCK_N).to(tl.int64) * M + m, tl.sum(wide * wide, 0), mask=m < M)
+            weight = tl.load(norm + n, mask=n < N, other=0.0).to(tl.float32)
+            y = (wide * weight[:, None]).to(out.dtype.element_ty)
+    tl.store(out + (row * out_row)[None, :] + n[:, None], y, mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "steps", "scale_row", "factor"])
-def _linear_kernel(out, x, x_scale, w, w_box, w_scale, other, partial, counters, M, N, K, x_row, w_row, scale_row, out_row,
-                   other_row, factor, steps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                   SPLITS: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr, CHUNKS: tl.constexpr,
-                   WIDTH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["M", "steps", "scale_row", "factor", "parts", "eps", "normed"])
+def _linear_kernel(out, x, x_scale, w, w_box, w_scale, other, residual, norm, squares, squares_out, partial, counters, M, N, K,
+                   x_row, w_row, scale_row, out_row, other_row, residual_row, factor, steps, parts, eps, normed,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                   GATED: tl.constexpr, STAGES: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+                   PDL: tl.constexpr):  # fmt: skip
     """GATED: W holds N gate rows, then N up rows."""
     columns = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     n0 = pid % columns * BLOCK_N
     split = pid // columns % SPLITS
     m = pid // (columns * SPLITS) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = n0 + tl.arange(0, BLOCK_N)
     first = split * steps
     last = tl.minimum(first + steps, tl.cdiv(K, BLOCK_K))
     start_next(PDL, FIRST)
     if CHUNKS > 0:
         prefetch_weights(w, n0, N, N, K, w_row, first, last, BLOCK_N, BLOCK_K, GATED, CHUNKS, WIDTH)
     wait_for_inputs(PDL)
+    if PARTS > 0:
+        found = load_squares(squares, m, M, parts, PARTS)
     acc, up = stream(x, x_scale, w, w_box, w_scale, m.to(tl.int64), m < M, n0, N, N, K, x_row, w_row, scale_row, first, last,
                      BLOCK_M, BLOCK_N, BLOCK_K, GATED, STAGES)  # fmt: skip
     start_next(PDL, LOADED)
+    if PARTS > 0:
+        scale = norm_factor(found, K, eps)[None, :]
+        acc = acc * scale
+        up = up * scale
     if GATED:
         acc = silu_of_rounded(acc, up, out.dtype.element_ty)
     if SPLITS == 1:
-        _finish(out, other, acc, m, n, M, N, out_row, other_row, factor)
+        _finish(out, other, residual, norm, squares_out, acc, m, n0, M, N, normed, out_row, other_row, residual_row, factor,
+                BLOCK_N)  # fmt: skip
     else:
         tile = pid // (columns * SPLITS) * columns + pid % columns
         place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
@@ -68,7 +95,8 @@ def _linear_kernel(out, x, x_scale, w, w_box, w_scale, other, partial, counters,
             for i in tl.static_range(SPLITS):
                 acc += tl.load(sums + i * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
             tl.store(counters + tile, 0)
-            _finish(out, other, acc, m, n, M, N, out_row, other_row, factor)
+            _finish(out, other, residual, norm, squares_out, acc, m, n0, M, N, normed, out_row, other_row, residual_row, factor,
+                    BLOCK_N)  # fmt: skip
 
 
 def new_counters(rows: int, device: torch.device) -> Tensor:
@@ -78,7 +106,7 @@ def new_counters(rows: int, device: torch.device) -> Tensor:
 
 
 def linear(
-    x: Tensor,
+    x: Tensor | Normed,
     weight: Tensor,
     *,
     x_scale: Tensor | None = None,
@@ -99,6 +127,55 @@ def linear(
     counters: `new_counters` of this matrix; without them columns are not split.
     Reference: `F.linear`; with scales `kernels.block_fp8.linear_reference`.
     """
+    out, _ = _product(
+        x, weight, None, x_scale=x_scale, w_scale=w_scale, gated=gated, other=other, factor=factor, counters=counters,
+        tile=tile, out_dtype=out_dtype,
+    )  # fmt: skip
+    return out
+
+
+def linear_norm(
+    x: Tensor | Normed,
+    weight: Tensor,
+    after: NormAfter,
+    *,
+    x_scale: Tensor | None = None,
+    w_scale: Tensor | None = None,
+    other: Tensor | None = None,
+    counters: Tensor | None = None,
+    tile: LinearTile | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Normed, Tensor]:
+    """As `linear`, then `after` → the first columns [T, D], normed but for their factor, and the whole product [T, N], whose
+    first columns are these. Reference: `PlainOps.add_rms_norm`, `PlainOps.rms_norm`."""
+    out, squares = _product(
+        x, weight, after, x_scale=x_scale, w_scale=w_scale, other=other, counters=counters, tile=tile, out_dtype=out_dtype
+    )
+    assert squares is not None
+    return Normed(out[:, : after.weight.shape[0]], squares, after.eps), out
+
+
+def takes_norm(tokens: int, rows: int, depth: int, width: int, normed: int) -> bool:
+    """Can `linear_norm` norm the first `normed` columns? No tile may hold columns of both kinds."""
+    return normed == rows or normed % linear_tile(tokens, rows, depth, width, False).rows == 0
+
+
+def _product(
+    x: Tensor | Normed,
+    weight: Tensor,
+    after: NormAfter | None,
+    *,
+    x_scale: Tensor | None,
+    w_scale: Tensor | None,
+    other: Tensor | None,
+    counters: Tensor | None,
+    tile: LinearTile | None,
+    out_dtype: torch.dtype | None,
+    gated: bool = False,
+    factor: float = 1.0,
+) -> tuple[Tensor, Tensor | None]:
+    """→ the product, and Σ x² of the columns that `after` norms, by tiles."""
+    x, before, parts, eps = opened(x)
     tokens, depth = x.shape
     rows = weight.shape[0] // 2 if gated else weight.shape[0]
     out = torch.empty(tokens, rows, dtype=out_dtype or (x.dtype if x_scale is None else torch.bfloat16), device=x.device)
@@ -110,20 +187,29 @@ def linear(
     if splits > 1 and counters is not None and columns * m_tiles > counters.shape[0]:
         splits = 1
     steps = triton.cdiv(triton.cdiv(depth, tile.depth), splits)
-    partial = None
+    partial = squares = None
     if splits > 1:
         partial = torch.empty(columns * m_tiles * splits * tile.rows * tile.tokens, dtype=torch.float32, device=x.device)
+    if after is not None:
+        normed = after.weight.shape[0]
+        if normed != rows and (normed % tile.rows or after.residual is not None):
+            raise ValueError(f"{normed} normed columns of {rows} do not fit tiles of {tile.rows}")
+        squares = torch.empty(-(-normed // tile.rows), tokens, dtype=torch.float32, device=x.device)
+    residual = None if after is None else after.residual
     box = descriptor(weight, tile.rows, tile.depth) if tile.tma and bulk_copies(weight) else None
     launch(
-        _linear_kernel, (columns * splits * m_tiles,), out, x, x_scale, weight, box, w_scale, other, partial,
+        _linear_kernel, (columns * splits * m_tiles,), out, x, x_scale, weight, box, w_scale, other, residual,
+        None if after is None else after.weight, before, squares, partial,
         counters if splits > 1 else None, tokens, rows, depth, x.stride(0), weight.stride(0),
         0 if x_scale is None else x_scale.stride(0), out.stride(0),
-        0 if other is None or other.ndim == 1 else other.stride(0), factor, steps,
+        0 if other is None or other.ndim == 1 else other.stride(0), 0 if residual is None else residual.stride(0),
+        factor, steps, parts, eps, 0 if after is None else after.weight.shape[0],
         BLOCK_M=tile.tokens, BLOCK_N=tile.rows, BLOCK_K=tile.depth, SPLITS=splits, GATED=gated, STAGES=tile.stages,
         CHUNKS=tile.prefetch if pdl["PDL"] and bulk_copies(weight) else 0, WIDTH=x.element_size(),
+        PARTS=power_of_2(parts) if parts else 0,
         num_warps=tile.warps, num_stages=tile.stages, **pdl,
     )  # fmt: skip
-    return out
+    return out, squares
 
 
-__all__ = ["SCALE_BLOCK", "LinearTile", "linear", "new_counters"]
+__all__ = ["SCALE_BLOCK", "LinearTile", "linear", "linear_norm", "new_counters", "takes_norm"]

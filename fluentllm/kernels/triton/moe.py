@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .moe_tiles import Tile
+    from .normed import NormAfter, Normed
 
 SMALL_TOKENS = 2
 """Up to here two tokens seldom share an expert, and sorting costs more than it saves."""
@@ -30,16 +31,17 @@ def experts(
     shared: Tensor | None = None,
     *,
     tile: Tile | None = None,
-) -> Tensor:
+    after: NormAfter | None = None,
+) -> Tensor | Normed:
     """Σ_k weights[t, k] · expert(ids[t, k], x[t]) + shared[t] → [T, hidden] in x's dtype.
 
     x [T, hidden]; weights [T, K] float32 and ids [T, K] int32 of `moe_route.route`, ids of E or more being zero experts;
     gate_up [E, 2 · inner, hidden] (gate rows first), down [E, hidden, inner]. Every sum is in the order of its own token's
-    choices. `tile`: sort, and take this one, whatever T is (deterministic mode).
+    choices. `tile`: sort, and take this one, whatever T is (deterministic mode). `after`: as `moe_combine.combine`.
     Reference: `kernels.moe.combine_reference`.
     """
     if x.shape[0] <= SMALL_TOKENS and tile is None:
-        return small_moe(x, weights, ids, gate_up, down, shared)
+        return small_moe(x, weights, ids, gate_up, down, shared, after)
     count, hidden, inner = down.shape
     tile = tile or tile_for(ids.numel(), count, hidden, inner, gate_up.element_size())
     tiles = sort_by_expert(ids, count, tile.rows)
@@ -47,7 +49,7 @@ def experts(
         y = stream_down(stream_gate_up(x, gate_up, tiles, ids.shape[1], tile), down, tiles, tile)
     else:
         y = grouped_down(grouped_gate_up(x, gate_up, tiles, ids.shape[1], tile), down, tiles, tile)
-    return combine(y, x, weights, ids, count, shared)
+    return combine(y, x, weights, ids, count, shared, after)
 
 
 def fp8_experts(
@@ -59,7 +61,8 @@ def fp8_experts(
     shared: Tensor | None = None,
     *,
     tile: Tile | None = None,
-) -> Tensor:
+    after: NormAfter | None = None,
+) -> Tensor | Normed:
     """As `experts`, with matrices in block FP8: (E4M3, scale), gate_up [E, 2 · inner, hidden] and float32 [E, 2 · inner / 128,
     ⌈hidden / 128⌉], down [E, hidden, inner] and [E, hidden / 128, inner / 128]; hidden and inner multiples of 128.
     Activations are quantised in front of each product.
@@ -71,4 +74,5 @@ def fp8_experts(
     q, scale = quantise_rows(x)
     h = stream_gate_up(q, gate_up[0], tiles, ids.shape[1], tile, x_scale=scale, w_scale=gate_up[1])
     q, scale = quantise_rows(h)
-    return combine(stream_down(q, down[0], tiles, tile, x_scale=scale, w_scale=down[1]), x, weights, ids, count, shared)
+    y = stream_down(q, down[0], tiles, tile, x_scale=scale, w_scale=down[1])
+    return combine(y, x, weights, ids, count, shared, after)

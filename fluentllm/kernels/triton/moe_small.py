@@ -12,9 +12,12 @@ import triton.language as tl
 
 from .language import FIRST, LOADED, silu_of_rounded, start_next, wait_for_inputs
 from .launch import launch, programmatic
+from .normed import leave_row, left, opened_after
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .normed import NormAfter, Normed
 
 
 @triton.jit
@@ -42,10 +45,10 @@ def _gate_up_kernel(out, x, w, ids, x_row, w_expert, w_row, EXPERTS: tl.constexp
         tl.store(out + pair * INNER + n, h.to(out.dtype.element_ty), mask=n < INNER)
 
 
-@triton.jit
-def _down_kernel(out, h, w, x, shared, weights, ids, x_row, shared_row, w_expert, w_row, EXPERTS: tl.constexpr,
-                 INNER: tl.constexpr, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr,
-                 BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["tokens"])
+def _down_kernel(out, h, w, x, shared, weights, ids, residual, norm, squares, tokens, x_row, shared_row, residual_row, w_expert,
+                 w_row, EXPERTS: tl.constexpr, INNER: tl.constexpr, HIDDEN: tl.constexpr, TOP_K: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -70,10 +73,21 @@ def _down_kernel(out, h, w, x, shared, weights, ids, x_row, shared_row, w_expert
     total += kept * tl.load(x + token * x_row + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
     if shared is not None:
         total += tl.load(shared + token * shared_row + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
-    tl.store(out + token * HIDDEN + n, total.to(out.dtype.element_ty), mask=n < HIDDEN)
+    y = total.to(out.dtype.element_ty)
+    if norm is not None:
+        y = leave_row(y, residual, norm, squares, token, tl.program_id(1), n, n < HIDDEN, tokens, residual_row)
+    tl.store(out + token * HIDDEN + n, y, mask=n < HIDDEN)
 
 
-def small_moe(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor | None = None) -> Tensor:
+def small_moe(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    shared: Tensor | None = None,
+    after: NormAfter | None = None,
+) -> Tensor | Normed:
     """As `moe.experts`, for a few tokens: a matrix is read once for each pair that chose it. Reference:
     `kernels.moe.combine_reference`."""
     (tokens, hidden), (experts, _, inner), top_k = x.shape, down.shape, ids.shape[1]
@@ -85,10 +99,12 @@ def small_moe(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Te
         EXPERTS=experts, INNER=inner, HIDDEN=hidden, TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=3, num_warps=4,
         **programmatic(x.device, "experts"),
     )  # fmt: skip
+    blocks = -(-hidden // block_n)
+    residual, norm, squares = opened_after(after, blocks, tokens)
     launch(
-        _down_kernel, (tokens, -(-hidden // block_n)), out, h, down, x, shared, weights, ids, x.stride(0),
-        0 if shared is None else shared.stride(0), *down.stride()[:2],
+        _down_kernel, (tokens, blocks), out, h, down, x, shared, weights, ids, residual, norm, squares, tokens, x.stride(0),
+        0 if shared is None else shared.stride(0), 0 if residual is None else residual.stride(0), *down.stride()[:2],
         EXPERTS=experts, INNER=inner, HIDDEN=hidden, TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=3, num_warps=4,
         **programmatic(x.device, "experts"),
     )  # fmt: skip
-    return out
+    return left(out, squares, after)

@@ -11,7 +11,8 @@ from .. import in_kernels
 from ..fp8_weight import Fp8BlockWeight
 from ..plain import PlainOps
 from ..weights import DenseWeight
-from . import elementwise, fp8_gemm, fp8_quantise, linear, linear_tiles, moe, moe_route, moe_scores, ngram as ngrams, norm
+from . import elementwise, moe, moe_route, moe_scores, ngram as ngrams, norm
+from .streamed_weight import Streamed, StreamedFp8Weight, StreamedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,47 +23,11 @@ if TYPE_CHECKING:
     from ..ngram import NgramTables
     from ..ops import ExpertWeights
     from ..weights import Weight
+    from .moe_tiles import Tile
+    from .normed import NormAfter, Normed
 
 
 log = logging.getLogger("fluentllm.engine")
-
-
-class StreamedWeight(DenseWeight):
-    """A dense matrix that few rows are multiplied with by our own kernel, many by torch."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__(weight)
-        self.counters = linear.new_counters(self.out_features, weight.device)
-
-    def streams(self, x: Tensor) -> bool:
-        return x.shape[0] <= linear_tiles.MOST_TOKENS and x.dtype is self.weight.dtype and x.stride(-1) == 1
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.streams(x):
-            return super().product(x, bias)
-        return linear.linear(x, self.weight, other=bias, counters=self.counters)
-
-
-class StreamedFp8Weight(Fp8BlockWeight):
-    """Block FP8 by our own kernels: activations are quantised in front of the product."""
-
-    def __init__(self, q: Tensor, scale: Tensor) -> None:
-        super().__init__(q, scale)
-        self._counters = linear.new_counters(self.out_features, q.device)
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        q, scale = fp8_quantise.quantise_rows(x)
-        if x.shape[0] <= linear_tiles.MOST_FP8_TOKENS:
-            return linear.linear(
-                q, self.q, x_scale=scale, w_scale=self.scale, other=bias, counters=self._counters, out_dtype=x.dtype
-            )
-        y = fp8_gemm.fp8_gemm(q, scale, self.q, self.scale, out_dtype=x.dtype)
-        return y if bias is None else y.add_(bias)
-
-    def gated(self, x: Tensor) -> Tensor:
-        """x [T, in], T at most `MOST_FP8_TOKENS` → silu(gate) · up, gate being the first half of the rows."""
-        q, scale = fp8_quantise.quantise_rows(x)
-        return linear.linear(q, self.q, x_scale=scale, w_scale=self.scale, gated=True, out_dtype=x.dtype)
 
 
 class TritonOps(PlainOps):
@@ -85,9 +50,7 @@ class TritonOps(PlainOps):
         return StreamedFp8Weight(weight.q, weight.scale)
 
     def gated_linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        if bias is None and isinstance(weight, StreamedWeight) and weight.streams(x):
-            return linear.linear(x, weight.weight, gated=True)
-        if bias is None and isinstance(weight, StreamedFp8Weight) and x.shape[0] <= linear_tiles.MOST_FP8_TOKENS:
+        if bias is None and isinstance(weight, Streamed) and weight.streams(x):
             return weight.gated(x)
         return super().gated_linear(x, weight, bias)
 
@@ -96,7 +59,7 @@ class TritonOps(PlainOps):
         if not isinstance(weight, StreamedWeight):
             return super().logits(hidden, weight)
         if weight.streams(hidden):
-            return linear.linear(hidden, weight.weight, out_dtype=torch.float32)
+            return weight.stream(hidden, out_dtype=torch.float32)
         return torch.mm(hidden, weight.weight.T, out_dtype=torch.float32)
 
     def ngram_embedding(
@@ -157,9 +120,33 @@ class TritonOps(PlainOps):
     def experts(
         self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, routing: Routing, shared: Tensor | None
     ) -> Tensor:
-        if experts.gate_up is None or experts.down is None:
+        if experts.gate_up is None:
             return super().experts(x, weights, ids.long(), experts, routing, shared)
-        if experts.gate_up_scale is not None and experts.down_scale is not None:
-            gate_up, down = (experts.gate_up, experts.gate_up_scale), (experts.down, experts.down_scale)
-            return moe.fp8_experts(x, weights, ids, gate_up, down, shared)
-        return moe.experts(x, weights, ids, experts.gate_up, experts.down, shared)
+        return expert_sum(x, weights, ids, experts, shared)
+
+
+def expert_sum(
+    x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, shared: Tensor | None, tile: Tile | None = None
+) -> Tensor:
+    """Of experts whose matrices lie in one tensor; as `moe.experts`."""
+    out = grouped_experts(x, weights, ids, experts, shared, tile=tile)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def grouped_experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    experts: ExpertWeights,
+    shared: Tensor | None,
+    after: NormAfter | None = None,
+    tile: Tile | None = None,
+) -> Tensor | Normed:
+    """The same, and `after` that."""
+    assert experts.gate_up is not None
+    assert experts.down is not None
+    if experts.gate_up_scale is not None and experts.down_scale is not None:
+        gate_up, down = (experts.gate_up, experts.gate_up_scale), (experts.down, experts.down_scale)
+        return moe.fp8_experts(x, weights, ids, gate_up, down, shared, tile=tile, after=after)
+    return moe.experts(x, weights, ids, experts.gate_up, experts.down, shared, tile=tile, after=after)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from fluentllm.core.batch import Batch
     from fluentllm.core.protocols import AttentionBackend, BuildContext
+    from fluentllm.kernels.residual import Addend
 
     from .config import LongcatConfig, NgramConfig
 
@@ -74,29 +75,26 @@ class LongcatLayer(Module):
             router="router.classifier",
             bias="router.e_score_correction_bias",
         )
-        self._add = ctx.ops.add
         self._side = side
 
     def __call__(
-        self, delta: Tensor | None, residual: Tensor, rows: tuple[Tensor, Tensor], batch: Batch, attention: AttentionBackend
-    ) -> Tensor:
+        self, delta: Addend | None, residual: Tensor, rows: tuple[Tensor, Tensor], batch: Batch, attention: AttentionBackend
+    ) -> Addend:
         """`delta` is what is still to be added to `residual` → what this layer leaves to be added. `residual` changes."""
-        x = self.input_norms[0](residual) if delta is None else self.input_norms[0].add(delta, residual)
-        x = self.attentions[0](x, rows, batch, attention)
-        x = self.post_norms[0].add(x, residual)
+        attended = self.attentions[0](self.input_norms[0].enter(delta, residual), rows, batch, attention)
+        x = self.post_norms[0].enter(attended, residual)
         # Prefill fills the chip by itself, and its tensors are large: a second stream would hold memory apart.
         side = self._side if batch.query_length is not None else None
         if side is None:
             shortcut = self.moe(x)
         else:
             side.start(self.moe, x)
-        x = self.input_norms[1].add(self.mlps[0](x), residual)
-        x = self.attentions[1](x, rows, batch, attention)
-        x = self.post_norms[1].add(x, residual)
-        x = self.mlps[1](x)
+        x = self.input_norms[1].enter(self.mlps[0].later(x), residual)
+        attended = self.attentions[1](x, rows, batch, attention)
+        out = self.mlps[1].later(self.post_norms[1].enter(attended, residual))
         if side is not None:
             shortcut = side.result()
-        return self._add(x, shortcut)
+        return out.plus(shortcut)
 
 
 def _shape(config: LongcatConfig) -> MLAShape:

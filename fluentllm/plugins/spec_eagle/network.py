@@ -67,12 +67,12 @@ class DraftLayer(Module):
 
     def _layer(self, x: Tensor, residual: Tensor, batch: Batch, attention: AttentionBackend, wanted: Tensor | None) -> Tensor:
         """x [T, inputs] → attention, + `residual`, feed-forward: [T, hidden] or [W, hidden]. `residual` may change."""
-        x = self.attention(x, self.rotary.rows(batch.positions), batch, attention)
+        attended = self.attention(x, self.rotary.rows(batch.positions), batch, attention)
         if wanted is not None:
-            x, residual = x[wanted], residual[wanted]
+            attended, residual = attended.of(wanted), residual[wanted]
             if not wanted.shape[0]:
                 return residual
-        x = self.mlp(self.post_norm.add(x, residual))
+        x = self.mlp(self.post_norm.enter(attended, residual))
         return residual + x
 
 

@@ -9,7 +9,8 @@ from fluentllm.core.protocols import BuildContext
 from fluentllm.kernels.block_fp8 import E4M3, LARGEST, quantise_weight
 from fluentllm.kernels.moe import Routing
 from fluentllm.kernels.plain import PlainOps
-from fluentllm.kernels.triton.ops import StreamedFp8Weight, TritonOps
+from fluentllm.kernels.triton.ops import TritonOps
+from fluentllm.kernels.triton.streamed_weight import StreamedFp8Weight
 from fluentllm.kernels.weights import DenseWeight
 from fluentllm.layers.moe import Experts
 

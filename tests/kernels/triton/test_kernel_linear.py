@@ -12,8 +12,11 @@ from torch.testing import assert_close
 from fluentllm.kernels.block_fp8 import dequantise_rows, linear_reference, quantise_rows_reference, quantise_weight
 from fluentllm.kernels.triton.fp8_gemm import GemmTile, fp8_gemm
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows, silu_mul_quantise
-from fluentllm.kernels.triton.linear import linear, new_counters
+from fluentllm.kernels.triton.linear import linear, linear_norm, new_counters
 from fluentllm.kernels.triton.linear_tiles import LinearTile
+from fluentllm.kernels.triton.moe_scores import normed_router_logits
+from fluentllm.kernels.triton.normed import NormAfter, Normed
+from fluentllm.kernels.triton.streamed_weight import StreamedFp8Weight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -125,3 +128,90 @@ def test_block_fp8_of_many_rows(tokens: int, rows: int, depth: int, device: torc
     operands = (t.to(device) for t in (q, scale, weight, w_scale))
     out = fp8_gemm(*operands, tile=GemmTile(64, 128, 4, 3), out_dtype=torch.float32)
     assert_close(out.cpu(), expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()) if tokens else 0)
+
+
+def normed_reference(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return rows * torch.rsqrt((rows * rows).mean(1, keepdim=True) + eps) * weight
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("tokens", "rows", "depth"), [(1, 48, 80), (5, 128, 200), (19, 64, 64), (0, 32, 32)])
+def test_a_norm_between_two_products(
+    tokens: int, rows: int, depth: int, tile: LinearTile | None, device: torch.device, rng: torch.Generator
+) -> None:
+    """residual += x Wᵀ + other; y = norm(residual) Vᵀ; z = gated: the norm has no launch of its own."""
+    eps, inner = 1e-5, 40
+    x, other, residual = (
+        torch.randn(tokens, n, generator=rng).to(torch.bfloat16) * s for n, s in ((depth, 1), (rows, 1), (rows, 30))
+    )
+    first, second = (
+        torch.randn(a, b, generator=rng).to(torch.bfloat16) * b**-0.5 for a, b in ((rows, depth), (2 * inner, rows))
+    )
+    norm = (torch.rand(rows, generator=rng) + 0.5).to(torch.bfloat16)
+    summed = residual.float() + (F.linear(x.float(), first.float()) + other.float())
+    stream = residual.to(device)
+    normed, whole = linear_norm(
+        x.to(device), first.to(device), NormAfter(norm.to(device), eps, stream), other=other.to(device), tile=tile,
+        counters=new_counters(rows, device),
+    )  # fmt: skip
+    assert_close(stream.cpu().float(), summed, rtol=1e-2, atol=0.1)
+    assert whole.data_ptr() == normed.rows.data_ptr()
+    expected = normed_reference(stream.cpu().float(), norm.float(), eps)
+    assert_close(normed.tensor().cpu().float(), expected, rtol=1.5e-2, atol=1e-2)
+    out = linear(normed, second.to(device), tile=tile, counters=new_counters(2 * inner, device))
+    assert_close(out.cpu().float(), F.linear(expected, second.float()), rtol=2e-2, atol=3e-2)
+    gate, up = F.linear(expected, second.float()).chunk(2, -1)
+    gated = linear(normed, second.to(device), gated=True, tile=tile)
+    assert_close(gated.cpu().float(), F.silu(gate) * up, rtol=3e-2, atol=4e-2)
+
+
+@pytest.mark.parametrize("tile", [LinearTile(8, 16, 32, 1, 3, tma=False), LinearTile(16, 32, 64, 2, 2), None])
+def test_a_norm_of_the_first_columns(tile: LinearTile | None, device: torch.device, rng: torch.Generator) -> None:
+    """As MLA's down projection: the query latent is normed, the rest is as the product leaves it."""
+    tokens, depth, width, rest, eps = 6, 96, 64, 40, 1e-6
+    x = torch.randn(tokens, depth, generator=rng).to(torch.bfloat16)
+    weight = torch.randn(width + rest, depth, generator=rng).to(torch.bfloat16) * depth**-0.5
+    norm = (torch.rand(width, generator=rng) + 0.5).to(torch.bfloat16)
+    bias = torch.randn(width + rest, generator=rng).to(torch.bfloat16)
+    normed, whole = linear_norm(
+        x.to(device), weight.to(device), NormAfter(norm.to(device), eps), other=bias.to(device), tile=tile,
+        counters=new_counters(width + rest, device),
+    )  # fmt: skip
+    expected = F.linear(x.float(), weight.float(), bias.float())
+    assert_close(whole[:, width:].cpu().float(), expected[:, width:], rtol=2e-2, atol=2e-2)
+    assert_close(normed.tensor().cpu().float(), normed_reference(expected[:, :width], norm.float(), eps), rtol=2e-2, atol=3e-2)
+
+
+def test_a_tile_across_the_normed_columns_is_refused(device: torch.device) -> None:
+    x, weight, norm = (torch.zeros(*shape, dtype=torch.bfloat16, device=device) for shape in ((1, 32), (64, 32), (40,)))
+    with pytest.raises(ValueError, match="40 normed columns"):
+        linear_norm(x, weight, NormAfter(norm, 1e-6), tile=LinearTile(8, 16, 32, 1, 3))
+
+
+def test_a_norm_before_the_router(device: torch.device, rng: torch.Generator) -> None:
+    for tokens in (0, 1, 7):
+        rows = torch.randn(tokens, 96, generator=rng).to(torch.bfloat16)
+        squares = (rows.float() ** 2 * 4).unflatten(1, (3, 32)).sum(-1).T.contiguous()
+        normed = Normed(rows.to(device), squares.to(device), 1e-5)
+        weight = torch.randn(10, 96, generator=rng)
+        logits, finished = normed_router_logits(normed, weight.to(device))
+        assert_close(finished.cpu().float(), normed.tensor().cpu().float(), rtol=8e-3, atol=1e-6)
+        assert_close(logits.cpu(), F.linear(finished.cpu().float(), weight), rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_between_fp8_products(device: torch.device, rng: torch.Generator) -> None:
+    """What is quantised lacks each row's factor; the product gets it."""
+    tokens, width = 3, 256
+    residual, x = (torch.randn(tokens, width, generator=rng).to(torch.bfloat16) * s for s in (10, 1))
+    matrices = [quantise_weight(torch.randn(width, width, generator=rng) / 16) for _ in range(2)]
+    first, second = (StreamedFp8Weight(q.to(device), scale.to(device)) for q, scale in matrices)
+    norm = torch.rand(width, generator=rng).to(torch.bfloat16) + 0.5
+    stream = residual.to(device)
+    normed, _ = first.stream_norm(x.to(device), NormAfter(norm.to(device), 1e-5, stream))
+    assert_close(
+        normed.tensor().cpu().float(), normed_reference(stream.cpu().float(), norm.float(), 1e-5), rtol=1.5e-2, atol=1e-2
+    )
+    q, scale = quantise_rows(normed.rows)
+    factor = torch.rsqrt(normed.squares.sum(0) / width + 1e-5).cpu()
+    expected = linear_reference(q.cpu(), scale.cpu(), *matrices[1]) * factor[:, None]
+    assert_close(second.stream(normed).cpu().float(), expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))

@@ -13,6 +13,7 @@ from fluentllm.kernels.triton.moe import experts, fp8_experts
 from fluentllm.kernels.triton.moe_route import route
 from fluentllm.kernels.triton.moe_sort import sort_by_expert
 from fluentllm.kernels.triton.moe_tiles import Tile, tile_for
+from fluentllm.kernels.triton.normed import NormAfter
 
 ROUTINGS = [
     Routing(experts=8, top_k=2),
@@ -85,8 +86,17 @@ def test_experts(
     expected = combine_reference(x, weights, ids, gate_up, down)
     if extra is not None:
         expected = expected + extra
-    out = experts(*(None if t is None else t.to(device) for t in (x, weights, ids, gate_up, down, extra)))
+    operands = [None if t is None else t.to(device) for t in (x, weights, ids, gate_up, down, extra)]
+    out = experts(*operands)
     assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-4)
+    # The same, left to the residual stream and the norm behind it.
+    norm, stream = torch.rand(hidden, generator=rng) + 0.5, torch.randn(tokens, hidden, generator=rng)
+    summed = stream + expected
+    after = NormAfter(norm.to(device), 1e-5, stream.to(device))
+    normed = experts(*operands, after=after)
+    assert_close(after.residual.cpu(), summed, rtol=1e-4, atol=1e-4)
+    rows = summed * torch.rsqrt((summed * summed).mean(1, keepdim=True) + 1e-5) * norm
+    assert_close(normed.tensor().cpu(), rows, rtol=1e-4, atol=1e-4)
 
 
 def test_no_tokens(device: torch.device) -> None:

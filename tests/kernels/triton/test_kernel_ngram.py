@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from fluentllm.kernels.ngram import NgramHash, NgramTables, ngram_ids
 from fluentllm.kernels.plain import PlainOps
 from fluentllm.kernels.triton.ngram import ngram_embedding, ngram_gather
-from fluentllm.kernels.triton.ops import StreamedWeight, TritonOps
+from fluentllm.kernels.triton.ops import TritonOps
+from fluentllm.kernels.triton.streamed_weight import StreamedWeight
 from fluentllm.kernels.weights import DenseWeight
 
 
