@@ -38,6 +38,14 @@ class Routing:
     """Divide the chosen weights by their sum."""
     scale: float = 1.0
     """Multiplies the weights at the end."""
+    shared: int = 0
+    """Experts that every token has, with weight 1, without a say of the router; ids experts … experts + shared - 1. Only
+    without zero experts."""
+
+    @property
+    def each(self) -> int:
+        """Experts of a token."""
+        return self.top_k + self.shared
 
     @property
     def total(self) -> int:
@@ -45,7 +53,7 @@ class Routing:
 
 
 def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Logits [T, total] float32, bias [total] float32 → weights [T, top_k] float32, ids [T, top_k] int64.
+    """Logits [T, total] float32, bias [total] float32 → weights [T, each] float32, ids [T, each] int64, shared experts last.
 
     The bias takes part in the choice only; the weights are the unbiased scores.
     """
@@ -65,7 +73,12 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple
     weights = scores.gather(-1, ids)
     if routing.renormalise:
         weights = weights / (ordered_sum(weights).unsqueeze(-1) + 1e-20)
-    return weights * routing.scale, ids
+    weights = weights * routing.scale
+    if routing.shared:
+        everyone = torch.arange(routing.experts, routing.experts + routing.shared, device=ids.device).expand(ids.shape[0], -1)
+        weights = torch.cat((weights, torch.ones(everyone.shape, device=weights.device)), -1)
+        ids = torch.cat((ids, everyone), -1)
+    return weights, ids
 
 
 def combine(x: Tensor, weights: Tensor, ids: Tensor, expert: Expert, routing: Routing) -> Tensor:
@@ -82,7 +95,8 @@ def combine(x: Tensor, weights: Tensor, ids: Tensor, expert: Expert, routing: Ro
     rows_by_expert = order // ids.shape[1]
     weights_by_expert = weights.flatten()[order].unsqueeze(-1)
     start = 0
-    for number, count in enumerate(flat.bincount(minlength=routing.total)[: routing.experts].tolist()):
+    computing = routing.experts + routing.shared
+    for number, count in enumerate(flat.bincount(minlength=max(routing.total, computing))[:computing].tolist()):
         if count:
             rows = rows_by_expert[start : start + count]
             computed = expert(number, x[rows])

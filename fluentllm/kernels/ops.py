@@ -41,6 +41,8 @@ class Ops(Protocol):
     """What a layer may ask for. Results are new tensors unless said otherwise."""
 
     deterministic: bool
+    joins_shared_experts: bool
+    """Are shared experts best computed with the routed ones, in the same products (`Routing.shared`)?"""
 
     def pack(self, weight: Tensor, precision: str) -> Weight:
         """weight [out, in], float; precision one of `weights.PRECISIONS` → what `linear` takes."""
@@ -124,7 +126,7 @@ class Ops(Protocol):
         ...
 
     def route(self, logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """logits [T, total] float32, bias [total] float32 → weights [T, top_k] float32, ids [T, top_k] integers."""
+        """logits [T, total] float32, bias [total] float32 → weights [T, each] float32, ids [T, each] integers (`moe.route`)."""
         ...
 
     def experts(

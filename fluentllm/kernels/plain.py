@@ -28,6 +28,7 @@ class PlainOps:
     """`Ops` for speed."""
 
     deterministic = False
+    joins_shared_experts = False
 
     def __init__(self, copy_budget: int = 0, library: Library | None = None) -> None:
         """Packed matrices get a second copy for many rows until `copy_budget` bytes are used up. `library`: for products of

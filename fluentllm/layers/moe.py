@@ -6,6 +6,7 @@ Used by Qwen3-MoE, DeepSeek and LongCat; what differs between them is in `kernel
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -70,13 +71,17 @@ class Experts(Module):
 
     Matrices that are not packed to int8 or int4 are views of two tensors, `gate_up` [E, 2 · inner, hidden] (gate rows first)
     and `down` [E, hidden, inner], as grouped products want them; else both are None. In block FP8 they are E4M3, with scales
-    beside them; that needs hidden and inner to be multiples of 128.
+    beside them; that needs hidden and inner to be multiples of 128. Shared experts, if the routing has them, follow: the
+    checkpoint keeps them side by side in `shared`.{gate,up,down}_proj.weight.
     """
 
-    def __init__(self, ctx: BuildContext, prefix: str, routing: Routing, hidden: int, inner: int) -> None:
-        self.prefix = prefix
+    def __init__(
+        self, ctx: BuildContext, prefix: str, routing: Routing, hidden: int, inner: int, shared: str = "shared_experts"
+    ) -> None:
+        self.prefix, self.shared_prefix = prefix, shared
         self.hidden, self.inner = hidden, inner
-        self.count, self.zero_experts = routing.experts, routing.zero_experts
+        self.routed, self.shared, self.zero_experts = routing.experts, routing.shared, routing.zero_experts
+        self.count = self.routed + self.shared
         self.gate_up: Tensor | None = None
         self.down: Tensor | None = None
         self.gate_up_scale: Tensor | None = None
@@ -121,14 +126,25 @@ class Experts(Module):
 
     def own_slots(self) -> Iterator[WeightSlot]:
         wide, narrow = (self.inner, self.hidden), (self.hidden, self.inner)
-        for number in range(self.count):
+        for number in range(self.routed):
             for name, shape in (("gate_proj", wide), ("up_proj", wide), ("down_proj", narrow)):
                 yield WeightSlot(
                     join(self.prefix, str(number), name, "weight"), shape, partial(self._take, number, name),
                     partial(self._take_packed, number, name) if self._takes_fp8() else None,
                 )  # fmt: skip
+        if self.shared:
+            width = self.shared * self.inner
+            for name, shape in (
+                ("gate_proj", (width, self.hidden)),
+                ("up_proj", (width, self.hidden)),
+                ("down_proj", (self.hidden, width)),
+            ):
+                yield WeightSlot(
+                    join(self.shared_prefix, name, "weight"), shape, partial(self._take_shared, name),
+                    partial(self._take_shared_packed, name) if self._takes_fp8() else None,
+                )  # fmt: skip
         # Transformers saves matrices for LongCat's zero experts too, and never uses them.
-        for number in range(self.count, self.count + self.zero_experts):
+        for number in range(self.routed, self.routed + self.zero_experts):
             for name in ("gate_proj", "up_proj"):
                 yield WeightSlot(join(self.prefix, str(number), name, "weight"), wide, _refuse, optional=True, unused=True)
 
@@ -142,6 +158,23 @@ class Experts(Module):
             self._make_fp8()
         self._put_fp8(number, name, packed.parts["q"], packed.parts["scale"])
         return True
+
+    def _take_shared(self, name: str, tensor: Tensor) -> None:
+        for number, part in enumerate(self._shares(name, tensor), self.routed):
+            self._take(number, name, part)
+
+    def _take_shared_packed(self, name: str, packed: PackedTensor) -> bool:
+        if packed.kind != "fp8_block":
+            return False
+        parts = [self._shares(name, packed.parts[key]) for key in ("q", "scale")]
+        for number, (q, scale) in enumerate(zip(*parts, strict=True), self.routed):
+            self._take_packed(number, name, replace(packed, parts={"q": q, "scale": scale}))
+        return True
+
+    def _shares(self, name: str, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Of a matrix, or its scales, that holds all shared experts: each one's part."""
+        dim = 1 if name == "down_proj" else 0
+        return tensor.chunk(self.shared, dim)
 
     def _put_fp8(self, number: int, name: str, q: Tensor, scale: Tensor) -> None:
         assert self.gate_up is not None
@@ -192,10 +225,13 @@ class SparseMoE(Module):
         bias: str | None = None,
         shared_inner: int = 0,
     ) -> None:
+        shared = join(prefix, "shared_experts")
+        if joins_shared_experts(ctx, routing, inner, shared_inner):
+            routing, shared_inner = replace(routing, shared=shared_inner // inner), 0
         self.routing = routing
         self.router = Router(ctx, join(prefix, router, "weight"), join(prefix, bias) if bias else None, hidden, routing)
-        self.experts = Experts(ctx, join(prefix, "experts"), routing, hidden, inner)
-        self.shared = MLP(ctx, join(prefix, "shared_experts"), hidden, shared_inner) if shared_inner else None
+        self.experts = Experts(ctx, join(prefix, "experts"), routing, hidden, inner, shared)
+        self.shared = MLP(ctx, shared, hidden, shared_inner) if shared_inner else None
         self._ops = ctx.ops
 
     def __call__(self, x: Rows) -> Tensor:
@@ -205,6 +241,13 @@ class SparseMoE(Module):
         weights, ids, x = self.router(x)
         shared = self.shared(x) if self.shared is not None else None
         return ExpertSum(self._ops, x, weights, ids, self.experts, self.routing, shared)
+
+
+def joins_shared_experts(ctx: BuildContext, routing: Routing, inner: int, shared_inner: int) -> bool:
+    """Can the shared experts be computed as routed ones? They must be as wide, and lie in one tensor with them."""
+    together = ctx.weight_precision in (*DENSE, "fp8") or (ctx.weight_precision == "packed" and ctx.device.type != "cpu")
+    fits = shared_inner > 0 and shared_inner % inner == 0 and not routing.zero_experts
+    return ctx.ops.joins_shared_experts and together and fits
 
 
 def _refuse(tensor: Tensor) -> None:

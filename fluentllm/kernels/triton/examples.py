@@ -168,7 +168,7 @@ def step() -> None:
 
 def mixture_of_experts() -> None:
     routings = (
-        Routing(64, 6, scores="sigmoid", renormalise=True),
+        Routing(64, 6, scores="sigmoid", renormalise=True, shared=2),
         Routing(128, 12, zero_experts=64, scale=6.0),
         Routing(256, 8, scores="sigmoid", groups=8, top_groups=4, group_score="top2", renormalise=True, scale=2.5),
         Routing(160, 6, groups=8, top_groups=3),
@@ -185,9 +185,9 @@ def mixture_of_experts() -> None:
     # (tokens, routing, hidden, inner): a GEMV, thin tiles, wide tiles, the largest
     for (hidden, inner), routing, several in (((2048, 1408), routings[0], (1, 4096)), ((3072, 1024), routings[1], (32, 256))):
         for tokens in several:
-            x, choices = _empty(tokens, hidden), (tokens, routing.top_k)
-            gate_up = _empty(routing.experts, 2 * inner, hidden)
-            down = _empty(routing.experts, hidden, inner)
+            x, choices = _empty(tokens, hidden), (tokens, routing.each)
+            gate_up = _empty(routing.experts + routing.shared, 2 * inner, hidden)
+            down = _empty(routing.experts + routing.shared, hidden, inner)
             shared = x if routing.zero_experts == 0 else None
             experts(x, _floats(*choices), _ints(*choices), gate_up, down, shared)
             experts(x, _floats(*choices), _ints(*choices), gate_up, down, shared, after=NormAfter(_empty(hidden), 1e-6, x))

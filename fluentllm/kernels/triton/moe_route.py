@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 @triton.jit
 def _route_kernel(weights, ids, logits, bias, row_stride, scale, TOTAL: tl.constexpr, TOP_K: tl.constexpr,
                   GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, TOP2: tl.constexpr,
-                  RENORMALISE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
+                  RENORMALISE: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+                  BLOCK_G: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK)
     inside = e < TOTAL
@@ -66,22 +66,27 @@ def _route_kernel(weights, ids, logits, bias, row_stride, scale, TOTAL: tl.const
         choice = tl.where(e == expert, float("-inf"), choice)
     if RENORMALISE:
         weight = weight / (tl.sum(weight, 0) + 1e-20)
-    tl.store(weights + token * TOP_K + k, weight * scale, mask=k < TOP_K)
-    tl.store(ids + token * TOP_K + k, chosen, mask=k < TOP_K)
+    weight = weight * scale
+    if SHARED > 0:
+        weight = tl.where(k < TOP_K, weight, 1.0)
+        chosen = tl.where(k < TOP_K, chosen, TOTAL + k - TOP_K)
+    each: tl.constexpr = TOP_K + SHARED
+    tl.store(weights + token * each + k, weight, mask=k < each)
+    tl.store(ids + token * each + k, chosen, mask=k < each)
 
 
 def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """logits [T, total] float32, bias [total] float32 → weights [T, top_k] float32, ids [T, top_k] int32, best first; of equals
-    the lowest id. Reference: `kernels.moe.route`."""
+    """logits [T, total] float32, bias [total] float32 → weights [T, each] float32, ids [T, each] int32, best first, of equals
+    the lowest id; shared experts last. Reference: `kernels.moe.route`."""
     tokens, total = logits.shape
-    weights = torch.empty(tokens, routing.top_k, dtype=torch.float32, device=logits.device)
-    ids = torch.empty(tokens, routing.top_k, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(tokens, routing.each, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(tokens, routing.each, dtype=torch.int32, device=logits.device)
     block = power_of_2(total)
     launch(
         _route_kernel, (tokens,), weights, ids, logits, bias, logits.stride(0), routing.scale,
         TOTAL=total, TOP_K=routing.top_k, GROUPS=routing.groups, TOP_GROUPS=routing.top_groups,
         SIGMOID=routing.scores == "sigmoid", TOP2=routing.group_score == "top2", RENORMALISE=routing.renormalise,
-        BLOCK=block, BLOCK_K=power_of_2(routing.top_k), BLOCK_G=power_of_2(routing.groups),
+        SHARED=routing.shared, BLOCK=block, BLOCK_K=power_of_2(routing.each), BLOCK_G=power_of_2(routing.groups),
         num_warps=max(1, min(4, block // 128)), **programmatic(logits.device),
     )  # fmt: skip
     return weights, ids

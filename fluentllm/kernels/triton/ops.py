@@ -33,6 +33,8 @@ log = logging.getLogger("fluentllm.engine")
 class TritonOps(PlainOps):
     """`kernels.ops.Ops`. What has no kernel here, or an operand whose last dimension is not contiguous, is `PlainOps`'."""
 
+    joins_shared_experts = True
+
     def pack(self, weight: Tensor, precision: str) -> Weight:
         packed = super().pack(weight, precision)
         if isinstance(packed, DenseWeight) and packed.weight.dtype is not torch.float32 and in_kernels(packed.weight):

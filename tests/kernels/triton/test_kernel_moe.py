@@ -21,6 +21,7 @@ ROUTINGS = [
     Routing(experts=32, top_k=4, scores="sigmoid", groups=4, top_groups=2, group_score="top2", renormalise=True, scale=2.5),
     Routing(experts=24, top_k=3, groups=6, top_groups=3, group_score="max", scale=16.0),
     Routing(experts=160, top_k=6, scores="sigmoid"),
+    Routing(experts=16, top_k=3, scale=2.0, shared=2),
 ]
 
 
@@ -33,7 +34,7 @@ def test_route(routing: Routing, with_bias: bool, device: torch.device, rng: tor
     weights, ids = route(logits.to(device), routing, None if bias is None else bias.to(device))
     assert torch.equal(ids.cpu().long(), expected)
     assert_close(weights.cpu(), expected_weights)
-    assert route(logits[:0].to(device), routing)[1].shape == (0, routing.top_k)
+    assert route(logits[:0].to(device), routing)[1].shape == (0, routing.each)
 
 
 def test_nan_logits_choose_experts_that_exist(device: torch.device) -> None:
