@@ -25,6 +25,7 @@ from fluentllm.core.config import load
 from fluentllm.kernels.triton import deferred_norm, gqa_plan, linear, linear_tiles
 from fluentllm.kernels.triton.launch import EARLY, START_NEXT
 from fluentllm.local import LocalEngine
+from fluentllm.plugins.attn_triton import backend as triton_attention
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,6 +47,8 @@ class Variant:
     """Tiles from `linear_tiles.MEASURED`, else the rule's."""
     most_tokens: int = linear_tiles.MOST_TOKENS
     """0: all products are torch's."""
+    append_in_decode: bool = True
+    """Grouped heads are rotated and appended by decode itself, else by a launch in front."""
     defer_norms: bool = True
     """Norms shared out between the products around them, else launches of their own."""
 
@@ -55,6 +58,8 @@ VARIANTS = [
     Variant("product loaded", product=2),
     Variant("product at end", product=3),
     Variant("norms apart", defer_norms=False),
+    Variant("append apart", append_in_decode=False),
+    Variant("norms and append apart", defer_norms=False, append_in_decode=False),
     Variant("experts early", experts_early=True),
     Variant("product late", early=False),
     Variant("product late, loaded", product=2, early=False),
@@ -90,6 +95,7 @@ def applied(variant: Variant) -> Iterator[None]:
         put(gqa_plan, "MERGE_INSIDE", variant.merge_inside)
         put(linear_tiles, "MOST_TOKENS", variant.most_tokens)
         put(deferred_norm, "DEFER", variant.defer_norms)
+        put(triton_attention, "APPEND_IN_DECODE", variant.append_in_decode)
         if not variant.measured:
             put(linear_tiles, "MEASURED", {})
         if variant.prefetch:

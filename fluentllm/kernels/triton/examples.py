@@ -37,6 +37,7 @@ from .ngram import ngram_embedding, ngram_gather
 from .norm import add_rms_norm, rms_norm
 from .normed import NormAfter
 from .prompt_lookup import prompt_lookup
+from .qkv_product import QkvProduct, from_product_fits
 from .streamed_weight import StreamedFp8Weight
 
 if TYPE_CHECKING:
@@ -82,6 +83,12 @@ def decode_attention() -> None:
             plan = plan_gqa(lengths, kv_heads=kv_heads, longest=longest, fixed_span=span)
             q = _empty(n * rows, heads, dim, dtype=dtype)
             gqa_decode(q, cache, cache, _ints(n, longest // page), lengths, plan, rows, dim**-0.5)
+        if from_product_fits(dim, dim) and dtype is BF16:
+            plan = plan_gqa(lengths, kv_heads=kv_heads, longest=4096)
+            rope, norm = _empty(n * rows, 1, dim), _empty(dim) if heads == 16 else None
+            product = _empty(n * rows, (heads + 2 * kv_heads) * dim)
+            whole = QkvProduct(product, rope, rope, _longs(n * rows), heads, norm, norm, eps=1e-6)
+            gqa_decode(whole, cache, cache, _ints(n, 4096 // page), lengths, plan, rows, dim**-0.5)
         if rows == 4:
             _, tiles = query_tiles(rows, heads // kv_heads)
             plan = plan_gqa(lengths, kv_heads=kv_heads, longest=4096, tiles=tiles, inside=True)

@@ -1,5 +1,8 @@
-"""Attention of decode and verification over paged KV with grouped heads: each item of the plan by one program, then a merge, by
-a launch of its own or by the last program of a sequence to finish (`gqa_plan.MERGE_INSIDE`).
+"""Attention of decode and verification over paged KV with grouped heads: each item of the plan by one program, then a merge,
+by a launch of its own or by the last program of a sequence to finish (`gqa_plan.MERGE_INSIDE`).
+
+Queries come rotated, with their keys in the cache, or as the QKV product leaves them (`QkvProduct`): then each program norms
+and rotates the queries that it needs, and whoever's run holds a new token's place writes its key and value first.
 
 The arithmetic is FlashAttention's (arXiv:2205.14135) with keys split among programs; scores are kept in units of log2.
 """
@@ -16,9 +19,13 @@ import triton.language as tl
 from .gqa_plan import BLOCK, GqaPlan
 from .language import FIRST, LOADED, dot, start_next, wait_for_inputs
 from .launch import launch, power_of_2, programmatic, split_width
+from .qkv_product import append_keys, opened
+from .rotate import head_weight, norm_and_rotate, partner
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .qkv_product import QkvProduct
 
 SHARED_BYTES = 100 * 1024
 """Of shared memory for keys and values in flight: two programs fit on a multiprocessor of Hopper."""
@@ -28,11 +35,13 @@ SHARED_BYTES = 100 * 1024
 def _decode_kernel(
     out, partial, lse, counters, q, k_pages, v_pages, page_table, lengths, items, starts, spans, score_scale, value_scale,
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
+    cos, sin, q_weight, k_weight, kv_rows, eps, rope_row, NEW: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     ROWS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILES: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr, SINGLE: tl.constexpr,
     FIRST_KEY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """NEW: 0, or ROWS rounded up: q is the QKV product."""
     kv_head = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     item = tl.program_id(1)
@@ -53,8 +62,23 @@ def _decode_kernel(
         position = length - ROWS + query
         d = tl.arange(0, BLOCK_D)
         dv = tl.arange(0, BLOCK_V)
-        q_at = q + ((sequence * ROWS + query).to(tl.int64) * q_row + head * q_head)[:, None] + d[None, :]
-        queries = tl.load(q_at, mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
+        token = (sequence * ROWS + query).to(tl.int64)
+        q_at = q + (token * q_row + head * q_head)[:, None]
+        in_head = (d < DIM)[None, :]
+        if NEW == 0:
+            queries = tl.load(q_at + d[None, :], mask=valid[:, None] & in_head, other=0.0)
+        else:
+            rope = (token * rope_row)[:, None]
+            other = partner(d, ROTARY, INTERLEAVED)
+            queries, _ = norm_and_rotate(
+                q_at, valid[:, None] & in_head, head_weight(q_weight, d, DIM), head_weight(q_weight, other, DIM),
+                cos + rope, sin + rope, d, eps, DIM, ROTARY, INTERLEAVED,
+            )  # fmt: skip
+            append_keys(
+                q + (HEADS + kv_head) * DIM, HEADS // GROUP * DIM, k_pages + kv_head * k_head, v_pages + kv_head * v_head,
+                kv_rows, cos, sin, k_weight, sequence * ROWS, length - ROWS, first, last, d, eps, q_row, rope_row, k_page,
+                k_slot, v_page, v_slot, ROWS, NEW, DIM, ROTARY, INTERLEAVED, PAGE,
+            )  # fmt: skip
         if BLOCK_E > 0:
             e = tl.arange(0, BLOCK_E)
             e_mask = (BLOCK_D + e < DIM)[None, :]
@@ -181,7 +205,7 @@ def query_tiles(rows: int, group: int) -> tuple[int, int]:
 
 
 def gqa_decode(
-    q: Tensor,
+    q: Tensor | QkvProduct,
     k_pages: Tensor,
     v_pages: Tensor,
     page_table: Tensor,
@@ -199,10 +223,12 @@ def gqa_decode(
     [N, W] int32, lengths [N] int32 → [N · rows, H, Dv] in q's dtype.
 
     Row j of a sequence stands at position length - rows + j and sees the keys up to there, its own included. A sequence of
-    length 0 gets zeros. Keys before `first_key` are not seen. `plan` is `plan_gqa` of the same lengths. Reference:
-    `kernels.attention_reference.gqa_reference`.
+    length 0 gets zeros. Keys before `first_key` are not seen. `plan` is `plan_gqa` of the same lengths. Of a `QkvProduct`
+    keys and values are written to the pages first, unscaled. Reference: `kernels.attention_reference.gqa_reference`.
     """
-    (count, heads, dim), (_, page, kv_heads, value_dim) = q.shape, v_pages.shape
+    (_, page, kv_heads, value_dim), dim = v_pages.shape, k_pages.shape[3]
+    found = opened(q, rows, dim, value_dim)
+    q, heads, count = found.tensor, found.heads, found.tensor.shape[0]
     group = heads // kv_heads
     if heads % kv_heads or count != rows * lengths.shape[0] or not 1 <= rows <= 8:
         raise ValueError(
@@ -225,8 +251,9 @@ def gqa_decode(
     launch(
         _decode_kernel, (kv_heads * tiles, items), out, partial, lse, plan.counters, q, k_pages, v_pages, page_table, lengths,
         plan.items, plan.starts, plan.spans, scale * k_scale * math.log2(math.e), v_scale,
-        q.stride(0), q.stride(1), *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
-        ROWS=rows, GROUP=group, HEADS=heads, DIM=dim, VALUE_DIM=value_dim, TILES=tiles, PAGE=page, BLOCK_M=block_m,
+        q.stride(0), found.head_stride, *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0), *found.operands,
+        **found.options, ROWS=rows, GROUP=group, HEADS=heads, DIM=dim, VALUE_DIM=value_dim, TILES=tiles, PAGE=page,
+        BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_V=block_v, SINGLE=plan.single, FIRST_KEY=first_key,
         num_warps=4, num_stages=1 + max(1, min(3, SHARED_BYTES // (block_n * stage))),
         **programmatic(q.device, "product"),

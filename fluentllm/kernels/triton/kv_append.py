@@ -13,17 +13,10 @@ import triton.language as tl
 
 from .language import FIRST, LOADED, start_next, wait_for_inputs
 from .launch import launch, power_of_2, programmatic
+from .rotate import head_weight, kept, norm_and_rotate, partner
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@triton.jit
-def kept(x, dtype: tl.constexpr):
-    """x float32 as a cache of this dtype keeps it: what FP8 cannot hold becomes its largest value (`kernels.kv_fp8.kept`)."""
-    if dtype == tl.float8e4nv:
-        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -43,35 +36,19 @@ def _rotate_and_append_kernel(
     is_v = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
     inside = (d < DIM)[None, :]
     present = (is_q | is_k | is_v)[:, None] & inside
-    dtype = qkv.dtype.element_ty
     base = qkv + token * qkv_row + (head * DIM)[:, None]
-    x = tl.load(base + d[None, :], mask=present, other=0.0)
-    if INTERLEAVED:
-        partner_d = d ^ 1
-    else:
-        partner_d = tl.where(d < ROTARY // 2, d + ROTARY // 2, d - ROTARY // 2)
-    rotates = d < ROTARY
-    partner_d = tl.where(rotates, partner_d, d)
-    partner = tl.load(base + partner_d[None, :], mask=present, other=0.0)
-
-    y = x.to(tl.float32)
-    p = partner.to(tl.float32)
-    if q_weight is not None:
-        scale = tl.rsqrt(tl.sum(y * y, 1) / DIM + eps)[:, None]
-        wq = tl.load(q_weight + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
-        wk = tl.load(k_weight + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
-        pq = tl.load(q_weight + partner_d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
-        pk = tl.load(k_weight + partner_d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
-        # The norm's result has the activations' dtype wherever it is computed.
-        y = (y * scale * tl.where(is_q[:, None], wq, wk)).to(dtype).to(tl.float32)
-        p = (p * scale * tl.where(is_q[:, None], pq, pk)).to(dtype).to(tl.float32)
     at = token
     if positions is not None:
         at = tl.load(positions + token).to(tl.int64)
-    c = tl.load(cos + at * rope_row + d, mask=rotates, other=1.0).to(tl.float32)[None, :]
-    s = tl.load(sin + at * rope_row + d, mask=rotates, other=0.0).to(tl.float32)[None, :]
+    rope = (head * 0 + at)[:, None] * rope_row
+    if q_weight is None:
+        rotated, x = norm_and_rotate(base, present, None, None, cos + rope, sin + rope, d, eps, DIM, ROTARY, INTERLEAVED)
+    else:
+        partner_d = partner(d, ROTARY, INTERLEAVED)
+        weight = tl.where(is_q[:, None], head_weight(q_weight, d, DIM), head_weight(k_weight, d, DIM))
+        other = tl.where(is_q[:, None], head_weight(q_weight, partner_d, DIM), head_weight(k_weight, partner_d, DIM))
+        rotated, x = norm_and_rotate(base, present, weight, other, cos + rope, sin + rope, d, eps, DIM, ROTARY, INTERLEAVED)
     start_next(PDL, LOADED)
-    rotated = (y * c + p * s).to(dtype)
 
     tl.store(q_out + token * q_row + (head * DIM)[:, None] + d[None, :], rotated, mask=is_q[:, None] & inside)
     row = tl.load(kv_row + token).to(tl.int64)

@@ -5,7 +5,7 @@ In decode nothing waits for the host, so a step can be captured; prefill knows i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,7 @@ from fluentllm.kernels.triton.gqa_decode import gqa_decode, query_tiles
 from fluentllm.kernels.triton.gqa_plan import GqaPlan, plan_gqa
 from fluentllm.kernels.triton.gqa_prefill import PrefillTiles, gqa_prefill, prefill_tiles
 from fluentllm.kernels.triton.mla_rows import rotate_queries
+from fluentllm.kernels.triton.qkv_product import QkvProduct, from_product_fits
 from fluentllm.layers.pool_writes import PoolWrites
 
 from .expand import ExpandedPages, expand_pages
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from fluentllm.core.protocols import AttentionContext
     from fluentllm.kernels.mla_decode.decode import MlaDecode
 
+APPEND_IN_DECODE = True
+"""Grouped heads: decode norms, rotates and appends by itself; False: by a launch in front (benchmarks/kernels/launches.py)."""
 FLOAT32_TILE = 16
 """Rows of a prefill tile in float32, which is multiplied without tensor cores."""
 
@@ -76,7 +79,27 @@ class TritonAttention(PoolWrites):
         return self._rows[0][0].dtype is torch.float32
 
     # ------------------------------------------------------------------------------------------------------------------ gqa
-    def _attend(self, layer: int, q: Tensor, batch: Batch, scale: float) -> Tensor:
+    def gqa_from_product(
+        self,
+        layer: int,
+        qkv: Tensor,
+        heads: int,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        scale: float,
+        *,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float = 0.0,
+        interleaved: bool = False,
+    ) -> Tensor:
+        norms: dict[str, Any] = {"q_weight": q_weight, "k_weight": k_weight, "eps": eps, "interleaved": interleaved}
+        fits = from_product_fits(self._kv.head_dim, self._kv.v_head_dim)
+        if self._plan is None or not (fits and APPEND_IN_DECODE):
+            return super().gqa_from_product(layer, qkv, heads, rope, batch, scale, **norms)
+        return self._attend(layer, QkvProduct(qkv, *rope, batch.kv_rows, heads, **norms), batch, scale)
+
+    def _attend(self, layer: int, q: Tensor | QkvProduct, batch: Batch, scale: float) -> Tensor:
         k_pages, v_pages = self._pages[layer]
         if self._plan is not None:
             assert batch.query_length is not None
@@ -85,6 +108,7 @@ class TritonAttention(PoolWrites):
                 first_key=batch.first_key,
             )  # fmt: skip
         assert self._tiles is not None
+        assert isinstance(q, torch.Tensor)
         return gqa_prefill(q, k_pages, v_pages, batch.page_table, self._tiles, scale, first_key=batch.first_key)
 
     # ------------------------------------------------------------------------------------------------------------------ mla

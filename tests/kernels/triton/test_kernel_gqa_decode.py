@@ -10,6 +10,8 @@ from fluentllm.kernels.attention_reference import gqa_reference
 from fluentllm.kernels.triton import gqa_plan
 from fluentllm.kernels.triton.gqa_decode import gqa_decode, query_tiles
 from fluentllm.kernels.triton.gqa_plan import gqa_plan_reference, plan_gqa
+from fluentllm.kernels.triton.kv_append import rotate_and_append
+from fluentllm.kernels.triton.qkv_product import QkvProduct, from_product_fits
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 4e-2}
 
@@ -70,6 +72,56 @@ def test_ragged_batch(
         for _ in range(1 + inside):  # the counters must be left as they were found
             out = gqa_decode(q, paged.k, paged.v, paged.table, paged.lengths, plan, rows, dim**-0.5)
             torch.testing.assert_close(out.double(), expected(q, paged, rows, dim**-0.5), rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "rows", "page_size", "dtype", "kv_dtype", "rotary", "interleaved"),
+    [
+        (4, 2, 64, 1, 16, torch.float32, torch.float32, 64, False),
+        (8, 1, 128, 3, 64, torch.bfloat16, torch.bfloat16, 128, False),
+        (8, 4, 64, 8, 16, torch.bfloat16, torch.bfloat16, 32, True),
+        (24, 1, 64, 5, 16, torch.float32, torch.float32, 64, False),
+        (4, 2, 128, 2, 64, torch.bfloat16, torch.float8_e4m3fn, 128, False),
+    ],
+)
+def test_from_the_product_is_append_then_decode(
+    norm: bool, heads: int, kv_heads: int, dim: int, rows: int, page_size: int, dtype: torch.dtype, kv_dtype: torch.dtype,
+    rotary: int, interleaved: bool, device: torch.device, rng: torch.Generator,
+) -> None:  # fmt: skip
+    # New tokens at the start of a sequence, across a border of runs, and in a sequence that is empty (an inert slot).
+    lengths = [rows, 512 + rows // 2, 0, 64]
+    paged = random_paged(lengths, rng, device, kv_heads=kv_heads, dim=dim, page_size=page_size, dtype=dtype)
+    pages = [[part.to(kv_dtype).clone() for part in (paged.k, paged.v)] for _ in range(2)]
+    tokens = len(lengths) * rows
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, generator=rng).to(device, dtype)
+    cos, sin = (torch.randn(tokens, 1, rotary, generator=rng).to(device, dtype) for _ in range(2))
+    weights = [(torch.rand(dim, generator=rng) + 0.5).to(device, dtype) if norm else None for _ in range(2)]
+    at = []
+    for i, length in enumerate(lengths):
+        for position in range(length - rows, length):
+            page = int(paged.table[i, position // page_size]) if length else 0
+            at.append(page * page_size + position % page_size if length else 0)
+    kv_rows = torch.tensor(at, device=device)
+    named = {"q_weight": weights[0], "k_weight": weights[1], "eps": 1e-6, "interleaved": interleaved}
+    plan = plan_gqa(paged.lengths, kv_heads=kv_heads, longest=1024, tiles=query_tiles(rows, heads // kv_heads)[1])
+    flat = [part.view(-1, kv_heads, dim) for part in pages[0]]
+    q = rotate_and_append(qkv, cos, sin, kv_rows, *flat, heads, **named)
+    wanted = gqa_decode(q, *pages[0], paged.table, paged.lengths, plan, rows, dim**-0.5)
+    product = QkvProduct(qkv, cos, sin, kv_rows, heads, **named)
+    found = gqa_decode(product, *pages[1], paged.table, paged.lengths, plan, rows, dim**-0.5)
+    # The same arithmetic; a compiler may contract it in other places.
+    torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE[dtype] * float(wanted.abs().max()))
+    written = kv_rows[kv_rows > 0]
+    for one, other in zip(*pages, strict=True):
+        ones, others = (part.view(-1, kv_heads, dim)[written].float() for part in (one, other))
+        torch.testing.assert_close(others, ones, rtol=0.13 if kv_dtype.itemsize == 1 else 1e-2, atol=1e-2)
+
+
+def test_heads_of_two_tiles_cannot_come_from_the_product(device: torch.device) -> None:
+    assert from_product_fits(128, 128)
+    assert not from_product_fits(96, 96)
+    assert not from_product_fits(64, 32)
 
 
 def test_short_context_needs_no_merge_and_an_empty_sequence_gets_zeros(device: torch.device, rng: torch.Generator) -> None:
