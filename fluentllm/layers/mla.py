@@ -76,33 +76,26 @@ class MLA(Module):
     def __call__(self, x: Rows, rows: tuple[Tensor, Tensor], batch: Batch, attention: AttentionBackend) -> Product:
         """`rows` are the rotary's of the batch's positions."""
         shape = self.shape
-        down = self.down(x)
-        if isinstance(attention, FusedMLA):
-            return self._fused(x, down, rows, batch, attention)
         if shape.q_lora is None:
-            q = self.query(x)
+            q, kv = self.query(x), self.down(x)
         else:
-            q = self.query(self.query_norm(down[:, : shape.q_lora]))
-            down = down[:, shape.q_lora :]
-        q_nope, q_rope = q.unflatten(1, (shape.heads, -1)).split([shape.nope, shape.rope], -1)
-        latent, k_rope = down.split([shape.kv_lora, shape.rope], -1)
+            latent, kv = self.down.with_norm(x, self.query_norm)
+            q = self.query(latent)
+        q = q.unflatten(1, (shape.heads, -1))
+        if isinstance(attention, FusedMLA):
+            out = attention.mla_from_products(
+                self.layer, kv, self.latent_norm.weight, q, rows, self.up_k, self.up_v, batch, self.scale, eps=LATENT_EPS,
+                latent_scale=shape.latent_scale, interleaved=self.rotary.interleaved,
+            )  # fmt: skip
+            return self.out.later(out.flatten(1))
+        q_nope, q_rope = q.split([shape.nope, shape.rope], -1)
+        latent, k_rope = kv.split([shape.kv_lora, shape.rope], -1)
         latent = self.latent_norm(latent)
         if shape.latent_scale != 1.0:
             latent = latent * shape.latent_scale
         q_rope = self.rotary(q_rope, rows)
         k_rope = self.rotary(k_rope.unsqueeze(1), rows).squeeze(1)
         out = attention.mla(self.layer, q_nope, q_rope, latent, k_rope, self.up_k, self.up_v, batch, self.scale)
-        return self.out.later(out.flatten(1))
-
-    def _fused(self, x: Rows, down: Tensor, rows: tuple[Tensor, Tensor], batch: Batch, attention: FusedMLA) -> Product:
-        """The same by a backend that takes products as they come."""
-        shape, interleaved = self.shape, self.rotary.interleaved
-        latent = attention.mla_append(
-            self.layer, down, self.query_norm.weight if shape.q_lora is not None else None, self.latent_norm.weight, rows,
-            batch, eps=LATENT_EPS, latent_scale=shape.latent_scale, interleaved=interleaved,
-        )  # fmt: skip
-        q = self.query(x if latent is None else latent).unflatten(1, (shape.heads, -1))
-        out = attention.mla_from_query(self.layer, q, rows, self.up_k, self.up_v, batch, self.scale, interleaved=interleaved)
         return self.out.later(out.flatten(1))
 
     def own_slots(self) -> Iterator[WeightSlot]:

@@ -62,8 +62,7 @@ class PoolWrites(FusedGQA, FusedMLA):
     def mla_append(
         self,
         layer: int,
-        down: Tensor,
-        q_weight: Tensor | None,
+        kv: Tensor,
         kv_weight: Tensor,
         rope: tuple[Tensor, Tensor],
         batch: Batch,
@@ -71,8 +70,6 @@ class PoolWrites(FusedGQA, FusedMLA):
         eps: float,
         latent_scale: float,
         interleaved: bool,
-    ) -> Tensor | None:
+    ) -> None:
         (cache,) = self._rows[layer]
-        return append_latents(
-            down, q_weight, kv_weight, *rope, batch.kv_rows, cache, eps=eps, latent_scale=latent_scale, interleaved=interleaved
-        )
+        append_latents(kv, kv_weight, *rope, batch.kv_rows, cache, eps=eps, latent_scale=latent_scale, interleaved=interleaved)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +89,7 @@ def test_plain_kernels_compile_for_hopper() -> None:
     cases = {
         combine.combine_splits: (
             {"out": "*bf16", "partial": "*fp32", "lse": "*fp32", "spans": "*i32"},
-            {"ROWS": 16, "COLUMNS": 512, "SPLITS": 8, "PDL": True},
+            {"ROWS": 16, "COLUMNS": 512, "SPLITS": 8, "MOST": 1, "PDL": 1},
         ),
         plan.plan_kernel: (
             {"lengths": "*i32", "starts": "*i32", "spans": "*i32", "records": "*i32", "count": "i32"},
@@ -103,7 +105,7 @@ def test_plain_kernels_compile_for_hopper() -> None:
 def test_what_fills_and_reads_the_cache_compiles_for_hopper() -> None:
     """As its launchers launch it, on tensors without memory."""
     from fluentllm.kernels.mla_decode import fp8_planes, quantise
-    from fluentllm.kernels.mla_decode.append import append_norms
+    from fluentllm.kernels.mla_decode.append import absorb_norms, append_norms
     from fluentllm.kernels.triton.compile import compile_launch
     from fluentllm.kernels.triton.launch import recording
 
@@ -118,14 +120,60 @@ def test_what_fills_and_reads_the_cache_compiles_for_hopper() -> None:
         quantise.fetch(planes, rows, out=empty(64, 576), out_rows=rows)
         for interleaved in (False, True):
             quantise.quantise_query(empty(8, 16, 512), empty(8, 16, 192)[..., 128:], rotary=rotary, interleaved=interleaved)
-            append_norms(
-                empty(8, 2112), empty(1536), empty(512), *rotary, rows, planes, eps=1e-6, interleaved=interleaved
-            )  # fmt: skip
+            given = (empty(8, 2112)[:, 1536:], empty(512), *rotary, rows, planes)
+            append_norms(*given, eps=1e-6, interleaved=interleaved)
+            for heads in (16, 64):
+                up_k = empty(heads, 128, 512)
+                absorb_norms(empty(8, heads, 192), up_k, *given, eps=1e-6, latent_scale=2.4, interleaved=interleaved)
         quantise.quantise_query(empty(8, 16, 512), empty(8, 16, 64))
         append_norms(
-            empty(8, 576), None, empty(512), *rotary, rows, planes, eps=1e-6, latent_scale=2.4, plain=empty(64, 576),
-            plain_rows=rows,
+            empty(8, 576), empty(512), *rotary, rows, planes, eps=1e-6, latent_scale=2.4, plain=empty(64, 576), plain_rows=rows
         )  # fmt: skip
-    assert {one.kernel.__name__ for one in launches} == {"_append", "_fetch", "_quantise_query", "_append_norms"}
+    names = {"_append", "_fetch", "_quantise_query", "_append_norms", "_absorb_norms"}
+    assert {one.kernel.__name__ for one in launches} == names
     for one in launches:
         assert len(compile_launch(one).asm["cubin"]) > 0
+
+
+def stack_bytes(compiled: Any, folder: Path) -> int:
+    """Of a thread: registers that do not fit are kept there."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    shown = subprocess.run([tool, "-res-usage", str(cubin)], capture_output=True, text=True, check=True)
+    found = re.search(r"STACK:(\d+)", shown.stdout + shown.stderr)
+    assert found is not None
+    return int(found[1])
+
+
+@pytest.mark.parametrize("heads", [16, 32, 64])  # DeepSeek-V3-Lite's, LongCat-Flash-Lite's, LongCat's
+def test_what_stands_around_the_decode_compiles_for_hopper(heads: int, tmp_path: Path) -> None:
+    """As the backends launch it: few splits and many, one token to as many as go this way. Nothing is spilled."""
+    from fluentllm.kernels.mla_decode.decode import MlaDecode
+    from fluentllm.kernels.triton.compile import compile_launch
+    from fluentllm.kernels.triton.launch import recording
+    from fluentllm.kernels.triton.mla_absorb import absorb
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    kernels = {"_absorb_kernel", "combine_splits", "_merge_and_expand"}
+    for sequences, queries, pages in ((1, 1, 8), (1, 1, 512), (1, 4, 512), (8, 1, 512), (16, 4, 512)):
+        shape, tokens = (sequences, queries, heads), sequences * queries
+        with recording() as launches:
+            absorb(
+                empty(tokens, heads, 192), empty(heads, 128, 512), empty(tokens, 2112)[:, 1536:], empty(512),
+                empty(tokens, 1, 64), empty(tokens, 1, 64), empty(tokens, dtype=torch.int64), empty(576, 576), eps=1e-6,
+                latent_scale=2.4,
+            )  # fmt: skip
+            decode = MlaDecode.create(empty(sequences, dtype=torch.int32), heads, queries)
+            table, up_v = empty(sequences, pages, dtype=torch.int32), empty(heads, 128, 512)
+            q, rope, out = empty(*shape, 512), empty(*shape, 64), empty(*shape, 512)
+            values = decode.bf16(q, rope, empty(9, 64, 576), table, 0.1, out, up_v)
+        assert values.shape == (tokens, heads, 128)
+        around = [one for one in launches if one.kernel.__name__ in kernels]
+        assert len(around) == (2 if pages == 8 else 3)
+        for one in around:
+            compiled = compile_launch(one)
+            assert compiled.metadata.shared <= 227 * 1024
+            assert stack_bytes(compiled, tmp_path) == 0, (one.kernel.__name__, one.options)

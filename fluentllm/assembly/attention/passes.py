@@ -62,9 +62,11 @@ class PhasedAttention(AttentionBackend):
         self.capturable = all(getattr(backend, "capturable", False) for backend in decode.backends)
         self.prefill, self.decode = prefill, decode
         self._current: Any = decode.backends[-1]
+        self._in_prefill = False
 
     def begin(self, batch: Batch) -> None:
-        self._current = (self.prefill if batch.query_length is None else self.decode).pick(batch)
+        self._in_prefill = batch.query_length is None
+        self._current = (self.prefill if self._in_prefill else self.decode).pick(batch)
         self._current.begin(batch)
 
     def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
@@ -94,9 +96,14 @@ class FusedPhasedAttention(PhasedAttention, FusedGQA, FusedMLA):
         out: Tensor = self._current.gqa_from_product(layer, qkv, heads, *operands, **options)
         return out
 
-    def mla_append(self, layer: int, down: Tensor, *operands: Any, **options: Any) -> Tensor | None:
-        out: Tensor | None = self._current.mla_append(layer, down, *operands, **options)
+    def mla_from_products(self, layer: int, *operands: Any, **options: Any) -> Tensor:
+        if self._in_prefill:
+            return super().mla_from_products(layer, *operands, **options)  # in two steps, the first of which is followed
+        out: Tensor = self._current.mla_from_products(layer, *operands, **options)
         return out
+
+    def mla_append(self, layer: int, *operands: Any, **options: Any) -> None:
+        self._current.mla_append(layer, *operands, **options)
 
     def mla_from_query(self, layer: int, q: Tensor, *operands: Any, **options: Any) -> Tensor:
         out: Tensor = self._current.mla_from_query(layer, q, *operands, **options)

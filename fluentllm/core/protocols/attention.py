@@ -117,14 +117,35 @@ class FusedGQA(AttentionBackend):
 
 
 class FusedMLA(AttentionBackend):
-    """The same for MLA, in two calls around the query's up projection."""
+    """The same for MLA. `mla_from_products` is what layers call. Where it takes no way of its own, it is the two steps below,
+    of which the first has written the layer's KV before the second attends."""
+
+    def mla_from_products(
+        self,
+        layer: int,
+        kv: Tensor,
+        kv_weight: Tensor,
+        q: Tensor,
+        rope: tuple[Tensor, Tensor],
+        up_k: Tensor,
+        up_v: Tensor,
+        batch: Batch,
+        scale: float,
+        *,
+        eps: float,
+        latent_scale: float,
+        interleaved: bool,
+    ) -> Tensor:
+        """`mla` from products: kv as for `mla_append`, q as for `mla_from_query` → [T, H, Dv]. In prefill it must call
+        `mla_append`, and attend afterwards: who follows passes layer by layer hears of a layer's KV by that."""
+        self.mla_append(layer, kv, kv_weight, rope, batch, eps=eps, latent_scale=latent_scale, interleaved=interleaved)
+        return self.mla_from_query(layer, q, rope, up_k, up_v, batch, scale, interleaved=interleaved)
 
     @abstractmethod
     def mla_append(
         self,
         layer: int,
-        down: Tensor,
-        q_weight: Tensor | None,
+        kv: Tensor,
         kv_weight: Tensor,
         rope: tuple[Tensor, Tensor],
         batch: Batch,
@@ -132,9 +153,9 @@ class FusedMLA(AttentionBackend):
         eps: float,
         latent_scale: float,
         interleaved: bool,
-    ) -> Tensor | None:
-        """down [T, Q + C + R], of the down projections: query latent (Q = 0 without `q_weight` [Q]), KV latent, rotary key.
-        Norms (kv_weight [C]), scale of the KV latent, rotary and the KV write → the normed query latent [T, Q], or None."""
+    ) -> None:
+        """kv [T, C + R], of the down projection, rows at any distance: KV latent, rotary key. Norm (kv_weight [C]), scale of
+        the latent, rotary and the KV write."""
         ...
 
     @abstractmethod

@@ -1,6 +1,7 @@
-"""From MLA's down projections into the FP8 cache in one launch: norms of both latents, rotary, quantisation, the KV write.
+"""From MLA's down projections into the FP8 cache in one launch: norm of the KV latent, rotary, quantisation, the KV write.
 
-What `triton.mla_rows.append_latents` is for a cache of 16 bits. Prefill also gets the tokens as they were before quantisation.
+What `triton.mla_rows.append_latents` and `triton.mla_absorb.absorb` are for a cache of 16 bits. Prefill also gets the tokens as
+they were before quantisation.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import triton
 import triton.language as tl
 
 from ..triton.language import FIRST, LOADED, start_next, wait_for_inputs
-from ..triton.launch import launch, power_of_2, programmatic
-from ..triton.mla_rows import norm_row
+from ..triton.launch import launch, programmatic
+from ..triton.mla_absorb import absorb_tile, absorb_tiles
+from ..triton.mla_rows import norm_row, partner
 from .layout import LATENT, PAGE, ROPE, Fp8Planes
 from .quantise import aligned_rope, content_scale, to_e4m3
 
@@ -21,8 +23,7 @@ if TYPE_CHECKING:
 
 
 def append_norms(
-    down: Tensor,
-    q_weight: Tensor | None,
+    kv: Tensor,
     kv_weight: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -34,73 +35,126 @@ def append_norms(
     interleaved: bool = False,
     plain: Tensor | None = None,
     plain_rows: Tensor | None = None,
-) -> Tensor | None:
-    """down [T, Q + 512 + 64] (query latent, KV latent, rotary key; Q = 0 without `q_weight`), q_weight [Q], kv_weight [512],
-    cos and sin [T, 1, 64] → the normed query latent [T, Q], or None.
+) -> None:
+    """kv [T, 512 + 64] (KV latent, rotary key; rows at any distance), kv_weight [512], cos and sin [T, 1, 64].
 
     The normed KV latent, times `latent_scale`, and the rotated key are quantised and written at token rows `rows` [T] int64
     (page · 64 + offset); with `plain` [R, 576], contiguous, and `plain_rows` [T] int64 also to those rows of it, as they are.
     Reference: `PlainOps.rms_norm`, `PlainOps.rotary`, `reference.append_reference`.
     """
-    tokens = down.shape[0]
-    q = 0 if q_weight is None else q_weight.shape[0]
-    out = down.new_empty(tokens, q) if q else None
     launch(
-        _append_norms, (tokens, 2 if q else 1),
-        out, planes.latent, planes.scale, planes.rope, plain, down, q_weight, kv_weight, cos, sin, rows, plain_rows, eps,
-        latent_scale, down.stride(0), q, cos.stride(0),
+        _append_norms, (kv.shape[0],),
+        planes.latent, planes.scale, planes.rope, plain, kv, kv_weight, cos, sin, rows, plain_rows, eps, latent_scale,
+        kv.stride(0), cos.stride(0), planes.latent.stride(0), planes.scale.stride(0), planes.rope.stride(0),
+        LATENT=LATENT, ROPE=ROPE, PAGE=PAGE, INTERLEAVED=interleaved, num_warps=4, **programmatic(kv.device),
+    )  # fmt: skip
+
+
+def absorb_norms(
+    q: Tensor,
+    up_k: Tensor,
+    kv: Tensor,
+    kv_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    rows: Tensor,
+    planes: Fp8Planes,
+    *,
+    eps: float,
+    latent_scale: float = 1.0,
+    interleaved: bool = False,
+) -> Tensor:
+    """q [T, H, nope + 64] (last dimension contiguous), up_k [H, nope, 512] contiguous → q's first part times up_k [T, H, 512],
+    contiguous; in the same launch what `append_norms` does with the rest.
+
+    Queries are quantised by `quantise_query`, a launch of its own: the scale is that of all 512 columns of a head. A program
+    with all of them would read 128 KB of weights, 1.2 µs of a multiprocessor's share of L2 at its best, and at 16 heads leave
+    most of the chip idle; to find the scale across programs takes a write, a barrier and an atomic, which is longer than a
+    programmatic launch.
+    Reference: `torch.bmm`; `append_norms`'.
+    """
+    tokens, heads, _ = q.shape
+    nope = up_k.shape[1]
+    out = q.new_empty(tokens, heads, LATENT)
+    tiles, sizes = absorb_tiles(tokens, heads, nope, LATENT)
+    launch(
+        _absorb_norms, (tokens + tiles,),
+        out, planes.latent, planes.scale, planes.rope, q, up_k, kv, kv_weight, cos, sin, rows, eps, latent_scale, tokens,
+        q.stride(0), q.stride(1), kv.stride(0), cos.stride(0),
         planes.latent.stride(0), planes.scale.stride(0), planes.rope.stride(0),
-        Q=q, LATENT=LATENT, ROPE=ROPE, PAGE=PAGE, INTERLEAVED=interleaved, BLOCK_Q=power_of_2(max(q, 1)), num_warps=4,
-        **programmatic(down.device),
+        HEADS=heads, NOPE=nope, LATENT=LATENT, ROPE=ROPE, PAGE=PAGE, INTERLEAVED=interleaved, num_warps=4, **sizes,
+        **programmatic(q.device),
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _append_norms(
-    q_out, out_latent, out_scale, out_rope, plain, down, q_weight, kv_weight, cos, sin, rows, plain_rows, eps, latent_scale,
-    down_row, q_row, rope_row, page_latent, page_scale, page_rope, Q: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
-    PAGE: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_Q: tl.constexpr, PDL: tl.constexpr,
+def _quantise_row(
+    out_latent, out_scale, out_rope, plain, given, kv_weight, cos, sin, row, plain_rows, token, eps, latent_scale, page_latent,
+    page_scale, page_rope, LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, 0) does token t's KV, program (t, 1) its query latent."""
+    """One token, whose values stand at `given`, whose cosines and sines at `cos` and `sin`, into token row `row`."""
+    c = tl.arange(0, LATENT)
+    r = tl.arange(0, ROPE)
+    x = tl.load(given + c)
+    key = tl.load(given + LATENT + r).to(tl.float32)
+    other = tl.load(given + LATENT + partner(r, ROPE, INTERLEAVED)).to(tl.float32)
+    key = key * tl.load(cos + r).to(tl.float32)
+    key += other * tl.load(sin + r).to(tl.float32)
+    start_next(PDL, LOADED)
+    latent = norm_row(x, kv_weight, c, eps, LATENT)
+    if latent_scale != 1.0:
+        latent = (latent.to(tl.float32) * latent_scale).to(x.dtype)
+    # Rounded as a cache of 16 bits would have them: both caches then keep the same values, one of them quantised.
+    turned = key.to(x.dtype)
+    if plain is not None:
+        target = plain + tl.load(plain_rows + token) * (LATENT + ROPE)
+        tl.store(target + c, latent.to(plain.dtype.element_ty))
+        tl.store(target + LATENT + r, turned.to(plain.dtype.element_ty))
+    content = latent.to(tl.float32)
+    turned = turned.to(tl.float32)
+    scale = content_scale(content, turned)
+    page = row // PAGE
+    offset = row % PAGE
+    tl.store(out_latent + page * page_latent + offset * LATENT + c, to_e4m3(content, scale))
+    tl.store(out_scale + page * page_scale + offset, scale)
+    tl.store(out_rope + page * page_rope + offset * ROPE + r, aligned_rope(turned, scale))
+
+
+@triton.jit
+def _append_norms(
+    out_latent, out_scale, out_rope, plain, kv, kv_weight, cos, sin, rows, plain_rows, eps, latent_scale, kv_row, rope_row,
+    page_latent, page_scale, page_rope, LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     start_next(PDL, FIRST)
     wait_for_inputs(PDL)
-    given = down + token * down_row
-    if tl.program_id(1) == 1:
-        if q_weight is not None:
-            j = tl.arange(0, BLOCK_Q)
-            query = tl.load(given + j, mask=j < Q, other=0.0)
-            start_next(PDL, LOADED)
-            tl.store(q_out + token * q_row + j, norm_row(query, q_weight, j, eps, Q), mask=j < Q)
+    _quantise_row(
+        out_latent, out_scale, out_rope, plain, kv + token * kv_row, kv_weight, cos + token * rope_row, sin + token * rope_row,
+        tl.load(rows + token), plain_rows, token, eps, latent_scale, page_latent, page_scale, page_rope, LATENT, ROPE, PAGE,
+        INTERLEAVED, PDL,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _absorb_norms(
+    out, out_latent, out_scale, out_rope, q, up_k, kv, kv_weight, cos, sin, rows, eps, latent_scale, tokens, q_row, q_head,
+    kv_row, rope_row, page_latent, page_scale, page_rope, HEADS: tl.constexpr, NOPE: tl.constexpr, LATENT: tl.constexpr,
+    ROPE: tl.constexpr, PAGE: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The first programs do a token each, all others a tile of the product."""
+    pid = tl.program_id(0)
+    start_next(PDL, FIRST)
+    if pid < tokens:
+        wait_for_inputs(PDL)
+        token = pid.to(tl.int64)
+        _quantise_row(
+            out_latent, out_scale, out_rope, None, kv + token * kv_row, kv_weight, cos + token * rope_row,
+            sin + token * rope_row, tl.load(rows + token), None, token, eps, latent_scale, page_latent, page_scale, page_rope,
+            LATENT, ROPE, PAGE, INTERLEAVED, PDL,
+        )  # fmt: skip
     else:
-        c = tl.arange(0, LATENT)
-        r = tl.arange(0, ROPE)
-        if INTERLEAVED:
-            partner = r ^ 1
-        else:
-            partner = r ^ (ROPE // 2)
-        x = tl.load(given + Q + c)
-        key = tl.load(given + Q + LATENT + r).to(tl.float32)
-        other = tl.load(given + Q + LATENT + partner).to(tl.float32)
-        key = key * tl.load(cos + token * rope_row + r).to(tl.float32)
-        key += other * tl.load(sin + token * rope_row + r).to(tl.float32)
-        start_next(PDL, LOADED)
-        latent = norm_row(x, kv_weight, c, eps, LATENT)
-        if latent_scale != 1.0:
-            latent = (latent.to(tl.float32) * latent_scale).to(x.dtype)
-        # Rounded as a cache of 16 bits would have them: both caches then keep the same values, one of them quantised.
-        turned = key.to(x.dtype)
-        if plain is not None:
-            target = plain + tl.load(plain_rows + token) * (LATENT + ROPE)
-            tl.store(target + c, latent.to(plain.dtype.element_ty))
-            tl.store(target + LATENT + r, turned.to(plain.dtype.element_ty))
-        content = latent.to(tl.float32)
-        turned = turned.to(tl.float32)
-        scale = content_scale(content, turned)
-        row = tl.load(rows + token)
-        page = row // PAGE
-        offset = row % PAGE
-        tl.store(out_latent + page * page_latent + offset * LATENT + c, to_e4m3(content, scale))
-        tl.store(out_scale + page * page_scale + offset, scale)
-        tl.store(out_rope + page * page_rope + offset * ROPE + r, aligned_rope(turned, scale))
+        absorb_tile(out, q, up_k, pid - tokens, tokens, q_row, q_head, HEADS, NOPE, LATENT, BLOCK_K, BLOCK_C, BLOCK_T, PDL)

@@ -1,6 +1,7 @@
 """Merging the splits of a sequence: softmax over the parts' log-sum-exps, weighted sum of their normalised outputs.
 
-Sequences that one part finished were written by the decode kernel and are left alone; inert ones (no keys) get zeros here.
+Sequences that one part finished were written by the decode kernel and are left alone, and so are those with few splits where
+`expand` merges them; inert ones (no keys) get zeros here.
 """
 
 from __future__ import annotations
@@ -8,27 +9,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton.language import FIRST, LOADED, start_next, wait_for_inputs
+
 
 @triton.jit
 def combine_splits(
-    out, partial, lse, spans, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr
-):
+    out, partial, lse, spans, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """out [N, ROWS, 512]; partial [2 · parts, ROWS, 512] float32, lse [2 · parts, ROWS] float32 in log2 units.
 
-    Grid (ROWS, 512 / COLUMNS, N). SPLITS are in flight at once. A sequence's piece in its first part is slot 2p + 1, in a
-    later part 2p.
+    Grid (ROWS, 512 / COLUMNS, N). SPLITS are in flight at once; sequences of up to MOST are not merged. A sequence's piece in
+    its first part is slot 2p + 1, in a later part 2p.
     """
     row = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     sequence = tl.program_id(2)
+    start_next(PDL, FIRST)
+    # The plan is older than the decode, which was launched normally.
     first = tl.load(spans + 2 * sequence)
     last = tl.load(spans + 2 * sequence + 1)
     target = out + (sequence * ROWS + row).to(tl.int64) * 512 + column
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    wait_for_inputs(PDL)
     if last < first:
         tl.store(target, tl.zeros([COLUMNS], out.dtype.element_ty))
-    elif last > first:
+    elif last - first >= MOST:
         index = tl.arange(0, SPLITS)
         # Finite, so that the difference of two is never NaN; a split without a visible key has -inf and weighs nothing.
         top = -1.0e30
@@ -48,4 +53,5 @@ def combine_splits(
             total = total * alpha + tl.sum(weight, 0)
             acc = acc * alpha + tl.sum(weight[:, None] * values, 0)
             top = new_top
+        start_next(PDL, LOADED)
         tl.store(target, (acc / tl.where(total > 0, total, 1.0)).to(out.dtype.element_ty))

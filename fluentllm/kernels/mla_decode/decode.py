@@ -10,9 +10,10 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..triton.launch import launch, multiprocessors
+from ..triton.launch import launch, multiprocessors, programmatic
 from . import hopper_bf16, hopper_fp8
 from .combine import combine_splits
+from .expand import merge_and_expand, shares
 from .layout import LATENT, PAGE, ROPE, Fp8Planes
 from .plan import DecodePlan, new_plan
 
@@ -44,7 +45,7 @@ class MlaDecode:
     lse: Tensor
     """[2 · parts, q · H] float32, their log-sum-exps in log2 units."""
     pdl: bool = False
-    """Set the combine up while the decode runs (programmatic dependent launch)."""
+    """Let what follows be set up while the decode runs (programmatic dependent launch)."""
     _descriptors: dict[tuple[int, ...], tuple[TensorDescriptor, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -74,10 +75,19 @@ class MlaDecode:
         self.plan.refresh()
 
     def fp8(
-        self, q_latent: Tensor, q_rope: Tensor, q_scale: Tensor, cache: Fp8Planes, page_table: Tensor, scale: float, out: Tensor
+        self,
+        q_latent: Tensor,
+        q_rope: Tensor,
+        q_scale: Tensor,
+        cache: Fp8Planes,
+        page_table: Tensor,
+        scale: float,
+        out: Tensor,
+        up_v: Tensor | None = None,
     ) -> Tensor:
         """q_latent E4M3 [N, q, H, 512], q_rope BF16 [N, q, H, 64] and q_scale float32 [N, q, H], as `quantise_query` makes
-        them, contiguous; page_table int32 [N, P] → out [N, q, H, 512], BF16 or float32, contiguous."""
+        them, contiguous; page_table int32 [N, P] → out [N, q, H, 512], BF16 or float32, contiguous. With up_v [H, Dv, 512],
+        contiguous: out times up_v, [N · q, H, Dv] in its dtype; out then holds whatever was needed on the way."""
         groups = -(-self.rows // ROW_TILE)
         launch(
             hopper_fp8.decode_fp8, (self.plan.parts * groups,),
@@ -87,11 +97,21 @@ class MlaDecode:
             TILE=next(tile for tile in (16, 32, 64) if tile >= min(self.rows, ROW_TILE)), PDL=self.pdl, num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip
-        return self._combine(out)
+        return self._finish(out, up_v, page_table)
 
-    def bf16(self, q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, scale: float, out: Tensor) -> Tensor:
+    def bf16(
+        self,
+        q_latent: Tensor,
+        q_rope: Tensor,
+        cache: Tensor,
+        page_table: Tensor,
+        scale: float,
+        out: Tensor,
+        up_v: Tensor | None = None,
+    ) -> Tensor:
         """q_latent [N, q, H, 512] and q_rope [N, q, H, 64], BF16, contiguous; cache BF16 [pages, 64, 576], latent first,
-        pages contiguous inside; page_table int32 [N, P] → out [N, q, H, 512], BF16 or float32, contiguous."""
+        pages contiguous inside; page_table int32 [N, P] → out [N, q, H, 512], BF16 or float32, contiguous. up_v: as for
+        `fp8`."""
         groups = -(-self.rows // ROW_TILE)
         launch(
             hopper_bf16.decode_bf16, (self.plan.parts * groups,),
@@ -101,16 +121,27 @@ class MlaDecode:
             HEADS=self.heads, ROWS=self.rows, GROUPS=groups, NUM_STAGES=hopper_bf16.STAGES, PDL=self.pdl, num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip
-        return self._combine(out)
+        return self._finish(out, up_v, page_table)
 
-    def _combine(self, out: Tensor) -> Tensor:
+    def _finish(self, out: Tensor, up_v: Tensor | None, page_table: Tensor) -> Tensor:
+        """What stands in `out` and `partial` behind the decode, merged, and multiplied with up_v."""
+        if up_v is None:
+            return self._combine(out, 1)
+        tokens = out.shape[0] * out.shape[1]
+        share = shares(tokens, min(self.plan.parts, page_table.shape[1]))
+        if share.combines:
+            self._combine(out, share.most)
+        return merge_and_expand(out, self.partial, self.lse, self.plan, up_v, share.most)
+
+    def _combine(self, out: Tensor, most: int) -> Tensor:
+        """Merge sequences of more than `most` splits."""
         sequences = self.plan.lengths.shape[0]
         # Few rows come with many splits: narrow programs, many splits in flight. Many rows: the other way round.
         columns, splits = (64, 64) if self.rows * sequences < 256 else (512, 8)
         launch(
             combine_splits, (self.rows, LATENT // columns, sequences),
             out, self.partial, self.lse, self.plan.spans,
-            ROWS=self.rows, COLUMNS=columns, SPLITS=splits, PDL=self.pdl, num_warps=4, launch_pdl=self.pdl,
+            ROWS=self.rows, COLUMNS=columns, SPLITS=splits, MOST=most, num_warps=4, **programmatic(out.device),
         )  # fmt: skip
         return out
 

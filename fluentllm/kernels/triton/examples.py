@@ -26,6 +26,7 @@ from .kv_append import append, rotate_and_append
 from .launch import recording
 from .linear import linear, linear_norm, new_counters
 from .linear_tiles import LinearTile
+from .mla_absorb import absorb
 from .mla_rows import append_latents, rotate_queries
 from .moe import experts, fp8_experts
 from .moe_route import route
@@ -126,16 +127,25 @@ def keys_and_values() -> None:
             eps=1e-6, interleaved=interleaved,
         )  # fmt: skip
     for heads, q_size in ((16, 1536), (32, 1536), (16, 0)):
-        rope = _empty(8, 1, 64)
-        append_latents(
-            _empty(8, q_size + 576), _empty(q_size) if q_size else None, _empty(512), rope, rope, _longs(8), _empty(16000, 576),
-            eps=1e-6, latent_scale=1.0 if heads == 16 else 2.4, interleaved=heads == 32,
-        )  # fmt: skip
+        rope, kv, cache = _empty(8, 1, 64), _empty(8, q_size + 576)[:, q_size:], _empty(16000, 576)
+        scale = 1.0 if heads == 16 else 2.4
+        append_latents(kv, _empty(512), rope, rope, _longs(8), cache, eps=1e-6, latent_scale=scale, interleaved=heads == 32)
         q = _empty(8, heads, 192)
         rotate_queries(q[..., 128:], rope, rope, _empty(8, heads, 64), interleaved=heads == 32)
     latent = _empty(16000, 576)
     append(_empty(8, 512), _empty(8, 64), _longs(8), latent[:, :512], latent[:, 512:])
     append(_empty(8, 1024), _empty(8, 1024), _longs(8), *[_empty(16000, 1024, dtype=FP8)] * 2)
+
+
+def absorbed_queries() -> None:
+    # DeepSeek-V3-Lite's heads, LongCat's, LongCat-Flash-Lite's, and a rank's of two
+    for heads in (16, 64, 32, 8):
+        for tokens in (1, 8, 32, 64) if heads == 16 else (1, 64):
+            rope, kv = _empty(tokens, 1, 64), _empty(tokens, 2112)[:, 1536:]
+            absorb(
+                _empty(tokens, heads, 192), _empty(heads, 128, 512), kv, _empty(512), rope, rope, _longs(tokens),
+                _empty(16000, 576), eps=1e-6, latent_scale=1.0 if heads == 16 else 2.4, interleaved=heads == 64,
+            )  # fmt: skip
 
 
 def small_operations() -> None:
@@ -292,6 +302,7 @@ EXAMPLES: list[Callable[[], None]] = [
     decode_attention,
     prefill_attention,
     keys_and_values,
+    absorbed_queries,
     small_operations,
     sampling,
     step,

@@ -1,6 +1,7 @@
-"""Around MLA's products, one launch each: norms of both latents, rotary and the KV write; rotary of the queries.
+"""Around MLA's products, one launch each: norm of the KV latent, rotary and the KV write; rotary of the queries.
 
-`append_latents` takes what the down projection gives, `rotate_queries` what the query's up projection gives.
+`append_latents` takes what the down projection gives, `rotate_queries` what the query's up projection gives. For few tokens
+both are parts of `mla_absorb`'s launch, which shares what is written here.
 """
 
 from __future__ import annotations
@@ -26,47 +27,68 @@ def norm_row(x, weight, at, eps, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _append_latents_kernel(q_out, cache, down, q_weight, kv_weight, cos, sin, kv_rows, eps, latent_scale, down_row, q_row,
-                           cache_row, rope_row, Q: tl.constexpr, KV: tl.constexpr, ROPE: tl.constexpr,
-                           INTERLEAVED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+def partner(d, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The position that value d is rotated with."""
+    if INTERLEAVED:
+        other = d ^ 1
+    else:
+        other = tl.where(d < ROPE // 2, d + ROPE // 2, d - ROPE // 2)
+    return other
+
+
+@triton.jit
+def append_row(target, row, kv_weight, cos, sin, eps, latent_scale, KV: tl.constexpr, ROPE: tl.constexpr,
+               INTERLEAVED: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One token's latent [KV] and rotary key behind it, from `row` to `target`: norm and scale, rotary; cos, sin: its rows."""
+    i = tl.arange(0, BLOCK_KV)
+    d = tl.arange(0, BLOCK_R)
+    inside = d < ROPE
+    x = tl.load(row + i, mask=i < KV, other=0.0)
+    k = tl.load(row + KV + d, mask=inside, other=0.0).to(tl.float32)
+    p = tl.load(row + KV + partner(d, ROPE, INTERLEAVED), mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + d, mask=inside, other=1.0).to(tl.float32)
+    s = tl.load(sin + d, mask=inside, other=0.0).to(tl.float32)
+    start_next(PDL, LOADED)
+    latent = norm_row(x, kv_weight, i, eps, KV)
+    if latent_scale != 1.0:
+        latent = (latent.to(tl.float32) * latent_scale).to(x.dtype)
+    tl.store(target + i, latent.to(target.dtype.element_ty), mask=i < KV)
+    tl.store(target + KV + d, (k * c + p * s).to(x.dtype).to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate_heads(out, x, cos, sin, first, x_head, out_head, HEADS: tl.constexpr, ROPE: tl.constexpr,
+                 INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Heads `first` … of one token; all four pointers are at its rows. `out` may be x."""
+    head = first + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_R)
+    inside = (head < HEADS)[:, None] & (d < ROPE)[None, :]
+    at = x + (head * x_head)[:, None]
+    y = tl.load(at + d[None, :], mask=inside, other=0.0)
+    p = tl.load(at + partner(d, ROPE, INTERLEAVED)[None, :], mask=inside, other=0.0)
+    c = tl.load(cos + d, mask=d < ROPE, other=1.0).to(tl.float32)[None, :]
+    s = tl.load(sin + d, mask=d < ROPE, other=0.0).to(tl.float32)[None, :]
+    # Every thread has read before any writes.
+    tl.debug_barrier()
+    start_next(PDL, LOADED)
+    rotated = (y.to(tl.float32) * c + p.to(tl.float32) * s).to(out.dtype.element_ty)
+    tl.store(out + (head * out_head)[:, None] + d[None, :], rotated, mask=inside)
+
+
+@triton.jit
+def _append_latents_kernel(cache, kv, kv_weight, cos, sin, kv_rows, eps, latent_scale, kv_row, cache_row, rope_row,
+                           KV: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_KV: tl.constexpr,
                            BLOCK_R: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Program (t, 0) does token t's KV, program (t, 1) its query latent."""
     token = tl.program_id(0).to(tl.int64)
     start_next(PDL, FIRST)
     wait_for_inputs(PDL)
-    row = down + token * down_row
-    if tl.program_id(1) == 1:
-        if q_weight is not None:
-            j = tl.arange(0, BLOCK_Q)
-            query = tl.load(row + j, mask=j < Q, other=0.0)
-            start_next(PDL, LOADED)
-            tl.store(q_out + token * q_row + j, norm_row(query, q_weight, j, eps, Q), mask=j < Q)
-    else:
-        target = cache + tl.load(kv_rows + token).to(tl.int64) * cache_row
-        i = tl.arange(0, BLOCK_KV)
-        x = tl.load(row + Q + i, mask=i < KV, other=0.0)
-        start_next(PDL, LOADED)
-        latent = norm_row(x, kv_weight, i, eps, KV)
-        if latent_scale != 1.0:
-            latent = (latent.to(tl.float32) * latent_scale).to(x.dtype)
-        tl.store(target + i, latent.to(cache.dtype.element_ty), mask=i < KV)
-
-        d = tl.arange(0, BLOCK_R)
-        inside = d < ROPE
-        if INTERLEAVED:
-            other = d ^ 1
-        else:
-            other = tl.where(d < ROPE // 2, d + ROPE // 2, d - ROPE // 2)
-        k = tl.load(row + Q + KV + d, mask=inside, other=0.0).to(tl.float32)
-        p = tl.load(row + Q + KV + other, mask=inside, other=0.0).to(tl.float32)
-        c = tl.load(cos + token * rope_row + d, mask=inside, other=1.0).to(tl.float32)
-        s = tl.load(sin + token * rope_row + d, mask=inside, other=0.0).to(tl.float32)
-        tl.store(target + KV + d, (k * c + p * s).to(x.dtype).to(cache.dtype.element_ty), mask=inside)
+    append_row(cache + tl.load(kv_rows + token).to(tl.int64) * cache_row, kv + token * kv_row, kv_weight,
+               cos + token * rope_row, sin + token * rope_row, eps, latent_scale, KV, ROPE, INTERLEAVED, BLOCK_KV, BLOCK_R,
+               PDL)  # fmt: skip
 
 
 def append_latents(
-    down: Tensor,
-    q_weight: Tensor | None,
+    kv: Tensor,
     kv_weight: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -76,24 +98,18 @@ def append_latents(
     eps: float,
     latent_scale: float = 1.0,
     interleaved: bool = False,
-) -> Tensor | None:
-    """down [T, Q + C + R] (query latent, KV latent, rotary key; Q = 0 without `q_weight`), q_weight [Q], kv_weight [C], cos
-    and sin [T, 1, R] → the normed query latent [T, Q], or None.
+) -> None:
+    """kv [T, C + R] (KV latent, rotary key; rows at any distance), kv_weight [C], cos and sin [T, 1, R].
 
     The normed KV latent, times `latent_scale`, and the rotated key go to rows kv_rows [T] int64 of cache [rows, C + R].
     Reference: `PlainOps.rms_norm`, `PlainOps.rotary`, `Tensor.index_copy_`.
     """
-    tokens = down.shape[0]
-    kv, rope = kv_weight.shape[0], cos.shape[-1]
-    q = 0 if q_weight is None else q_weight.shape[0]
-    out = down.new_empty(tokens, q) if q else None
+    size, rope = kv_weight.shape[0], cos.shape[-1]
     launch(
-        _append_latents_kernel, (tokens, 2 if q else 1), out, cache, down, q_weight, kv_weight, cos, sin, kv_rows, eps,
-        latent_scale, down.stride(0), q, cache.stride(0), cos.stride(0),
-        Q=q, KV=kv, ROPE=rope, INTERLEAVED=interleaved, BLOCK_Q=power_of_2(max(q, 1)), BLOCK_KV=power_of_2(kv),
-        BLOCK_R=power_of_2(rope), num_warps=4, **programmatic(down.device),
+        _append_latents_kernel, (kv.shape[0],), cache, kv, kv_weight, cos, sin, kv_rows, eps, latent_scale, kv.stride(0),
+        cache.stride(0), cos.stride(0), KV=size, ROPE=rope, INTERLEAVED=interleaved, BLOCK_KV=power_of_2(size),
+        BLOCK_R=power_of_2(rope), num_warps=4, **programmatic(kv.device),
     )  # fmt: skip
-    return out
 
 
 @triton.jit
@@ -103,23 +119,8 @@ def _rotate_queries_kernel(out, x, cos, sin, x_row, x_head, out_row, out_head, r
     token = tl.program_id(0).to(tl.int64)
     start_next(PDL, FIRST)
     wait_for_inputs(PDL)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    d = tl.arange(0, BLOCK_R)
-    if INTERLEAVED:
-        other = d ^ 1
-    else:
-        other = tl.where(d < ROPE // 2, d + ROPE // 2, d - ROPE // 2)
-    inside = (head < HEADS)[:, None] & (d < ROPE)[None, :]
-    at = x + token * x_row + (head * x_head)[:, None]
-    y = tl.load(at + d[None, :], mask=inside, other=0.0)
-    p = tl.load(at + other[None, :], mask=inside, other=0.0)
-    c = tl.load(cos + token * rope_row + d, mask=d < ROPE, other=1.0).to(tl.float32)[None, :]
-    s = tl.load(sin + token * rope_row + d, mask=d < ROPE, other=0.0).to(tl.float32)[None, :]
-    # `out` may be x: every thread has read before any writes.
-    tl.debug_barrier()
-    start_next(PDL, LOADED)
-    rotated = (y.to(tl.float32) * c + p.to(tl.float32) * s).to(out.dtype.element_ty)
-    tl.store(out + token * out_row + (head * out_head)[:, None] + d[None, :], rotated, mask=inside)
+    rotate_heads(out + token * out_row, x + token * x_row, cos + token * rope_row, sin + token * rope_row,
+                 tl.program_id(1) * BLOCK_H, x_head, out_head, HEADS, ROPE, INTERLEAVED, BLOCK_H, BLOCK_R, PDL)  # fmt: skip
 
 
 def rotate_queries(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, interleaved: bool = False) -> None:

@@ -1,7 +1,7 @@
 """The backend `mla_fp8` on Hopper. In decode nothing waits for the host and the device divides the work, so it can be captured.
 
-A layer of decode: norms, rotary, quantisation and KV write in one launch; rotary and quantisation of the queries in one; the
-decode and its combine; around them the two products with the heads' matrices.
+A layer of decode of few tokens: the queries' product with up_k in one launch with norm, rotary, quantisation and KV write;
+rotary and quantisation of the queries in one; the decode; merging its splits and the product with up_v in one, or two.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 from fluentllm.core.protocols import FusedMLA
 from fluentllm.kernels.attention_mla import expanded_keys_and_values
 from fluentllm.kernels.mla_decode import fp8_planes
-from fluentllm.kernels.mla_decode.append import append_norms
+from fluentllm.kernels.mla_decode.append import absorb_norms, append_norms
 from fluentllm.kernels.mla_decode.decode import MlaDecode
 from fluentllm.kernels.mla_decode.quantise import append, fetch, quantise_query
 from fluentllm.kernels.triton.gqa_prefill import PrefillTiles, gqa_prefill, prefill_tiles
+from fluentllm.kernels.triton.mla_absorb import absorbs
 from fluentllm.kernels.triton.mla_rows import rotate_queries
 
 from .prefix import Workspace, plan_workspace
@@ -78,11 +79,38 @@ class HopperMlaFp8(FusedMLA):
             return self._prefill(layer, torch.cat((q_nope, q_rope), -1), up_k, up_v, scale)
         return self._decode(layer, q_nope, q_rope, None, up_k, up_v, batch, scale, interleaved=False)
 
+    def mla_from_products(
+        self,
+        layer: int,
+        kv: Tensor,
+        kv_weight: Tensor,
+        q: Tensor,
+        rope: tuple[Tensor, Tensor],
+        up_k: Tensor,
+        up_v: Tensor,
+        batch: Batch,
+        scale: float,
+        *,
+        eps: float,
+        latent_scale: float,
+        interleaved: bool,
+    ) -> Tensor:
+        if not absorbs(q.shape[0], batch.query_length):
+            return super().mla_from_products(
+                layer, kv, kv_weight, q, rope, up_k, up_v, batch, scale, eps=eps, latent_scale=latent_scale,
+                interleaved=interleaved,
+            )  # fmt: skip
+        absorbed = absorb_norms(
+            q, up_k, kv, kv_weight, *rope, batch.kv_rows, self._planes[layer], eps=eps, latent_scale=latent_scale,
+            interleaved=interleaved,
+        )  # fmt: skip
+        q_rope = q[..., up_k.shape[1] :]
+        return self._attend(layer, absorbed, q_rope, rope, batch, scale, up_v, interleaved=interleaved)
+
     def mla_append(
         self,
         layer: int,
-        down: Tensor,
-        q_weight: Tensor | None,
+        kv: Tensor,
         kv_weight: Tensor,
         rope: tuple[Tensor, Tensor],
         batch: Batch,
@@ -90,11 +118,11 @@ class HopperMlaFp8(FusedMLA):
         eps: float,
         latent_scale: float,
         interleaved: bool,
-    ) -> Tensor | None:
+    ) -> None:
         fresh = self._workspace.fresh if self._workspace is not None else None
-        return append_norms(
-            down, q_weight, kv_weight, *rope, batch.kv_rows, self._planes[layer], eps=eps, latent_scale=latent_scale,
-            interleaved=interleaved, plain=self._laid_out(layer, down) if fresh is not None else None, plain_rows=fresh,
+        append_norms(
+            kv, kv_weight, *rope, batch.kv_rows, self._planes[layer], eps=eps, latent_scale=latent_scale,
+            interleaved=interleaved, plain=self._laid_out(layer, kv) if fresh is not None else None, plain_rows=fresh,
         )  # fmt: skip
 
     def mla_from_query(
@@ -155,20 +183,36 @@ class HopperMlaFp8(FusedMLA):
     ) -> Tensor:
         """`rope`: how q_rope is still to be rotated; None: it has been."""
         rows, heads, _ = q_nope.shape
-        query_length = batch.query_length or 1
-        shape = (rows // query_length, query_length, heads)
         # Products with the heads' matrices, written where their readers want them.
         absorbed = q_nope.new_empty(rows, heads, up_k.shape[2])
         torch.bmm(q_nope.transpose(0, 1), up_k, out=absorbed.transpose(0, 1))
-        content, turned, factor = quantise_query(absorbed, q_rope, rotary=rope, interleaved=interleaved)
-        latent = torch.empty_like(absorbed)
-        self._decode_for(heads, query_length).fp8(
-            content.view(*shape, -1), turned.view(*shape, -1), factor.view(shape), self._planes[layer], batch.page_table, scale,
-            latent.view(*shape, -1),
-        )  # fmt: skip
+        latent = self._attend(layer, absorbed, q_rope, rope, batch, scale, None, interleaved=interleaved).view_as(absorbed)
         out = q_nope.new_empty(rows, heads, up_v.shape[1])
         torch.bmm(latent.transpose(0, 1), up_v.transpose(1, 2), out=out.transpose(0, 1))
         return out
+
+    def _attend(
+        self,
+        layer: int,
+        absorbed: Tensor,
+        q_rope: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        batch: Batch,
+        scale: float,
+        up_v: Tensor | None,
+        *,
+        interleaved: bool,
+    ) -> Tensor:
+        """`MlaDecode.fp8` of absorbed [T, H, 512] and q_rope [T, H, 64]."""
+        rows, heads, _ = absorbed.shape
+        query_length = batch.query_length or 1
+        shape = (rows // query_length, query_length, heads)
+        content, turned, factor = quantise_query(absorbed, q_rope, rotary=rope, interleaved=interleaved)
+        latent = torch.empty_like(absorbed)
+        return self._decode_for(heads, query_length).fp8(
+            content.view(*shape, -1), turned.view(*shape, -1), factor.view(shape), self._planes[layer], batch.page_table, scale,
+            latent.view(*shape, -1), up_v,
+        )  # fmt: skip
 
     def _decode_for(self, heads: int, query_length: int) -> MlaDecode:
         """Planned at the first layer of a pass, on the device; the target and a draft layer may differ in heads."""

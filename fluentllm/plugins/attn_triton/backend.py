@@ -12,6 +12,7 @@ import torch
 from fluentllm.kernels.triton.gqa_decode import gqa_decode, query_tiles
 from fluentllm.kernels.triton.gqa_plan import GqaPlan, plan_gqa
 from fluentllm.kernels.triton.gqa_prefill import PrefillTiles, gqa_prefill, prefill_tiles
+from fluentllm.kernels.triton.mla_absorb import absorb, absorbs
 from fluentllm.kernels.triton.mla_rows import rotate_queries
 from fluentllm.kernels.triton.qkv_product import QkvProduct, from_product_fits
 from fluentllm.layers.pool_writes import PoolWrites
@@ -129,6 +130,33 @@ class TritonAttention(PoolWrites):
             return self._mla_prefill(layer, torch.cat((q_nope, q_rope), -1), up_k, up_v, scale)
         return self._mla_decode(layer, q_nope, q_rope.contiguous(), up_k, up_v, batch, scale)
 
+    def mla_from_products(
+        self,
+        layer: int,
+        kv: Tensor,
+        kv_weight: Tensor,
+        q: Tensor,
+        rope: tuple[Tensor, Tensor],
+        up_k: Tensor,
+        up_v: Tensor,
+        batch: Batch,
+        scale: float,
+        *,
+        eps: float,
+        latent_scale: float,
+        interleaved: bool,
+    ) -> Tensor:
+        if not absorbs(q.shape[0], batch.query_length):
+            return super().mla_from_products(
+                layer, kv, kv_weight, q, rope, up_k, up_v, batch, scale, eps=eps, latent_scale=latent_scale,
+                interleaved=interleaved,
+            )  # fmt: skip
+        (cache,) = self._rows[layer]
+        absorbed, rotated = absorb(
+            q, up_k, kv, kv_weight, *rope, batch.kv_rows, cache, eps=eps, latent_scale=latent_scale, interleaved=interleaved
+        )
+        return self._mla_attend(layer, absorbed, rotated, batch, scale, up_v)
+
     def mla_from_query(
         self,
         layer: int,
@@ -161,19 +189,25 @@ class TritonAttention(PoolWrites):
     ) -> Tensor:
         """q_rope [T, H, rope] contiguous."""
         rows, heads, _ = q_nope.shape
-        query_length = batch.query_length or 1
-        decode = self._decode_for(heads, query_length)
-        shape = (rows // query_length, query_length, heads, -1)
         # Products with the heads' matrices, written where their readers want them.
         absorbed = q_nope.new_empty(rows, heads, up_k.shape[2])
         torch.bmm(q_nope.transpose(0, 1), up_k, out=absorbed.transpose(0, 1))
-        latent = torch.empty_like(absorbed)
-        decode.bf16(
-            absorbed.view(shape), q_rope.view(shape), self._latent_pages[layer], batch.page_table, scale, latent.view(shape)
-        )
+        latent = self._mla_attend(layer, absorbed, q_rope, batch, scale).view_as(absorbed)
         out = q_nope.new_empty(rows, heads, up_v.shape[1])
         torch.bmm(latent.transpose(0, 1), up_v.transpose(1, 2), out=out.transpose(0, 1))
         return out
+
+    def _mla_attend(
+        self, layer: int, absorbed: Tensor, q_rope: Tensor, batch: Batch, scale: float, up_v: Tensor | None = None
+    ) -> Tensor:
+        """`MlaDecode.bf16` of absorbed [T, H, C] and q_rope [T, H, rope]."""
+        rows, heads, _ = absorbed.shape
+        query_length = batch.query_length or 1
+        shape = (rows // query_length, query_length, heads, -1)
+        latent = torch.empty_like(absorbed).view(shape)
+        return self._decode_for(heads, query_length).bf16(
+            absorbed.view(shape), q_rope.view(shape), self._latent_pages[layer], batch.page_table, scale, latent, up_v
+        )
 
     def _decode_for(self, heads: int, query_length: int) -> MlaDecode:
         """Planned at the first layer of a pass; the target and a draft layer may differ in heads."""
