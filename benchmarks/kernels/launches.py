@@ -1,5 +1,5 @@
 """Whole steps under different ways of launching: where kernels let the next one start, who merges attention's runs, which tiles
-products of few rows take. Run it before changing a default.
+products of few rows take, whether MLA's steps share launches. Run it before changing a default.
 
     python benchmarks/kernels/launches.py --model benchmarks/gpu/models/qwen3-0.6b --batches 1,32 --kv-memory 8GiB --json FILE
 
@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fluentllm.bench.offline import latency
 from fluentllm.core.config import load
-from fluentllm.kernels.triton import gqa_plan, linear, linear_tiles
+from fluentllm.kernels.mla_decode import expand
+from fluentllm.kernels.triton import gqa_plan, linear, linear_tiles, mla_absorb
 from fluentllm.kernels.triton.launch import EARLY, START_NEXT
 from fluentllm.local import LocalEngine
 
@@ -46,6 +47,10 @@ class Variant:
     """Tiles from `linear_tiles.MEASURED`, else the rule's."""
     most_tokens: int = linear_tiles.MOST_TOKENS
     """0: all products are torch's."""
+    mla_tokens: int = mla_absorb.MOST_TOKENS
+    """Up to so many MLA's products are parts of its other launches; 0: never."""
+    mla_merge_inside: bool | None = None
+    """Are MLA's splits merged where its values are expanded? None: by counting."""
 
 
 VARIANTS = [
@@ -67,6 +72,9 @@ VARIANTS = [
     Variant("torch's products", most_tokens=0),
     Variant("torch's products, all loaded", most_tokens=0, product=2, small=2),
     Variant("torch's products, merge inside", most_tokens=0, merge_inside=True),
+    Variant("mla apart", mla_tokens=0),
+    Variant("mla merged inside", mla_merge_inside=True),
+    Variant("mla merged before", mla_merge_inside=False),
     Variant("base again"),
 ]
 
@@ -86,6 +94,8 @@ def applied(variant: Variant) -> Iterator[None]:
         START_NEXT.update(product=variant.product, small=variant.small, experts=variant.product)
         put(gqa_plan, "MERGE_INSIDE", variant.merge_inside)
         put(linear_tiles, "MOST_TOKENS", variant.most_tokens)
+        put(mla_absorb, "MOST_TOKENS", variant.mla_tokens)
+        put(expand, "MERGE_INSIDE", variant.mla_merge_inside)
         if not variant.measured:
             put(linear_tiles, "MEASURED", {})
         if variant.prefetch:
