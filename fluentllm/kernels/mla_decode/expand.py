@@ -127,7 +127,8 @@ def _merge_and_expand(
 
 def merge_and_expand(latent: Tensor, partial: Tensor, lse: Tensor, plan: DecodePlan, up_v: Tensor, most: int) -> Tensor:
     """latent [N, q, H, 512], of which sequences of one split, and of more than `most`, are read; partial [2 · parts, q · H,
-    512] and lse [2 · parts, q · H], float32, in log2 units, of the others; up_v [H, Dv, 512] in latent's dtype → [N · q, H, Dv].
+    512] and lse [2 · parts, q · H], float32, in log2 units, of the others; up_v [H, Dv, 512] of latent's dtype
+    → [N · q, H, Dv].
 
     Merged latents are rounded to that dtype. latent, partial, lse and up_v contiguous. `most`: of `Shares`.
     Reference: `replay.combine_reference`, `torch.bmm`.
