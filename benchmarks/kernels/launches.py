@@ -1,5 +1,5 @@
 """Whole steps under different ways of launching: where kernels let the next one start, who merges attention's runs, which tiles
-products of few rows take. Run it before changing a default.
+products of few rows take, whether MLA's steps share launches. Run it before changing a default.
 
     python benchmarks/kernels/launches.py --model benchmarks/gpu/models/qwen3-0.6b --batches 1,32 --kv-memory 8GiB --json FILE
 
@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fluentllm.bench.offline import latency
 from fluentllm.core.config import load
-from fluentllm.kernels.triton import deferred_norm, gqa_plan, linear, linear_tiles
+from fluentllm.kernels.mla_decode import expand
+from fluentllm.kernels.triton import deferred_norm, gqa_plan, linear, linear_tiles, mla_absorb
 from fluentllm.kernels.triton.launch import EARLY, START_NEXT
 from fluentllm.local import LocalEngine
 from fluentllm.plugins.attn_triton import backend as triton_attention
@@ -51,6 +52,10 @@ class Variant:
     """Grouped heads are rotated and appended by decode itself, else by a launch in front."""
     defer_norms: bool = True
     """Norms shared out between the products around them, else launches of their own."""
+    mla_tokens: int = mla_absorb.MOST_TOKENS
+    """Up to so many MLA's products are parts of its other launches; 0: never."""
+    mla_merge_inside: bool | None = None
+    """Are MLA's splits merged where its values are expanded? None: by counting."""
 
 
 VARIANTS = [
@@ -75,6 +80,9 @@ VARIANTS = [
     Variant("torch's products", most_tokens=0),
     Variant("torch's products, all loaded", most_tokens=0, product=2, small=2),
     Variant("torch's products, merge inside", most_tokens=0, merge_inside=True),
+    Variant("mla apart", mla_tokens=0),
+    Variant("mla merged inside", mla_merge_inside=True),
+    Variant("mla merged before", mla_merge_inside=False),
     Variant("base again"),
 ]
 
@@ -96,6 +104,8 @@ def applied(variant: Variant) -> Iterator[None]:
         put(linear_tiles, "MOST_TOKENS", variant.most_tokens)
         put(deferred_norm, "DEFER", variant.defer_norms)
         put(triton_attention, "APPEND_IN_DECODE", variant.append_in_decode)
+        put(mla_absorb, "MOST_TOKENS", variant.mla_tokens)
+        put(expand, "MERGE_INSIDE", variant.mla_merge_inside)
         if not variant.measured:
             put(linear_tiles, "MEASURED", {})
         if variant.prefetch:

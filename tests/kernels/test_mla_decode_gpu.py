@@ -54,6 +54,33 @@ def test_decode_agrees_with_float64(lengths: list[int], heads: int, query_length
     assert torch.equal(wide, run(case, "bf16")), "a moving result is a race"
 
 
+@pytest.mark.parametrize("inside", [None, True, False])
+@pytest.mark.parametrize(("lengths", "heads", "query_length"), [*SHAPES[:7], ([1024], 16, 1), ([1500] * 8, 16, 1)])
+def test_values_of_heads(
+    lengths: list[int], heads: int, query_length: int, inside: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merged, and multiplied with the heads' matrices, whoever merges. Sequences without keys get zeros."""
+    from fluentllm.kernels.mla_decode import expand
+    from fluentllm.kernels.mla_decode.decode import MlaDecode
+
+    monkeypatch.setattr(expand, "MERGE_INSIDE", inside)
+    generator = fresh_generator("cuda")
+    case = random_case(lengths, heads, query_length, generator=generator)
+    up_v = (torch.randn(heads, 128, 512, generator=generator, device="cuda") * 0.05).bfloat16()
+    expected = torch.einsum("nqhc,hvc->nqhv", case.exact(), up_v.double()).flatten(0, 1)
+    decode = MlaDecode.create(case.lengths, heads, query_length)
+    found = []
+    for _ in range(2):
+        for buffer in (decode.partial, decode.lse):
+            buffer.fill_(torch.nan)
+        latent = torch.full(case.q_latent.shape, torch.nan, dtype=torch.bfloat16, device="cuda")
+        found.append(decode.bf16(case.q_latent, case.q_rope, case.bf16, case.table, SCALE, latent, up_v))
+    # The kernel's own error, and two roundings to 8 bits: of the latents and of their product.
+    assert relative_error(found[0], expected) < 8e-3
+    assert torch.equal(*found), "a moving result is a race"
+    assert not found[0].view(*case.q_latent.shape[:3], 128)[case.lengths == 0].any()
+
+
 @pytest.mark.parametrize("deviation", [0.3, 3.0, 8.0])
 def test_sharp_logits_and_large_rotary_values(deviation: float) -> None:
     case = random_case([4096, 2000, 300], 16, generator=fresh_generator("cuda"), deviation=deviation, rope=1000.0)
@@ -95,16 +122,22 @@ def test_a_captured_step_follows_the_lengths_on_the_device() -> None:
     lengths = case.lengths.clone()
     decode = MlaDecode.create(case.lengths, 16, 2)
     out = torch.empty(4, 2, 16, 512, device="cuda")
-    decode.bf16(case.q_latent, case.q_rope, case.bf16, case.table, SCALE, out)
+    latent, up_v = out.bfloat16(), torch.randn(16, 128, 512, device="cuda", dtype=torch.bfloat16)
+    given = case.q_latent, case.q_rope, case.bf16, case.table, SCALE
+    decode.bf16(*given, out)
+    decode.bf16(*given, latent, up_v)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         decode.refresh()
-        decode.bf16(case.q_latent, case.q_rope, case.bf16, case.table, SCALE, out)
+        decode.bf16(*given, out)
+        values = decode.bf16(*given, latent, up_v)
     for change in ([0, 0, 0, 0], [-2999, -500, 0, -32], [-100, -300, -800, -64]):
         case.lengths.copy_(lengths + torch.tensor(change, dtype=torch.int32, device="cuda"))
         out.fill_(torch.nan)
         graph.replay()
-        assert relative_error(out, case.exact()) < 3e-3
+        exact = case.exact()
+        assert relative_error(out, exact) < 3e-3
+        assert relative_error(values, torch.einsum("nqhc,hvc->nqhv", exact, up_v.double()).flatten(0, 1)) < 8e-3
 
 
 def test_the_device_plans_as_the_reference_does() -> None:

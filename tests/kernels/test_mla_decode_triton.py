@@ -158,7 +158,7 @@ def test_what_stands_around_the_decode_compiles_for_hopper(heads: int, tmp_path:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     kernels = {"_absorb_kernel", "combine_splits", "_merge_and_expand"}
-    for sequences, queries, pages in ((1, 1, 8), (1, 1, 512), (1, 4, 512), (8, 1, 512), (16, 4, 512)):
+    for sequences, queries, pages in ((1, 1, 8), (1, 1, 512), (1, 2, 512), (1, 4, 512), (8, 1, 512), (16, 4, 512)):
         shape, tokens = (sequences, queries, heads), sequences * queries
         with recording() as launches:
             absorb(

@@ -90,20 +90,24 @@ def absorb_norms(
 
 @triton.jit
 def _quantise_row(
-    out_latent, out_scale, out_rope, plain, given, kv_weight, cos, sin, row, plain_rows, token, eps, latent_scale, page_latent,
-    page_scale, page_rope, LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, INTERLEAVED: tl.constexpr,
-    PDL: tl.constexpr,
+    out_latent, out_scale, out_rope, plain, kv, kv_weight, cos, sin, rows, plain_rows, token, eps, latent_scale, kv_row,
+    rope_row, page_latent, page_scale, page_rope, LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token, whose values stand at `given`, whose cosines and sines at `cos` and `sin`, into token row `row`."""
+    """One token. Waits for the kernels in front by itself."""
     c = tl.arange(0, LATENT)
     r = tl.arange(0, ROPE)
+    factor = tl.load(kv_weight + c).to(tl.float32)
+    wait_for_inputs(PDL)
+    row = tl.load(rows + token)
+    given = kv + token * kv_row
     x = tl.load(given + c)
     key = tl.load(given + LATENT + r).to(tl.float32)
     other = tl.load(given + LATENT + partner(r, ROPE, INTERLEAVED)).to(tl.float32)
-    key = key * tl.load(cos + r).to(tl.float32)
-    key += other * tl.load(sin + r).to(tl.float32)
+    key = key * tl.load(cos + token * rope_row + r).to(tl.float32)
+    key += other * tl.load(sin + token * rope_row + r).to(tl.float32)
     start_next(PDL, LOADED)
-    latent = norm_row(x, kv_weight, c, eps, LATENT)
+    latent = norm_row(x, factor, eps, LATENT)
     if latent_scale != 1.0:
         latent = (latent.to(tl.float32) * latent_scale).to(x.dtype)
     # Rounded as a cache of 16 bits would have them: both caches then keep the same values, one of them quantised.
@@ -128,13 +132,10 @@ def _append_norms(
     page_latent, page_scale, page_rope, LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
     INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
     start_next(PDL, FIRST)
-    wait_for_inputs(PDL)
     _quantise_row(
-        out_latent, out_scale, out_rope, plain, kv + token * kv_row, kv_weight, cos + token * rope_row, sin + token * rope_row,
-        tl.load(rows + token), plain_rows, token, eps, latent_scale, page_latent, page_scale, page_rope, LATENT, ROPE, PAGE,
-        INTERLEAVED, PDL,
+        out_latent, out_scale, out_rope, plain, kv, kv_weight, cos, sin, rows, plain_rows, tl.program_id(0).to(tl.int64), eps,
+        latent_scale, kv_row, rope_row, page_latent, page_scale, page_rope, LATENT, ROPE, PAGE, INTERLEAVED, PDL,
     )  # fmt: skip
 
 
@@ -149,12 +150,9 @@ def _absorb_norms(
     pid = tl.program_id(0)
     start_next(PDL, FIRST)
     if pid < tokens:
-        wait_for_inputs(PDL)
-        token = pid.to(tl.int64)
         _quantise_row(
-            out_latent, out_scale, out_rope, None, kv + token * kv_row, kv_weight, cos + token * rope_row,
-            sin + token * rope_row, tl.load(rows + token), None, token, eps, latent_scale, page_latent, page_scale, page_rope,
-            LATENT, ROPE, PAGE, INTERLEAVED, PDL,
+            out_latent, out_scale, out_rope, None, kv, kv_weight, cos, sin, rows, None, pid.to(tl.int64), eps, latent_scale,
+            kv_row, rope_row, page_latent, page_scale, page_rope, LATENT, ROPE, PAGE, INTERLEAVED, PDL,
         )  # fmt: skip
     else:
         absorb_tile(out, q, up_k, pid - tokens, tokens, q_row, q_head, HEADS, NOPE, LATENT, BLOCK_K, BLOCK_C, BLOCK_T, PDL)

@@ -87,7 +87,7 @@ class MlaDecode:
     ) -> Tensor:
         """q_latent E4M3 [N, q, H, 512], q_rope BF16 [N, q, H, 64] and q_scale float32 [N, q, H], as `quantise_query` makes
         them, contiguous; page_table int32 [N, P] → out [N, q, H, 512], BF16 or float32, contiguous. With up_v [H, Dv, 512],
-        contiguous: out times up_v, [N · q, H, Dv] in its dtype; out then holds whatever was needed on the way."""
+        contiguous and of out's dtype: out times up_v, [N · q, H, Dv]; out then holds whatever was needed on the way."""
         groups = -(-self.rows // ROW_TILE)
         launch(
             hopper_fp8.decode_fp8, (self.plan.parts * groups,),

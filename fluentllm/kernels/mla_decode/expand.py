@@ -41,8 +41,6 @@ MANY_PROGRAMS = 256
 """From here on tiles grow."""
 MERGED_TOGETHER = 8
 """Tokens of a tile where splits are merged in it."""
-SPLITS_IN_FLIGHT = 16
-"""Times 512 float32 values, over a tile's tokens: 32 KB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,48 +103,47 @@ def _merge_and_expand(
             slot = 2 * (first[:, None] + index[None, :]) + (index == 0).to(tl.int32)[None, :]
             place = (slot * ROWS + row[:, None]).to(tl.int64)
             weight = tl.load(lse + place, mask=inside, other=float("-inf"))
-            pieces = tl.load(partial + place[:, :, None] * WIDTH + c[None, None, :], mask=inside[:, :, None], other=0.0)
+            part = tl.load(partial + place[:, :, None] * WIDTH + c[None, None, :], mask=inside[:, :, None], other=0.0)
+            # All loads are on their way before the first is waited for.
+            tl.debug_barrier()
             new_top = tl.maximum(top, tl.max(weight, 1))
             alpha = tl.exp2(top - new_top)
             weight = tl.exp2(weight - new_top[:, None])
             total = total * alpha + tl.sum(weight, 1)
-            acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * pieces, 1)
+            acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * part, 1)
             top = new_top
         merged = acc / tl.where(total > 0, total, 1.0)[:, None]
         x = tl.where((own > 0)[:, None], merged.to(x.dtype), x)
     start_next(PDL, LOADED)
-    if BLOCK_T == 1:
-        out = tl.sum(w.to(tl.float32) * x.to(tl.float32), 1)[:, None]
-        m = t
-        there = m < tokens
-    else:
-        # The instruction takes eight tokens at least: fewer are repeated, and stored once.
-        WIDE: tl.constexpr = BLOCK_T if BLOCK_T > 8 else 8
-        x = tl.reshape(tl.broadcast_to(x[None, :, :], [WIDE // BLOCK_T, BLOCK_T, WIDTH]), [WIDE, WIDTH])
-        out = dot(w, tl.trans(x), tl.zeros([BLOCK_V, WIDE], tl.float32))
-        m = pid // (tiles * HEADS) * BLOCK_T + tl.arange(0, WIDE)
-        there = (m < tokens) & (tl.arange(0, WIDE) < BLOCK_T)
+    # The instruction takes eight tokens at least: fewer are repeated, and stored once.
+    WIDE: tl.constexpr = BLOCK_T if BLOCK_T > 8 else 8
+    x = tl.reshape(tl.broadcast_to(x[None, :, :], [WIDE // BLOCK_T, BLOCK_T, WIDTH]), [WIDE, WIDTH])
+    out = dot(w, tl.trans(x), tl.zeros([BLOCK_V, WIDE], tl.float32))
+    m = pid // (tiles * HEADS) * BLOCK_T + tl.arange(0, WIDE)
+    there = (m < tokens) & (tl.arange(0, WIDE) < BLOCK_T)
     at = values + ((m * HEADS + head).to(tl.int64) * VALUE)[None, :] + v[:, None]
     tl.store(at, out.to(values.dtype.element_ty), mask=(v < VALUE)[:, None] & there[None, :])
 
 
 def merge_and_expand(latent: Tensor, partial: Tensor, lse: Tensor, plan: DecodePlan, up_v: Tensor, most: int) -> Tensor:
     """latent [N, q, H, 512], of which sequences of one split, and of more than `most`, are read; partial [2 · parts, q · H,
-    512] and lse [2 · parts, q · H], float32, in log2 units, of the others; up_v [H, Dv, 512] → [N · q, H, Dv] in up_v's dtype.
+    512] and lse [2 · parts, q · H], float32, in log2 units, of the others; up_v [H, Dv, 512] of latent's dtype
+    → [N · q, H, Dv].
 
-    Merged latents are rounded to `latent`'s dtype. latent, partial, lse and up_v contiguous. `most`: of `Shares`.
+    Merged latents are rounded to that dtype. latent, partial, lse and up_v contiguous. `most`: of `Shares`.
     Reference: `replay.combine_reference`, `torch.bmm`.
     """
     sequences, queries, heads, width = latent.shape
     tokens, value = sequences * queries, up_v.shape[1]
     values = up_v.new_empty(tokens, heads, value)
+    # One token: four warps, whose threads have the same columns of all splits, so merging them needs no barrier.
     block_v, block_t = expand_tile(tokens, heads, value, 64 if most == 1 else MERGED_TOGETHER)
     launch(
         _merge_and_expand, (-(-tokens // block_t) * heads * -(-value // block_v),),
         values, latent, partial, lse, plan.spans, up_v, tokens,
         HEADS=heads, QUERIES=queries, VALUE=value, WIDTH=width, MOST=most,
-        SPLITS=max(1, SPLITS_IN_FLIGHT // block_t), BLOCK_V=block_v, BLOCK_T=block_t, num_warps=8,
-        **programmatic(latent.device),
+        SPLITS=16 if tokens == 1 else max(1, 8 // block_t), BLOCK_V=block_v, BLOCK_T=block_t,
+        num_warps=4 if tokens == 1 else 8, **programmatic(latent.device),
     )  # fmt: skip
     return values
 

@@ -60,11 +60,8 @@ def _absorb_kernel(out, rotated, cache, q, up_k, kv, kv_weight, cos, sin, kv_row
     pid = tl.program_id(0)
     start_next(PDL, FIRST)
     if pid < tokens:
-        wait_for_inputs(PDL)
-        token = pid.to(tl.int64)
-        append_row(cache + tl.load(kv_rows + token).to(tl.int64) * cache_row, kv + token * kv_row, kv_weight,
-                   cos + token * rope_row, sin + token * rope_row, eps, latent_scale, WIDTH, ROPE, INTERLEAVED, BLOCK_W,
-                   BLOCK_R, PDL)  # fmt: skip
+        append_row(cache, kv, kv_weight, cos, sin, kv_rows, pid.to(tl.int64), eps, latent_scale, kv_row, cache_row, rope_row,
+                   WIDTH, ROPE, INTERLEAVED, BLOCK_W, BLOCK_R, PDL)  # fmt: skip
     elif pid < tokens * (1 + groups):
         wait_for_inputs(PDL)
         token = ((pid - tokens) // groups).to(tl.int64)

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def norm_row(x, weight, at, eps, SIZE: tl.constexpr):
-    """RMS norm of one row in float32, rounded to x's dtype as a norm of its own would leave it."""
+def norm_row(x, factor, eps, SIZE: tl.constexpr):
+    """RMS norm of one row, factor float32 its weight, in float32; rounded to x's dtype as a norm of its own would leave it."""
     y = x.to(tl.float32)
     y = y * tl.rsqrt(tl.sum(y * y, 0) / SIZE + eps)
-    return (y * tl.load(weight + at, mask=at < SIZE, other=0.0).to(tl.float32)).to(x.dtype)
+    return (y * factor).to(x.dtype)
 
 
 @triton.jit
@@ -37,23 +37,28 @@ def partner(d, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def append_row(target, row, kv_weight, cos, sin, eps, latent_scale, KV: tl.constexpr, ROPE: tl.constexpr,
-               INTERLEAVED: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One token's latent [KV] and rotary key behind it, from `row` to `target`: norm and scale, rotary; cos, sin: its rows."""
+def append_row(cache, kv, kv_weight, cos, sin, kv_rows, token, eps, latent_scale, kv_row, cache_row, rope_row, KV: tl.constexpr,
+               ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_R: tl.constexpr,
+               PDL: tl.constexpr):  # fmt: skip
+    """One token's latent [KV] and the rotary key behind it: norm, scale, rotary. Waits for the kernels in front by itself."""
     i = tl.arange(0, BLOCK_KV)
     d = tl.arange(0, BLOCK_R)
     inside = d < ROPE
+    factor = tl.load(kv_weight + i, mask=i < KV, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
+    target = cache + tl.load(kv_rows + token).to(tl.int64) * cache_row
+    row = kv + token * kv_row
     x = tl.load(row + i, mask=i < KV, other=0.0)
     k = tl.load(row + KV + d, mask=inside, other=0.0).to(tl.float32)
     p = tl.load(row + KV + partner(d, ROPE, INTERLEAVED), mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(cos + d, mask=inside, other=1.0).to(tl.float32)
-    s = tl.load(sin + d, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + token * rope_row + d, mask=inside, other=1.0).to(tl.float32)
+    s = tl.load(sin + token * rope_row + d, mask=inside, other=0.0).to(tl.float32)
     start_next(PDL, LOADED)
-    latent = norm_row(x, kv_weight, i, eps, KV)
+    latent = norm_row(x, factor, eps, KV)
     if latent_scale != 1.0:
         latent = (latent.to(tl.float32) * latent_scale).to(x.dtype)
-    tl.store(target + i, latent.to(target.dtype.element_ty), mask=i < KV)
-    tl.store(target + KV + d, (k * c + p * s).to(x.dtype).to(target.dtype.element_ty), mask=inside)
+    tl.store(target + i, latent.to(cache.dtype.element_ty), mask=i < KV)
+    tl.store(target + KV + d, (k * c + p * s).to(x.dtype).to(cache.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -79,12 +84,9 @@ def rotate_heads(out, x, cos, sin, first, x_head, out_head, HEADS: tl.constexpr,
 def _append_latents_kernel(cache, kv, kv_weight, cos, sin, kv_rows, eps, latent_scale, kv_row, cache_row, rope_row,
                            KV: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_KV: tl.constexpr,
                            BLOCK_R: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
     start_next(PDL, FIRST)
-    wait_for_inputs(PDL)
-    append_row(cache + tl.load(kv_rows + token).to(tl.int64) * cache_row, kv + token * kv_row, kv_weight,
-               cos + token * rope_row, sin + token * rope_row, eps, latent_scale, KV, ROPE, INTERLEAVED, BLOCK_KV, BLOCK_R,
-               PDL)  # fmt: skip
+    append_row(cache, kv, kv_weight, cos, sin, kv_rows, tl.program_id(0).to(tl.int64), eps, latent_scale, kv_row, cache_row,
+               rope_row, KV, ROPE, INTERLEAVED, BLOCK_KV, BLOCK_R, PDL)  # fmt: skip
 
 
 def append_latents(

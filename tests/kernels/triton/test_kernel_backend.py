@@ -14,6 +14,8 @@ from fluentllm.core.types import KVSpec, ModelSpec, PrefillChunk
 from fluentllm.kernels.ops import Ops
 from fluentllm.kernels.plain import PlainOps
 from fluentllm.kernels.triton.ops import TritonOps
+from fluentllm.layers.mla import MLA, MLAShape
+from fluentllm.layers.rotary import Rotary
 from fluentllm.plugins.attn_torch.backend import TorchAttention
 from fluentllm.plugins.attn_triton.backend import TritonAttention
 from fluentllm.plugins.model_llama import plugin as llama
@@ -97,6 +99,32 @@ def test_mla_prefill(device: torch.device, rng: torch.Generator) -> None:
             backend.begin(batch)
             outs.append(backend.mla(0, *inputs, up_k, up_v, batch, 0.15))
         torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("q_lora", [40, None])
+def test_an_mla_layer_through_both(q_lora: int | None, device: torch.device, rng: torch.Generator) -> None:
+    """One takes the layer's products as they come, the other normed latents and rotated keys."""
+    made = tables(device, rng)
+    attentions = backends(KVSpec(kind="mla", layers=1, latent_dim=48, rope_dim=16), made)
+    shape = MLAShape(hidden=64, heads=3, q_lora=q_lora, kv_lora=48, nope=32, rope=16, value=24, latent_scale=1.5)
+    seed = int(torch.randint(1 << 30, (1,), generator=rng))
+    layers = []
+    for ops in (PlainOps(), TritonOps()):
+        context = BuildContext(device=device, dtype=torch.float32, ops=ops)
+        config = {"rope_theta": 10000.0, "max_position_embeddings": 64}
+        layer = MLA(context, "", shape, Rotary(context, config, 16, 64, interleaved=q_lora is None), 0)
+        generator = torch.Generator().manual_seed(seed)
+        for slot in layer.weight_slots():
+            slot.load(torch.randn(slot.shape, generator=generator) * 0.2 + (1.0 if slot.init == "ones" else 0.0))
+        layer.finalize()
+        layers.append(layer)
+    for batch in passes(made)[:2]:
+        x = torch.randn(batch.tokens.shape[0], 64, generator=rng).to(device)
+        outs = []
+        for layer, attention in zip(layers, attentions, strict=True):
+            attention.begin(batch)
+            outs.append(layer(x, layer.rotary.rows(batch.positions), batch, attention))
+        torch.testing.assert_close(outs[1], outs[0], rtol=1e-3, atol=1e-3)
 
 
 def test_mla_without_its_first_key_is_refused(device: torch.device, rng: torch.Generator) -> None:
