@@ -1,0 +1,111 @@
+"""What the choice of a draft length knows of acceptance: how often drafts are offered, and how often they are right. Torch-free.
+
+Kept for each class of requests: a proposer may guess greedy requests well and sampled ones, or those with a grammar, badly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable, Mapping
+
+    from .types import SamplingParams
+
+WINDOW = 64
+"""Sequences' steps that a running share remembers."""
+DOUBT = 2.0
+"""Sequences' steps that a share counts for before anything was seen of it, and that older requests' shares count for when new
+ones come."""
+
+
+@dataclass(slots=True)
+class Share:
+    """A running mean of yes and no."""
+
+    mean: float
+    weight: float = DOUBT
+
+    def add(self, yes: int, asked: int) -> None:
+        self.weight = min(self.weight + asked, max(WINDOW, asked))
+        self.mean += asked / self.weight * (yes / asked - self.mean)
+
+
+@dataclass(slots=True)
+class Seen:
+    """How drafts fare in one class."""
+
+    offered: Share = field(default_factory=lambda: Share(1.0, 0.0))
+    """Sequences that have a draft: a proposer may find nothing to say."""
+    right: list[Share] = field(default_factory=list)
+    """For each place: drafts that are right, of those whose predecessors were. As long as it was seen."""
+
+    def tokens(self, k: int) -> float:
+        """That a sequence gets on average by a step with K drafts. What was not seen of a place is taken from the one before."""
+        total, survives, mean = 0.0, self.offered.mean, 0.0
+        for place in range(k):
+            mean = self.right[place].mean if place < len(self.right) else mean
+            survives *= mean
+            total += survives
+        return 1 + total
+
+
+class Acceptance:
+    """Shares of each class."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Hashable, Seen] = {}
+
+    def add(self, kind: Hashable, rights: Iterable[tuple[int, int]], first: int = 0) -> None:
+        """Of sequences of a class: (drafts, how many of these were right) of each, none where none was offered. Places before
+        `first` were seen otherwise."""
+        seen = self._of(kind)
+        counts: dict[tuple[int, int], int] = {}
+        for pair in rights:
+            counts[pair] = counts.get(pair, 0) + 1
+        if not first:
+            seen.offered.add(sum(n for (drafts, _), n in counts.items() if drafts), sum(counts.values()))
+        for place in range(first, max((drafts for drafts, _ in counts), default=0)):
+            asked = sum(n for (drafts, right), n in counts.items() if drafts > place <= right)
+            if not asked:
+                return
+            if place == len(seen.right):
+                seen.right.append(Share(seen.right[-1].mean if seen.right else 0.0))
+            elif place > len(seen.right):
+                return
+            seen.right[place].add(sum(n for (_, right), n in counts.items() if right > place), asked)
+
+    def renew(self, kind: Hashable, part: float) -> None:
+        """New requests have come to a class, this part of all in it: what was seen of the others says as much less of it."""
+        seen = self._of(kind)
+        for share in (seen.offered, *seen.right):
+            share.weight = max(min(share.weight, DOUBT), share.weight * (1 - part))
+
+    def tokens(self, mix: Mapping[Hashable, int], k: int) -> float:
+        """Tokens that a sequence gets on average by a step with K drafts, where `mix` counts the sequences of each class."""
+        total = sum(mix.values())
+        if not total:
+            known = list(self._seen.values())
+            return sum(seen.tokens(k) for seen in known) / len(known) if known else 1.0
+        return sum(n * self._of(kind).tokens(k) for kind, n in mix.items()) / total
+
+    def offered(self, mix: Mapping[Hashable, int]) -> float:
+        """Share of steps in which any sequence has a draft."""
+        none = 1.0
+        for kind, n in mix.items():
+            none *= (1 - self._of(kind).offered.mean) ** n
+        return 1 - none
+
+    def _of(self, kind: Hashable) -> Seen:
+        """What is not known of a class is taken from the one seen before."""
+        if kind not in self._seen:
+            last = next(reversed(self._seen.values()), Seen())
+            offered = Share(last.offered.mean, min(last.offered.weight, DOUBT))
+            self._seen[kind] = Seen(offered, [Share(share.mean) for share in last.right])
+        return self._seen[kind]
+
+
+def class_of(params: SamplingParams) -> tuple[bool, bool]:
+    """Sampled? With a grammar?"""
+    return params.temperature > 0, params.grammar is not None
