@@ -1,14 +1,13 @@
 """What the choice of a draft length knows of time: how long a step takes, for each program. Torch-free.
 
 A program is (bucket of slots, drafts verified, drafts left). What it takes is measured whenever it runs without a prompt
-beside it; until then there are two guesses, from the programs that are known: one that is hardly too long, and one that is
-hardly too short. An `Allowance` is what finding out may cost.
+beside it; until then there are two guesses, from the programs that are known: what it may well take, and what it can
+hardly be shorter than. An `Allowance` is what finding out may cost.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from statistics import median_low
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,11 +16,13 @@ if TYPE_CHECKING:
 ENOUGH = 2
 """Runs of a program that tell what it takes: of two the shorter, so one that was interrupted does not matter."""
 KEPT = 9
-"""Runs whose median is the time of a program."""
+"""Runs whose lower quartile is the time of a program: what comes between only makes a step longer."""
 DOUBT = 0.85
 """What a program takes is known to this share from the same one at another batch."""
 SAVED = 8
 """Plain steps' time that an allowance saves at most."""
+ROW_SHARE = 0.5
+"""Of a plain step: what verifying one draft may take, before it was seen; between nothing and a step."""
 DRAFT_SHARE = 0.25
 """Of a plain step: what a draft may take to make, before it was seen."""
 
@@ -34,7 +35,7 @@ class StepTimes:
         self.dropped = dropped
         self._runs: dict[tuple[int, int, int], int] = {}
         self._last: dict[tuple[int, int, int], deque[float]] = {}
-        self._median: dict[tuple[int, int, int], float] = {}
+        self._known: dict[tuple[int, int, int], float] = {}
 
     @property
     def runs_needed(self) -> int:
@@ -48,60 +49,60 @@ class StepTimes:
             last = self._last.setdefault(key, deque(maxlen=KEPT))
             last.append(seconds)
             if runs >= self.runs_needed:
-                self._median[key] = median_low(last)
+                self._known[key] = sorted(last)[len(last) // 4]
 
     def known(self, bucket: int, verify: int, draft: int) -> float | None:
-        """The median of the last runs; None before there are enough."""
-        return self._median.get((bucket, verify, draft))
+        """The lower quartile of the last runs; None before there are enough."""
+        return self._known.get((bucket, verify, draft))
 
     def lengths(self, bucket: int) -> Iterator[int]:
         """K of which the time of verifying and leaving K is known."""
-        return (verify for known, verify, draft in self._median if known == bucket and verify == draft)
+        return (verify for known, verify, draft in self._known if known == bucket and verify == draft)
 
     def drafting(self, bucket: int, draft: int) -> float:
         """What it takes to leave drafts. The plain step must be known."""
-        plain = self._median[bucket, 0, 0]
-        known = self._median.get((bucket, 0, draft))
+        plain = self._known[bucket, 0, 0]
+        known = self._known.get((bucket, 0, draft))
         if known is not None:
             return max(0.0, known - plain)
-        one = self._median.get((bucket, 0, 1))
+        one = self._known.get((bucket, 0, 1))
         return draft * (plain * DRAFT_SHARE if one is None else max(0.0, one - plain))
 
     def shortest(self, bucket: int, k: int) -> float:
         """A time that verifying and leaving K can hardly be shorter than: that of fewer drafts, or by how much more it took at
         the nearest batch. The plain step must be known."""
-        times = [time for fewer in range(k) if (time := self._median.get((bucket, fewer, fewer))) is not None]
+        times = [time for fewer in range(k) if (time := self._known.get((bucket, fewer, fewer))) is not None]
         elsewhere = self._elsewhere(bucket, k)
         return max(times) if elsewhere is None else max(*times, DOUBT * elsewhere)
 
-    def longest(self, bucket: int, k: int) -> float:
-        """A time that verifying and leaving K can hardly be longer than: as if each draft more were a step of its own, or took
-        as much as the drafts before it. The plain step must be known."""
-        plain = self._median[bucket, 0, 0]
+    def likely(self, bucket: int, k: int) -> float:
+        """What verifying and leaving K may well take: each draft more as much as the drafts before it did, or at first half a
+        step. The plain step must be known."""
+        plain = self._known[bucket, 0, 0]
         fewer = max(j for j in self.lengths(bucket) if j < k)
-        time = self._median[bucket, fewer, fewer]
-        slope = (time - plain) / fewer if fewer else plain + self.drafting(bucket, 1)
+        time = self._known[bucket, fewer, fewer]
+        slope = (time - plain) / fewer if fewer else ROW_SHARE * plain + self.drafting(bucket, 1)
         guess = time + (k - fewer) * max(0.0, slope)
         elsewhere = self._elsewhere(bucket, k)
         return guess if elsewhere is None else min(guess, elsewhere / DOUBT)
 
     def leaving(self, bucket: int, verify: int, draft: int) -> float:
         """What a step takes that verifies and leaves so many, as far as is known. The plain step must be known."""
-        known = self._median.get((bucket, verify, draft))
+        known = self._known.get((bucket, verify, draft))
         if known is not None:
             return known
-        time = self._median.get((bucket, verify, verify))
+        time = self._known.get((bucket, verify, verify))
         if time is None:
-            time = self.longest(bucket, verify)
+            time = self.likely(bucket, verify)
         return time + self.drafting(bucket, draft) - self.drafting(bucket, verify)
 
     def _elsewhere(self, bucket: int, k: int) -> float | None:
         """As much more than the plain step as at the nearest batch where both are known."""
-        known = [b for b, verify, draft in self._median if verify == draft == k and b != bucket and (b, 0, 0) in self._median]
+        known = [b for b, verify, draft in self._known if verify == draft == k and b != bucket and (b, 0, 0) in self._known]
         if not known:
             return None
         nearest = min(known, key=lambda b: max(b, bucket) / min(b, bucket))
-        return self._median[bucket, 0, 0] * self._median[nearest, k, k] / self._median[nearest, 0, 0]
+        return self._known[bucket, 0, 0] * self._known[nearest, k, k] / self._known[nearest, 0, 0]
 
 
 class Allowance:
@@ -110,13 +111,13 @@ class Allowance:
     def __init__(self, share: float, first: float) -> None:
         """`first`: plain steps' time that it begins with."""
         self._share, self._first = share, first
-        self._left, self._most = 0.0, 0.0
+        self._left = self._start = self._most = 0.0
 
     def earn(self, seconds: float, plain: float) -> None:
         """A step has taken `seconds`, and a plain one of its batch takes `plain`."""
         if not self._most:
             self._left = self._first * plain
-        self._most = SAVED * plain
+        self._start, self._most = self._first * plain, SAVED * plain
         self._left = max(self._left, min(self._left + self._share * seconds, self._most))
 
     def covers(self, seconds: float) -> bool:
@@ -124,5 +125,5 @@ class Allowance:
         return self._left >= min(seconds, self._most) and self._most > 0
 
     def spend(self, seconds: float) -> None:
-        """Less than nothing where it was a gain."""
-        self._left = min(self._left - seconds, max(self._left, self._most))
+        """Less than nothing where it was a gain: that makes good for a loss, and is no more to spend."""
+        self._left = min(self._left - seconds, max(self._left, self._start))

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
     from .types import SlotResult, StepPlan, StepResult
 
-LOOK_SHARE, TRIAL_SHARE = 0.006, 0.006
+LOOK_SHARE, TRIAL_SHARE = 0.005, 0.005
 """Of all time: what looking and trying may cost."""
-FIRST_LOOKS, FIRST_TRIALS = 0.5, 0.5
+FIRST_LOOKS, FIRST_TRIALS = 1.0, 1.0
 """Plain steps' time that the allowances for them begin with."""
 LOOKS = 8
 """Of as many steps one is without a look: the time of the best K itself must stay known."""
-AGAIN = 3
-"""Steps of a trial of a K whose time is known."""
+AGAIN, REST = 3, 64
+"""Steps of a trial of a K whose time is known, and from one trial of it to the next."""
 MARGIN = 1.01
 """By how much another K must be better: a change costs a step of its own."""
 HOPE = 1.5
@@ -172,18 +172,20 @@ class DraftLength:
         if hopes:
             steps = self.times.runs_needed + 1
             affordable = [k for k in hopes if self._affordable(bucket, k, steps, rate)]
-            return (max(affordable, key=hopes.__getitem__), steps) if affordable else None
-        others = [k for k in known if k != best and HOPE * self._rate(bucket, k) > rate]
-        if not others:
+            k = max(affordable, key=hopes.__getitem__, default=best)
+            self._tried[bucket, k] = self._steps
+            return (k, steps) if affordable else None
+        tried = {k: self._tried.get((bucket, k), 0) for k in known if k != best and HOPE * self._rate(bucket, k) > rate}
+        k = min(tried, key=tried.__getitem__, default=best)
+        if k == best or self._steps - tried[k] < REST:
             return None
-        k = min(others, key=lambda k: self._tried.get((bucket, k), 0))
         if not self._affordable(bucket, k, AGAIN, rate):
             return None
         self._tried[bucket, k] = self._steps
         return k, AGAIN
 
     def _affordable(self, bucket: int, k: int, steps: int, rate: float) -> bool:
-        seconds = self.times.known(bucket, k, k) or self.times.longest(bucket, k)
+        seconds = self.times.known(bucket, k, k) or self.times.likely(bucket, k)
         loss = self._mean(bucket, k, seconds) - self.acceptance.tokens(self._mix, k) / rate
         price = steps * max(0.0, loss) + self.times.drafting(bucket, k)
         return self._for_trials.covers(price)

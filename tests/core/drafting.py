@@ -28,7 +28,7 @@ class World:
     eager: bool = False
     """The program verifies nothing where no sequence has drafts."""
     noise: bool = False
-    """Times as they are measured: 2 % to and fro, one in a hundred eight times as long, and the first two runs of a program."""
+    """Times as they are measured: 2 % to and fro, one in a hundred eight times as long, and a program's first run, or two where it is captured."""
     rng: random.Random = field(default_factory=random.Random)
     time: float = 0.0
     tokens: float = 0.0
@@ -111,5 +111,5 @@ class World:
         if not self.noise:
             return seconds
         self._runs[program] += 1
-        first, interrupted = self._runs[program] <= 2, self.rng.random() < 0.01
+        first, interrupted = self._runs[program] <= (1 if self.eager else 2), self.rng.random() < 0.01
         return seconds * self.rng.gauss(1, 0.02) * (5 if first else 8 if interrupted else 1)
