@@ -44,8 +44,8 @@ def wants_library(settings: Settings, device: torch.device) -> bool:
 
 
 def draft_length(settings: Settings, *, eager: bool = False) -> DraftLength | None:
-    """None if speculation is off, by its method or a k of 0. `eager`: programs are not captured. Raises `ConfigError` for a fixed
-    k beyond `max_k`, and as `synthetic_share`."""
+    """None if speculation is off, by its method or a k of 0. `eager`: programs are not captured. Raises `ConfigError` for a
+    fixed k beyond `max_k`, and as `synthetic_share`."""
     wanted = settings.speculative
     if wanted.method == "none":
         return None

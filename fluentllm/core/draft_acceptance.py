@@ -1,4 +1,4 @@
-"""What the choice of a draft length knows of acceptance: how often drafts are offered, and how often they are right. Torch-free.
+"""What the choice of a draft length knows of acceptance: how often drafts are offered, and how often right. Torch-free.
 
 Kept for each class of requests: a proposer may guess greedy requests well and sampled ones, or those with a grammar, badly.
 """
@@ -39,10 +39,10 @@ class Seen:
     offered: Share = field(default_factory=lambda: Share(1.0, 0.0))
     """Sequences that have a draft: a proposer may find nothing to say."""
     right: list[Share] = field(default_factory=list)
-    """For each place: drafts that are right, of those whose predecessors were. As long as it was seen."""
+    """For each place that was seen: drafts that are right, of those whose predecessors were."""
 
     def tokens(self, k: int) -> float:
-        """That a sequence gets on average by a step with K drafts. What was not seen of a place is taken from the one before."""
+        """That a sequence gets on average by a step with K drafts. A place that was not seen is taken for the one before."""
         total, survives, mean = 0.0, self.offered.mean, 0.0
         for place in range(k):
             mean = self.right[place].mean if place < len(self.right) else mean

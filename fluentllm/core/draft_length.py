@@ -69,8 +69,8 @@ class DraftLength:
         eager: bool = False,
         synthetic: float | None = None,
     ) -> None:
-        """`eager`: programs are not captured, and verify nothing where no sequence has a draft; `synthetic`: share of drafts that
-        are accepted whatever they are."""
+        """`eager`: programs are not captured, and verify nothing where no sequence has a draft; `synthetic`: share of drafts
+        that are accepted whatever they are."""
         self.watch = watch or AcceptanceWatch(0.0)
         self.fixed = None if k == "auto" else k
         self.max_k = max_k if self.fixed is None else self.fixed
@@ -160,8 +160,8 @@ class DraftLength:
         return affordable and self._steps % LOOKS > 0
 
     def _next_trial(self, bucket: int, best: int) -> tuple[int, int] | None:
-        """Of what could be the best if its time is as short as it can be, the most hopeful; then, in turn, what was tried longest
-        ago and was not much worse."""
+        """Of what could be the best if its time is as short as it can be, the most hopeful; then, in turn, what was tried
+        longest ago and was not much worse."""
         rate, known = self._rate(bucket, best), set(self.times.lengths(bucket))
         hopes = {
             k: self.acceptance.tokens(self._mix, k) / self._mean(bucket, k, self.times.shortest(bucket, k))

@@ -1,4 +1,4 @@
-"""Rows that a draft layer has yet to compute: while nothing is drafted on a CPU they wait, so that a step costs no more than without.
+"""Rows that a draft layer has yet to compute: while a CPU drafts nothing they wait, and a step takes as long as without.
 
 The host may read a CPU's tensors, so it keeps for each slot the target's rows that the layer has not seen. They are computed
 together before the slot's next drafts, and where a page ends: a page that is published has the layer's KV too.

@@ -28,7 +28,8 @@ class World:
     eager: bool = False
     """The program verifies nothing where no sequence has drafts."""
     noise: bool = False
-    """Times as they are measured: 2 % to and fro, one in a hundred eight times as long, and a program's first run, or two where it is captured."""
+    """Times as they are measured: 2 % to and fro, one in a hundred eight times as long, and a program's first run too, or the
+    first two where it is captured."""
     rng: random.Random = field(default_factory=random.Random)
     time: float = 0.0
     tokens: float = 0.0

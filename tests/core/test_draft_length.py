@@ -6,12 +6,11 @@ import random
 from collections.abc import Callable
 
 import pytest
+from drafting import Cost, World
 
 from fluentllm.core.buckets import bucket_of
 from fluentllm.core.draft_length import DraftLength
 from fluentllm.core.types import Drafting, PrefillChunk, SlotResult, StepPlan, StepResult
-
-from drafting import Cost, World
 
 
 def rows(first: float, more: float, draft: float) -> Cost:
@@ -106,8 +105,8 @@ def test_acceptance_that_comes_back_is_noticed() -> None:
 
 @pytest.mark.parametrize("tokens", [32, 64, 256])
 def test_short_requests_one_after_the_other(tokens: int) -> None:
-    """One stream with prompt lookup: some answers repeat the prompt, the others find a place now and then that is wrong. What is
-    learnt of one request is little for the next, and no kind may suffer by the other."""
+    """One stream with prompt lookup: some answers repeat the prompt, the others find a place now and then that is wrong. What
+    is learnt of one request is little for the next, and no kind may suffer by the other."""
     spent, plain, best = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}, 0.0
     lengths, rng = DraftLength("auto", 3, eager=True), random.Random(tokens)
     for number in range(24):
@@ -158,8 +157,9 @@ SHORT, LONG = 512, 3000
 
 
 def long_run(cost: Pass, kind: str, batch: int, acceptance: float, steps: int) -> tuple[float, list[float]]:
-    """Tokens a second → of `auto`, all that it tries included, and of every fixed K. A draft layer takes a tenth of a pass a draft,
-    and its programs are captured. Prompt lookup takes next to nothing, offers drafts to two sequences in five, and is eager."""
+    """Tokens a second → of `auto`, all that it tries included, and of every fixed K. A draft layer takes a tenth of a pass a
+    draft, and its programs are captured. Prompt lookup takes next to nothing, has drafts for two sequences in five, and its
+    programs are eager."""
     lookup = kind == "prompt lookup"
 
     def seconds(sequences: int, verify: int, leave: int) -> float:

@@ -133,7 +133,7 @@ class StepResult(Struct, kw_only=True):
     seconds: float
     """From the program's start to its end on the device."""
     verified: int = 0
-    """Drafts of each slot that the decode program computed: `Drafting.verify`, or none where no slot had any and the program was
-    not captured."""
+    """Drafts of each slot that the decode program computed: `Drafting.verify`, or none where no slot had any and the program
+    was not captured."""
     drafting_error: str | None = None
     """Why the proposer was switched off, in this step or before."""

@@ -43,11 +43,11 @@ class PagedDecode:
         if not rows:
             return out
         page_table = page_table.contiguous()
-        key = (rows, heads, size, k.shape[1], q.stride(0), k.stride(0), v.stride(0), page_table.shape, pools[0].shape[1])
-        key = (*key, scale, first_key)
+        strides, page_size = (q.stride(0), k.stride(0), v.stride(0)), pools[0].shape[1]
+        key = (rows, heads, size, k.shape[1], strides, page_table.shape, page_size, scale, first_key)
         if key != self._key:
             self._key = key
-            self._shape = _shape(q, k, v, pools[0].shape[1], page_table, scale, first_key)
+            self._shape = _shape(q, k, v, page_size, page_table, scale, first_key)
         failed = self._attend(
             ctypes.addressof(self._shape),
             q.data_ptr(),

@@ -72,7 +72,8 @@ class TorchAttention:
     def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
         if self._paged is not None and batch.query_length is not None:
             pool_k, pool_v = self._pages[layer]
-            return self._paged(q, k, v, (pool_k, pool_v), batch.kv_rows, batch.page_table, batch.positions, scale, batch.first_key)
+            places = batch.kv_rows, batch.page_table, batch.positions
+            return self._paged(q, k, v, (pool_k, pool_v), *places, scale, batch.first_key)
         k_rows, v_rows = self._rows[layer]
         if self._converts:
             k, v = kept(k, self._kv_dtype), kept(v, self._kv_dtype)

@@ -49,8 +49,8 @@ def load_draft(context: DraftContext) -> DraftLayer:
 
 
 def _build(target: BuildContext) -> BuildContext:
-    """As the target, but where that has its checkpoint's blocks on a CPU, matrices of 16 bits are kept in 8: a draft costs what its
-    weights take to read, and its last bits decide nothing."""
+    """As the target, but where that has its checkpoint's blocks on a CPU, matrices of 16 bits are kept in 8: a draft costs
+    what its weights take to read, and its last bits decide nothing."""
     packed = target.weight_precision == "packed" and target.device.type == "cpu"
     return replace(target, weight_precision="int8") if packed else target
 
