@@ -13,23 +13,34 @@ if TYPE_CHECKING:
 
     from .types import SamplingParams
 
-WINDOW = 64
-"""Sequences' steps that a running share remembers."""
-DOUBT = 2.0
-"""Sequences' steps that a share counts for before anything was seen of it, and that older requests' shares count for when new
-ones come."""
+WINDOW, LONG = 64, 256
+"""Sequences' steps that a running share remembers, and those of which it knows what is usual."""
+DOUBT = 2.5
+"""Sequences' steps that a share counts for before anything was seen of it, and what is usual when new requests come."""
 
 
 @dataclass(slots=True)
 class Share:
-    """A running mean of yes and no."""
+    """A running mean of yes and no: of the requests that run, beside what is usual."""
 
     mean: float
     weight: float = DOUBT
+    usual: float = field(init=False)
+    seen: int = 0
+
+    def __post_init__(self) -> None:
+        self.usual = self.mean
 
     def add(self, yes: int, asked: int) -> None:
         self.weight = min(self.weight + asked, max(WINDOW, asked))
         self.mean += asked / self.weight * (yes / asked - self.mean)
+        self.seen = min(self.seen + asked, max(LONG, asked))
+        self.usual += asked / (self.seen + DOUBT) * (yes / asked - self.usual)
+
+    def renew(self, part: float) -> None:
+        """This part of the requests is new: of them only what is usual is known."""
+        self.mean += part * (self.usual - self.mean)
+        self.weight = max(min(self.weight, DOUBT), self.weight * (1 - part))
 
 
 @dataclass(slots=True)
@@ -77,10 +88,10 @@ class Acceptance:
             seen.right[place].add(sum(n for (_, right), n in counts.items() if right > place), asked)
 
     def renew(self, kind: Hashable, part: float) -> None:
-        """New requests have come to a class, this part of all in it: what was seen of the others says as much less of it."""
+        """New requests have come to a class, this part of all in it: what was seen of the others says as much less."""
         seen = self._of(kind)
         for share in (seen.offered, *seen.right):
-            share.weight = max(min(share.weight, DOUBT), share.weight * (1 - part))
+            share.renew(part)
 
     def tokens(self, mix: Mapping[Hashable, int], k: int) -> float:
         """Tokens that a sequence gets on average by a step with K drafts, where `mix` counts the sequences of each class."""

@@ -36,6 +36,8 @@ FIRST_LOOKS, FIRST_TRIALS = 1.0, 1.0
 """Plain steps' time that the allowances for them begin with."""
 LOOKS = 8
 """Of as many steps one is without a look: the time of the best K itself must stay known."""
+LOOKS_SAVED = 4
+"""Looks that are kept back while drafts are verified."""
 AGAIN, REST = 3, 64
 """Steps of a trial of a K whose time is known, and from one trial of it to the next."""
 MARGIN = 1.01
@@ -156,8 +158,10 @@ class DraftLength:
         return best
 
     def _may_look(self, bucket: int, best: int) -> bool:
-        affordable = best < self.max_k and self._for_looks.covers(self._price_of_look(bucket, best))
-        return affordable and self._steps % LOOKS > 0
+        if best == self.max_k or self._steps % LOOKS == 0:
+            return False
+        # While something is verified acceptance is known well, and what is saved is for times when nothing is.
+        return self._for_looks.covers(self._price_of_look(bucket, best) * (LOOKS_SAVED if best else 1))
 
     def _next_trial(self, bucket: int, best: int) -> tuple[int, int] | None:
         """Of what could be the best if its time is as short as it can be, the most hopeful; then, in turn, what was tried
