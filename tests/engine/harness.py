@@ -105,11 +105,19 @@ class Running:
         """All outputs of a request, to its end."""
         found: list[RequestOutput] = []
         while not found or found[-1].finish_reason is None:
-            found.append(await asyncio.wait_for(self._queues[request_id].get(), 60))
+            found.append(await self.first(request_id))
         return found
 
     async def first(self, request_id: str) -> RequestOutput:
-        return await asyncio.wait_for(self._queues[request_id].get(), 60)
+        """The next output of a request. `TimeoutError` if no request gets any token for a minute: a request may well wait longer
+        for others on a machine that is busy."""
+        while True:
+            before = self.engine.stats().generated_tokens
+            try:
+                return await asyncio.wait_for(self._queues[request_id].get(), 60)
+            except TimeoutError:
+                if self.engine.stats().generated_tokens == before:
+                    raise
 
     async def tokens(self, prompt: list[int], **params: Any) -> list[int]:
         return await self.rest(self.submit(prompt, **params))

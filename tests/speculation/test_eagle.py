@@ -30,6 +30,8 @@ class Case:
         self.model = harness(folder, kind, target)
         self.answers = asyncio.run(self._alone())
         self.reference = Reference(self.model.loaded.model, kind)
+        for (prompt, _), answer in zip(work(), self.answers, strict=True):
+            self.reference.prime([*prompt, *answer])
 
     async def _alone(self) -> list[list[int]]:
         plain = {"kv.prefix_cache": False, "engine.overlap_depth": 0, "speculative.method": "none"}
