@@ -125,5 +125,6 @@ class Allowance:
         return self._left >= min(seconds, self._most) and self._most > 0
 
     def spend(self, seconds: float) -> None:
-        """Less than nothing where it was a gain: that makes good for a loss, and is no more to spend."""
-        self._left = min(self._left - seconds, max(self._left, self._start))
+        """Less than nothing where it was a gain: that makes good for a loss, and is no more to spend. No loss, which may be the
+        machine's, forbids spending for ever."""
+        self._left = max(min(self._left - seconds, max(self._left, self._start)), -self._most / 2)

@@ -17,6 +17,7 @@ wrong the drafts are, and where drafts are right it costs nothing: then trying i
 from __future__ import annotations
 
 from collections import Counter
+from math import ceil
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .buckets import bucket_of
@@ -87,8 +88,8 @@ class DraftLength:
         self._mix: Counter[Hashable] = Counter()
         """Of the last launched step."""
         self._best: dict[int, int] = {}
-        self._trial: tuple[int, int] | None = None
-        """K that is tried, and for how many more steps."""
+        self._trial: tuple[int, int, bool] | None = None
+        """K that is tried, for how many more steps at most, and whether only until its time is known."""
         self._left_by_trial = False
         """What the last launched step left for the next to verify."""
         self._trials: set[int] = set()
@@ -111,7 +112,7 @@ class DraftLength:
         if self.times.known(bucket, 0, 0) is None:
             return Choice(0)
         best = self._best_of(bucket)
-        if self._trial is None:
+        if self._trial is None or (self._trial[2] and self.times.known(bucket, self._trial[0], self._trial[0])):
             self._trial = self._next_trial(bucket, best)
         if self._trial is not None:
             return Choice(self._trial[0])
@@ -132,8 +133,8 @@ class DraftLength:
             self._trials.add(plan.step)
         self._left_by_trial = self._trial is not None
         if self._trial is not None:
-            k, left = self._trial
-            self._trial = (k, left - 1) if left > 1 else None
+            k, left, unknown = self._trial
+            self._trial = (k, left - 1, unknown) if left > 1 else None
 
     def collected(self, plan: StepPlan, result: StepResult) -> None:
         """Learn from a step."""
@@ -163,7 +164,7 @@ class DraftLength:
         # While something is verified acceptance is known well, and what is saved is for times when nothing is.
         return self._for_looks.covers(self._price_of_look(bucket, best) * (LOOKS_SAVED if best else 1))
 
-    def _next_trial(self, bucket: int, best: int) -> tuple[int, int] | None:
+    def _next_trial(self, bucket: int, best: int) -> tuple[int, int, bool] | None:
         """Of what could be the best if its time is as short as it can be, the most hopeful; then, in turn, what was tried
         longest ago and was not much worse."""
         rate, known = self._rate(bucket, best), set(self.times.lengths(bucket))
@@ -174,11 +175,13 @@ class DraftLength:
         }
         hopes = {k: hope for k, hope in hopes.items() if hope > MARGIN * rate}
         if hopes:
-            steps = self.times.runs_needed + 1
+            # The first leaves drafts; where some have none to verify, it takes more.
+            offered = self.acceptance.offered(self._mix) if self._eager else 1.0
+            steps = 1 + ceil(self.times.runs_needed / max(offered, 0.25))
             affordable = [k for k in hopes if self._affordable(bucket, k, steps, rate)]
             k = max(affordable, key=hopes.__getitem__, default=best)
             self._tried[bucket, k] = self._steps
-            return (k, steps) if affordable else None
+            return (k, steps, True) if affordable else None
         tried = {k: self._tried.get((bucket, k), 0) for k in known if k != best and HOPE * self._rate(bucket, k) > rate}
         k = min(tried, key=tried.__getitem__, default=best)
         if k == best or self._steps - tried[k] < REST:
@@ -186,7 +189,7 @@ class DraftLength:
         if not self._affordable(bucket, k, AGAIN, rate):
             return None
         self._tried[bucket, k] = self._steps
-        return k, AGAIN
+        return k, AGAIN, False
 
     def _affordable(self, bucket: int, k: int, steps: int, rate: float) -> bool:
         seconds = self.times.known(bucket, k, k) or self.times.likely(bucket, k)
@@ -240,6 +243,8 @@ class DraftLength:
         if plain is None:
             return
         seconds = self.times.leaving(bucket, result.verified, drafting.draft)
+        if not plan.prefill and self.times.known(bucket, result.verified, drafting.draft) is None:
+            seconds = min(seconds, result.seconds)
         for allowance in (self._for_looks, self._for_trials):
             allowance.earn(seconds, plain)
         if drafting.look:
