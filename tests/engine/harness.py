@@ -109,8 +109,8 @@ class Running:
         return found
 
     async def first(self, request_id: str) -> RequestOutput:
-        """The next output of a request. `TimeoutError` if no request gets any token for a minute: a request may well wait longer
-        for others on a machine that is busy."""
+        """The next output of a request. `TimeoutError` if no request gets any token for a minute: one may well wait longer for
+        the others on a machine that is busy."""
         while True:
             before = self.engine.stats().generated_tokens
             try:

@@ -14,7 +14,6 @@ from .watching import Drafted, unchanged, watched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from engine.harness import Harness
 
@@ -27,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Harness:
 
 
 async def drafts_of(model: Harness, choices: Iterator[int], requests: list[tuple[list[int], int]]) -> list[Drafted]:
-    """One request after the other, (prompt, tokens); -1 of these: the prompt is all that the request before it has seen."""
+    """One request after the other, (prompt, tokens); without a prompt: what the request before it has said in all."""
     record: list[Drafted] = []
     settings = {"speculative.method": "watched", "speculative.k": K, "engine.overlap_depth": 0}
     async with model.engine(plugins=watched("eagle", record, unchanged), **settings) as running:
@@ -36,9 +35,9 @@ async def drafts_of(model: Harness, choices: Iterator[int], requests: list[tuple
         lengths.choose = lambda batch: Choice(next(choices))  # type: ignore[method-assign]
         seen: list[int] = []
         for prompt, tokens in requests:
-            prompt = prompt or seen
-            outputs = await running.outputs(running.submit(prompt, max_tokens=tokens, ignore_eos=True))
-            seen = [*prompt, *(token for output in outputs for token in output.tokens)]
+            given = prompt or seen
+            outputs = await running.outputs(running.submit(given, max_tokens=tokens, ignore_eos=True))
+            seen = [*given, *(token for output in outputs for token in output.tokens)]
     return record
 
 
