@@ -67,7 +67,7 @@ async def test_a_prefix_that_was_decoded_without_drafts(model: Harness, tokens: 
 
 
 async def test_rows_of_a_request_that_is_gone(model: Harness) -> None:
-    """Another is in its slot, at the same positions."""
-    first, second = [5, 9, 7, 11, 4], [21, 8, 30, 2, 19, 6]
+    """Another is in its slot, whose prompt holds the positions that waited."""
+    first, second = [5, 9, 7, 11, 4], [21, 8, 30, 2, 19, 6, 40, 41, 9, 77, 31, 12, 5, 8, 90, 4, 3, 66, 23]
     record = await drafts_of(model, itertools.chain([0] * 8, itertools.cycle([0, 0, K])), [(first, 7), (second, 30)])
     assert compared(model, [drafted for drafted in record if drafted.history[: len(second)] == second]) >= K * 4
