@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 WINDOW, LONG = 64, 256
 """Sequences' steps that a running share remembers, and those of which it knows what is usual."""
+CAUTION = 0.5
+"""Standard deviations that a share is taken for less than it seems: without drafts nothing can be lost."""
 DOUBT = 2.5
 """Sequences' steps that a share counts for before anything was seen of it, and what is usual when new requests come."""
 
@@ -37,6 +39,10 @@ class Share:
         self.seen = min(self.seen + asked, max(LONG, asked))
         self.usual += asked / (self.seen + DOUBT) * (yes / asked - self.usual)
 
+    def least(self) -> float:
+        """The mean, less what it may well be wrong by."""
+        return max(0.0, self.mean - CAUTION * (self.mean * (1 - self.mean) / self.weight) ** 0.5)
+
     def renew(self, part: float) -> None:
         """This part of the requests is new: of them only what is usual is known."""
         self.mean += part * (self.usual - self.mean)
@@ -53,10 +59,10 @@ class Seen:
     """For each place that was seen: drafts that are right, of those whose predecessors were."""
 
     def tokens(self, k: int) -> float:
-        """That a sequence gets on average by a step with K drafts. A place that was not seen is taken for the one before."""
+        """That a sequence may count on in a step with K drafts. A place that was not seen is taken for the one before."""
         total, survives, mean = 0.0, self.offered.mean, 0.0
         for place in range(k):
-            mean = self.right[place].mean if place < len(self.right) else mean
+            mean = self.right[place].least() if place < len(self.right) else mean
             survives *= mean
             total += survives
         return 1 + total
@@ -94,7 +100,7 @@ class Acceptance:
             share.renew(part)
 
     def tokens(self, mix: Mapping[Hashable, int], k: int) -> float:
-        """Tokens that a sequence gets on average by a step with K drafts, where `mix` counts the sequences of each class."""
+        """Tokens that a sequence may count on in a step with K drafts, where `mix` counts the sequences of each class."""
         total = sum(mix.values())
         if not total:
             known = list(self._seen.values())

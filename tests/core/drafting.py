@@ -44,11 +44,6 @@ class World:
         self._left: list[list[int]] = [[]] * self.batch
         self._runs: Counter[tuple[int, int]] = Counter()
 
-    def renew(self) -> None:
-        """All sequences are new ones from here on."""
-        self._new, self._kept = True, 0
-        self._left = [[]] * self.batch
-
     def run(self, lengths: DraftLength, steps: int) -> World:
         for _ in range(steps):
             self._run(lengths)

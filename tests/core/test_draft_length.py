@@ -123,6 +123,29 @@ def test_short_requests_one_after_the_other(tokens: int) -> None:
     assert spent[True] < 0.75 * plain[True]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_change_of_what_is_asked(seed: int) -> None:
+    """One stream, 64 tokens a request: a draft layer that is bad at seven requests and good at the next seven; prompt lookup on
+    seven that repeat the prompt, then seven chats. From the very first step on, what does not pay costs less than 3 %."""
+    rng = random.Random(seed)
+
+    def requests(lengths: DraftLength, cost: Cost, right: float, offered: float, k: int) -> float:
+        """How fast, beside a fixed K."""
+        speeds = []
+        for _ in range(7):
+            seen = World(cost, 1, right, offered, eager=True, noise=True, rng=rng).until(lengths, 64)
+            speeds.append(seen.rate() / seen.fixed(k))
+        return len(speeds) / sum(1 / speed for speed in speeds)
+
+    layer, lookup = rows(7.5, 1.25, 0.7), rows(7.8, 1.25, 0.0)
+    lengths = DraftLength("auto", 4, eager=True)
+    assert requests(lengths, layer, 0.14, 1.0, 0) > 0.97
+    assert requests(lengths, layer, 0.45, 1.0, 1) > 0.85, "it must look first, and a look takes a tenth of a step"
+    lengths = DraftLength("auto", 4, eager=True)
+    assert requests(lengths, lookup, 0.85, 0.75, 3) > 0.9
+    assert requests(lengths, lookup, 0.2, 0.3, 0) > 0.97
+
+
 def test_buckets() -> None:
     """What is measured is what is captured."""
     buckets = [bucket_of(batch) for batch in range(1, 257)]
