@@ -6,6 +6,7 @@ Kept for each class of requests: a proposer may guess greedy requests well and s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Share:
 
     def least(self) -> float:
         """The mean, less what it may well be wrong by."""
-        return max(0.0, self.mean - CAUTION * (self.mean * (1 - self.mean) / self.weight) ** 0.5)
+        return max(0.0, self.mean - CAUTION * sqrt(self.mean * (1 - self.mean) / self.weight))
 
     def renew(self, part: float) -> None:
         """This part of the requests is new: of them only what is usual is known."""
