@@ -110,13 +110,15 @@ class Running:
 
     async def first(self, request_id: str) -> RequestOutput:
         """The next output of a request. `TimeoutError` if no request gets any token for a minute: one may well wait longer for
-        the others on a machine that is busy."""
+        the others on a machine that is busy. By the second, so that a process that was stopped meanwhile loses one of them."""
+        idle, before = 0, -1
         while True:
-            before = self.engine.stats().generated_tokens
             try:
-                return await asyncio.wait_for(self._queues[request_id].get(), 60)
+                return await asyncio.wait_for(self._queues[request_id].get(), 1)
             except TimeoutError:
-                if self.engine.stats().generated_tokens == before:
+                now = self.engine.stats().generated_tokens
+                idle, before = (0 if now != before else idle + 1), now
+                if idle == 60:
                     raise
 
     async def tokens(self, prompt: list[int], **params: Any) -> list[int]:
