@@ -1,6 +1,7 @@
 """Whether drafts make a single stream faster on this machine: SmolLM2, greedy, each contender against no drafts.
 
-    python benchmarks/speculation/cpu_speed.py --json FILE        # about two minutes, on a machine that does nothing else
+    python benchmarks/speculation/cpu_speed.py --json FILE        # about three minutes, on a machine that does nothing else
+    python benchmarks/speculation/cpu_speed.py --only pld         # contenders whose names begin so
 
 Every contender is a process with an engine of its own, and they take turns, task by task: none, pld, none, pld auto, … What
 counts is the ratio of a contender's ms a token to that of `none` right before it, so load that comes and goes cancels. Tasks
@@ -32,8 +33,18 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "pld, k 3": {"speculative.method": "pld", "speculative.k": 3, "speculative.max_k": 3},
     "pld, auto": {"speculative.method": "pld"},
     "eagle, k 1": {"speculative.method": "eagle", "speculative.k": 1, "speculative.max_k": 1},
+    "eagle, k 2": {"speculative.method": "eagle", "speculative.k": 2, "speculative.max_k": 2},
+    "eagle, k 3": {"speculative.method": "eagle", "speculative.k": 3, "speculative.max_k": 3},
     "eagle, auto": {"speculative.method": "eagle"},
+    "eagle, k 3, 2.2": {
+        "speculative.method": "eagle",
+        "speculative.k": 3,
+        "speculative.max_k": 3,
+        "speculative.synthetic_acceptance": 2.2,
+    },
 }
+"""The last is what a head that reaches the aim would do: drafts are accepted by a coin, 2.2 tokens a step on average, and its
+answers mean nothing."""
 
 
 def serve_tasks(contender: str, new: int) -> None:
@@ -104,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--new", type=int, default=64, help="new tokens of an answer")
+    parser.add_argument("--only", default="", help="contenders whose names begin so")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -111,16 +123,17 @@ def main() -> None:
         serve_tasks(args.contender, args.new)
         return
     chats = [text for text in HELD_OUT.read_text(encoding="utf-8").splitlines() if text.strip()][:3]
-    running = {name: Contender(name, args.new) for name in CONTENDERS}
+    names = [name for name in CONTENDERS if name != "none" and name.startswith(args.only)]
+    running = {name: Contender(name, args.new) for name in ("none", *names)}
     rows: dict[str, Any] = {}
     try:
         for kind, tasks in (("answers that repeat the prompt", REPEATING), ("chats", chats)):
             for contender in running.values():
                 contender.run(tasks[0])  # `auto` measures its programs
-            rows[kind] = compare(tasks, [name for name in CONTENDERS if name != "none"], running, args.rounds)
+            rows[kind] = compare(tasks, names, running, args.rounds)
             for name, row in rows[kind].items():
                 print(
-                    f"{kind:32} {name:12} {row['ms']:6.1f} ms a token, none {row['none_ms']:6.1f}: {row['ratio']:.2f} x; "
+                    f"{kind:32} {name:16} {row['ms']:6.1f} ms a token, none {row['none_ms']:6.1f}: {row['ratio']:.2f} x; "
                     f"{row['drafts_a_step']:.2f} drafts, {row['tokens_a_step']:.2f} tokens a step",
                     flush=True,
                 )

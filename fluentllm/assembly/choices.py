@@ -43,8 +43,9 @@ def wants_library(settings: Settings, device: torch.device) -> bool:
     return device.type == "cpu" and settings.engine.native and not settings.engine.deterministic
 
 
-def draft_length(settings: Settings) -> DraftLength | None:
-    """None if speculation is off, by its method or a k of 0. Raises `ConfigError` for a fixed k beyond `max_k`."""
+def draft_length(settings: Settings, *, eager: bool = False) -> DraftLength | None:
+    """None if speculation is off, by its method or a k of 0. `eager`: programs are not captured. Raises `ConfigError` for a
+    fixed k beyond `max_k`, and as `synthetic_share`."""
     wanted = settings.speculative
     if wanted.method == "none":
         return None
@@ -58,7 +59,9 @@ def draft_length(settings: Settings) -> DraftLength | None:
         return None
     # Acceptance at random says nothing of the proposer.
     least = wanted.min_acceptance if wanted.synthetic_acceptance is None else 0.0
-    return DraftLength(wanted.k, wanted.max_k, AcceptanceWatch(least, f"proposer {wanted.method!r}"))
+    watch = AcceptanceWatch(least, f"proposer {wanted.method!r}")
+    max_k = wanted.max_k if wanted.k == "auto" else wanted.k
+    return DraftLength(wanted.k, max_k, watch, eager=eager, synthetic=synthetic_share(settings, max_k))
 
 
 def check_speculation(settings: Settings, spec: ModelSpec, plugins: PluginManager, target: DraftTarget) -> None:

@@ -97,7 +97,7 @@ def assemble(
     prefill_tokens = settings.scheduler.prefill_tokens or DEFAULT_PREFILL_TOKENS.get(device.type, 512)
     longest = max_model_len(settings, spec)
 
-    drafts = draft_length(settings)
+    drafts = draft_length(settings, eager=device.type == "cpu")
     max_drafts = drafts.max_k if drafts is not None else 0
     entry = plugins.registry("proposers").require(settings.speculative.method, spec) if drafts is not None else None
     draft_model = load_draft_model(entry, settings, loaded, plugins)

@@ -1,105 +1,130 @@
-"""What the choice of a draft length knows: how long steps take, and how often drafts are right. Torch-free.
+"""What the choice of a draft length knows of time: how long a step takes, for each program. Torch-free.
 
-Times are kept for each program, (bucket of slots, K); survival, the share of sequences whose first j drafts are all right,
-for each class of requests: a proposer may guess greedy requests well and sampled ones, or those with a grammar, badly.
+A program is (bucket of slots, drafts verified, drafts left). What it takes is measured whenever it runs without a prompt
+beside it; until then there are two guesses, from the programs that are known: what it may well take, and what it can
+hardly be shorter than. An `Allowance` is what finding out may cost.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from statistics import median_low
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Iterator
 
-    from .types import SamplingParams
-
-DROPPED = 2
-"""First runs of a program that do not count: one compiles and warms caches, on a GPU the next is captured."""
-TRIALS = DROPPED + 2
-"""Runs of a program that tell what it takes."""
+ENOUGH = 2
+"""Runs of a program that tell what it takes: of two the shorter, so one that was interrupted does not matter."""
 KEPT = 9
-"""Runs whose median is the time of a program: one that was interrupted does not matter."""
+"""Runs whose lower quartile is the time of a program: what comes between only makes a step longer."""
 DOUBT = 0.85
 """What a program takes is known to this share from the same one at another batch."""
-WINDOW = 128
-"""Sequences' steps that a running share remembers."""
+SAVED = 8
+"""Plain steps' time that an allowance saves at most."""
+ROW_SHARE = 0.5
+"""Of a plain step: what verifying one draft may take, before it was seen; between nothing and a step."""
+DRAFT_SHARE = 0.25
+"""Of a plain step: what a draft may take to make, before it was seen."""
 
 
 class StepTimes:
-    """Seconds of steps that verify and leave K drafts."""
+    """Seconds of steps."""
 
-    def __init__(self) -> None:
-        self._runs: dict[tuple[int, int], int] = {}
-        self._last: dict[tuple[int, int], deque[float]] = {}
-        self._median: dict[tuple[int, int], float] = {}
+    def __init__(self, dropped: int) -> None:
+        """`dropped`: first runs of a program that do not count: they warm caches, compile, and on a GPU capture."""
+        self.dropped = dropped
+        self._runs: dict[tuple[int, int, int], int] = {}
+        self._last: dict[tuple[int, int, int], deque[float]] = {}
+        self._known: dict[tuple[int, int, int], float] = {}
 
-    def add(self, bucket: int, k: int, seconds: float) -> None:
-        key = bucket, k
+    @property
+    def runs_needed(self) -> int:
+        """Runs in a row that make a program known."""
+        return self.dropped + ENOUGH
+
+    def add(self, bucket: int, verify: int, draft: int, seconds: float) -> None:
+        key = bucket, verify, draft
         runs = self._runs[key] = self._runs.get(key, 0) + 1
-        if runs > DROPPED:
+        if runs > self.dropped:
             last = self._last.setdefault(key, deque(maxlen=KEPT))
             last.append(seconds)
-            if runs >= TRIALS:
-                self._median[key] = median_low(last)
+            if runs >= self.runs_needed:
+                self._known[key] = sorted(last)[len(last) // 4]
 
-    def known(self, bucket: int, k: int) -> float | None:
-        """The median of the last runs; None before there are enough."""
-        return self._median.get((bucket, k))
+    def known(self, bucket: int, verify: int, draft: int) -> float | None:
+        """The lower quartile of the last runs; None before there are enough."""
+        return self._known.get((bucket, verify, draft))
 
-    def least(self, bucket: int, k: int) -> float:
-        """A time that K can hardly be faster than: that of fewer drafts, or by how much more it took at the nearest batch."""
-        times = [self._median.get((bucket, fewer), 0.0) for fewer in range(k)]
-        plain, other = self._median.get((bucket, 0)), self._nearest(bucket, k)
-        if plain is not None and other is not None:
-            times.append(DOUBT * plain * self._median[other, k] / self._median[other, 0])
-        return max(times)
+    def lengths(self, bucket: int) -> Iterator[int]:
+        """K of which the time of verifying and leaving K is known."""
+        return (verify for known, verify, draft in self._known if known == bucket and verify == draft)
 
-    def _nearest(self, bucket: int, k: int) -> int | None:
-        others = (b for b, drafts in self._median if drafts == k and b != bucket and (b, 0) in self._median)
-        return min(others, key=lambda b: max(b, bucket) / min(b, bucket), default=None)
+    def drafting(self, bucket: int, draft: int) -> float:
+        """What it takes to leave drafts. The plain step must be known."""
+        plain = self._known[bucket, 0, 0]
+        known = self._known.get((bucket, 0, draft))
+        if known is not None:
+            return max(0.0, known - plain)
+        one = self._known.get((bucket, 0, 1))
+        return draft * (plain * DRAFT_SHARE if one is None else max(0.0, one - plain))
 
+    def shortest(self, bucket: int, k: int) -> float:
+        """A time that verifying and leaving K can hardly be shorter than: that of fewer drafts, or by how much more it took at
+        the nearest batch. The plain step must be known."""
+        times = [time for fewer in range(k) if (time := self._known.get((bucket, fewer, fewer))) is not None]
+        elsewhere = self._elsewhere(bucket, k)
+        return max(times) if elsewhere is None else max(*times, DOUBT * elsewhere)
 
-class Survival:
-    """s_1 … s_K for each class: running means over sequences."""
+    def likely(self, bucket: int, k: int) -> float:
+        """What verifying and leaving K may well take: each draft more as much as the drafts before it did, or at first half a
+        step. The plain step must be known."""
+        plain = self._known[bucket, 0, 0]
+        fewer = max(j for j in self.lengths(bucket) if j < k)
+        time = self._known[bucket, fewer, fewer]
+        slope = (time - plain) / fewer if fewer else ROW_SHARE * plain + self.drafting(bucket, 1)
+        guess = time + (k - fewer) * max(0.0, slope)
+        elsewhere = self._elsewhere(bucket, k)
+        return guess if elsewhere is None else min(guess, elsewhere / DOUBT)
 
-    def __init__(self, max_k: int) -> None:
-        self._max_k = max_k
-        self._shares: dict[Hashable, list[float]] = {}
-        self._seen: dict[Hashable, list[int]] = {}
+    def leaving(self, bucket: int, verify: int, draft: int) -> float:
+        """What a step takes that verifies and leaves so many, as far as is known. The plain step must be known."""
+        known = self._known.get((bucket, verify, draft))
+        if known is not None:
+            return known
+        time = self._known.get((bucket, verify, verify))
+        if time is None:
+            time = self.likely(bucket, verify)
+        return time + self.drafting(bucket, draft) - self.drafting(bucket, verify)
 
-    def add(self, kind: Hashable, accepted: Sequence[int], k: int) -> None:
-        """`accepted`: of each sequence of a class, how many of `k` drafts were right."""
-        if kind not in self._shares:
-            self._shares[kind], self._seen[kind] = self._pooled(), [0] * self._max_k
-        shares, seen = self._shares[kind], self._seen[kind]
-        for j in range(k):
-            seen[j] = min(seen[j] + len(accepted), WINDOW)
-            weight = min(1.0, len(accepted) / seen[j])
-            shares[j] += weight * (sum(count > j for count in accepted) / len(accepted) - shares[j])
-
-    def forget(self, first: int, kept: int) -> None:
-        """Let what comes soon count as much as all but `kept` of what was seen, from draft `first` on."""
-        for seen in self._seen.values():
-            seen[first:] = [min(count, kept) for count in seen[first:]]
-
-    def tokens(self, mix: Mapping[Hashable, int], k: int) -> float:
-        """Tokens that a sequence gets on average by a step with K drafts, where `mix` counts the sequences of each class."""
-        total = sum(mix.values())
-        if not total:
-            return 1 + sum(self._pooled()[:k])
-        return 1 + sum(n * sum(self._of(kind)[:k]) for kind, n in mix.items()) / total
-
-    def _of(self, kind: Hashable) -> list[float]:
-        """What is not known of a class is taken from the others."""
-        return self._shares.get(kind) or self._pooled()
-
-    def _pooled(self) -> list[float]:
-        known = list(self._shares.values())
-        return [sum(column) / len(known) for column in zip(*known, strict=True)] if known else [0.0] * self._max_k
+    def _elsewhere(self, bucket: int, k: int) -> float | None:
+        """As much more than the plain step as at the nearest batch where both are known."""
+        known = [b for b, verify, draft in self._known if verify == draft == k and b != bucket and (b, 0, 0) in self._known]
+        if not known:
+            return None
+        nearest = min(known, key=lambda b: max(b, bucket) / min(b, bucket))
+        return self._known[bucket, 0, 0] * self._known[nearest, k, k] / self._known[nearest, 0, 0]
 
 
-def class_of(params: SamplingParams) -> tuple[bool, bool]:
-    """Sampled? With a grammar?"""
-    return params.temperature > 0, params.grammar is not None
+class Allowance:
+    """Seconds that may be lost: a share of all time, saved up to be spent."""
+
+    def __init__(self, share: float, first: float) -> None:
+        """`first`: plain steps' time that it begins with."""
+        self._share, self._first = share, first
+        self._left = self._start = self._most = 0.0
+
+    def earn(self, seconds: float, plain: float) -> None:
+        """A step has taken `seconds`, and a plain one of its batch takes `plain`."""
+        if not self._most:
+            self._left = self._first * plain
+        self._start, self._most = self._first * plain, SAVED * plain
+        self._left = max(self._left, min(self._left + self._share * seconds, self._most))
+
+    def covers(self, seconds: float) -> bool:
+        """All that can be saved is enough for anything."""
+        return self._left >= min(seconds, self._most) and self._most > 0
+
+    def spend(self, seconds: float) -> None:
+        """Less than nothing where it was a gain: that makes good for a loss, and is no more to spend. No loss, which may be the
+        machine's, forbids spending for ever."""
+        self._left = max(min(self._left - seconds, max(self._left, self._start)), -self._most / 2)

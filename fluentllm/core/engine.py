@@ -104,7 +104,7 @@ class Engine:
         watch = draft_length.watch if draft_length is not None else None
         self.draft_counts = DraftCounts(info.speculative, watch) if info.speculative is not None else None
         self._left_drafts = 0
-        """Drafts that the last launched step leaves for the next to verify."""
+        """Drafts of those that the last launched step leaves which the next verifies."""
         self.observers = observers or Observers()
         self.calls: Mapping[str, EngineCall] = calls or {}
         """What plugins offer to front ends."""
@@ -209,7 +209,7 @@ class Engine:
             self.handoffs.turn()
         plan = None if self._stopping else self.scheduler.plan(self._steps, self._drafting())
         if plan is not None:
-            self._left_drafts = plan.drafting.draft
+            self._left_drafts = plan.drafting.draft - plan.drafting.look
             if self.draft_length is not None:
                 self.draft_length.planned(plan)
             self.grammars.prepare(plan, self.scheduler)
@@ -241,8 +241,9 @@ class Engine:
         drafts within the step that verifies them."""
         if self.draft_length is None:
             return Drafting()
-        draft = self.draft_length.choose(self.scheduler.running)
-        return Drafting(max(self._left_drafts, draft) if self._resuming else self._left_drafts, draft)
+        choice = self.draft_length.choose(self.scheduler.running)
+        verify = max(self._left_drafts, choice.k) if self._resuming else self._left_drafts
+        return Drafting(verify, choice.drafts, choice.look)
 
     @property
     def has_work(self) -> bool:

@@ -41,6 +41,8 @@ class Pending(Protocol):
 class Programs(Protocol):
     drafting_error: str | None
     """Why nothing is drafted any more; None while all is well."""
+    verified: int
+    """Drafts of each slot that the last decode program computed."""
 
     def run(self, plan: StepPlan) -> list[Pending]: ...
 
@@ -92,12 +94,15 @@ class Executor:
         self._apply(plan)
         pending = self.programs.run(plan)
         self._kept.append(pending)
-        rows, error = self._rows, self.programs.drafting_error
+        done = StepResult(
+            step=plan.step, slots=[], seconds=0.0, verified=self.programs.verified, drafting_error=self.programs.drafting_error
+        )
+        rows = self._rows
         clock.stop()
         if self.device.type == "cpu":
-            self._read(plan, pending, rows, clock, error, future)
+            self._read(done, pending, rows, clock, future)
         else:
-            submitted = self._reader.submit(self._guard(future, self._read), plan, pending, rows, clock, error, future)
+            submitted = self._reader.submit(self._guard(future, self._read), done, pending, rows, clock, future)
             submitted.add_done_callback(partial(_pass_on, future))
 
     def _apply(self, plan: StepPlan) -> None:
@@ -118,16 +123,16 @@ class Executor:
     @torch.inference_mode()
     def _read(
         self,
-        plan: StepPlan,
+        result: StepResult,
         pending: list[Pending],
         rows: SlotRows,
         clock: _HostClock | _DeviceClock,
-        drafting_error: str | None,
         future: Future[StepResult],
     ) -> None:
-        seconds = clock.seconds()
-        slots = [result for program in pending for result in program.read(rows)]
-        future.set_result(StepResult(step=plan.step, slots=slots, seconds=seconds, drafting_error=drafting_error))
+        """Fill in what the device has brought."""
+        result.seconds = clock.seconds()
+        result.slots = [slot for program in pending for slot in program.read(rows)]
+        future.set_result(result)
 
 
 def _pass_on(future: Future[StepResult], submitted: Future[None]) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from ..core.types import Feature
 from ..kernels.argmax import argmax_rows
+from .draft_backlog import Backlog
 from .draft_rows import next_rows, shifted, shifted_chunks
 from .grammar import after, forbid_drafts
 from .processors import process_logits
@@ -60,15 +61,32 @@ class ChainProposer:
         self._page_states = torch.zeros(shape, dtype=getattr(torch, context.dtype), device=context.tables.device)
         """The target's state at the last position of each page, so that a prefix hit can draft at once; of a page that a prompt
         ends in, at the prompt's last position, for an engine that goes on with it."""
+        self._backlog = Backlog(self._tables) if self._tables.device.type == "cpu" else None
 
     def draft(self, batch: Batch, hidden: Tensor, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        if self._backlog is not None and self._waits(batch, hidden, count, self._backlog):
+            return slots.new_empty(slots.shape[0], count), slots.new_zeros(slots.shape[0])
         return self._draft(batch, self._layer.target_states(batch, hidden), slots, count)
+
+    def _waits(self, batch: Batch, hidden: Tensor, count: int, backlog: Backlog) -> bool:
+        """May the layer compute these rows later? What waits and may no longer is computed here."""
+        if batch.query_length is None:
+            backlog.drop(batch.slots.tolist())
+            return False
+        waits = count == 0 and batch.query_length == 1
+        waiting = backlog.take(backlog.add(batch, hidden) if waits else batch.slots.tolist())
+        if waiting is not None:
+            rows, states = waiting
+            self._draft(rows, self._layer.target_states(rows, states), rows.slots, 0)
+        return waits
 
     @property
     def page_states(self) -> tuple[Tensor, ...]:
         return (self._page_states,)
 
     def resume(self, batch: Batch, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        if self._backlog is not None:
+            self._backlog.drop(slots.tolist())
         return self._draft(batch, self._page_states[batch.kv_rows // batch.page_size], slots, count)
 
     def _draft(self, batch: Batch, states: Tensor, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import TypeVar
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from ..core.buckets import bucket_of
@@ -58,6 +59,7 @@ class StepPrograms:
         self.proposer = proposer
         self.synthetic = synthetic
         self.drafting_error: str | None = None
+        self.verified = 0
         self.eager = False
         """Launch each kernel by itself though graphs could be had, for who looks at them one by one."""
         self._proposer_name = proposer_name
@@ -96,10 +98,16 @@ class StepPrograms:
             resume(plan.resume, plan.drafting.verify, plan.features, self)
         if plan.decode:
             pending.append(self._decode(plan))
-        if plan.masks and plan.drafting.draft:
-            left = LeftDrafts([masks.slot for masks in plan.masks], plan.drafting.draft, self.tables)
-            pending = with_drafts(pending, left)
+        told = self._told(plan)
+        if told and plan.drafting.draft:
+            pending = with_drafts(pending, LeftDrafts(told, plan.drafting.draft, self.tables))
         return pending
+
+    def _told(self, plan: StepPlan) -> list[int]:
+        """Slots whose drafts the host wants to know."""
+        if plan.drafting.look:
+            return [*(chunk.slot for chunk in plan.prefill if chunk.last), *plan.decode]
+        return [masks.slot for masks in plan.masks]
 
     def _prefill(self, chunks: list[PrefillChunk], plan: StepPlan) -> Pending:
         committed, logprobs, prompt = prefill(chunks, plan.drafting.draft, plan.features, self)
@@ -112,8 +120,12 @@ class StepPrograms:
 
     def _decode(self, plan: StepPlan) -> Pending:
         drafting, features = plan.drafting, plan.features
+        self.verified = drafting.verify
         if self._graphs is None or self.eager:
             slots = upload(plan.decode, torch.int64, self.tables.device)
+            if drafting.verify and slots.device.type == "cpu" and not self.tables.drafted[slots].any():
+                # Here the host may look: rows for drafts that nobody has would be computed for nothing.
+                drafting, self.verified = structs.replace(drafting, verify=0), 0
             committed, logprobs = decode(slots, drafting, features, self)
         else:
             slots = self._static_slots(plan.decode)

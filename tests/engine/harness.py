@@ -105,11 +105,21 @@ class Running:
         """All outputs of a request, to its end."""
         found: list[RequestOutput] = []
         while not found or found[-1].finish_reason is None:
-            found.append(await asyncio.wait_for(self._queues[request_id].get(), 60))
+            found.append(await self.first(request_id))
         return found
 
     async def first(self, request_id: str) -> RequestOutput:
-        return await asyncio.wait_for(self._queues[request_id].get(), 60)
+        """The next output of a request. `TimeoutError` if no request gets any token for a minute: one may well wait longer for
+        the others on a machine that is busy. By the second, so that a process that was stopped meanwhile loses one of them."""
+        idle, before = 0, -1
+        while True:
+            try:
+                return await asyncio.wait_for(self._queues[request_id].get(), 1)
+            except TimeoutError:
+                now = self.engine.stats().generated_tokens
+                idle, before = (0 if now != before else idle + 1), now
+                if idle == 60:
+                    raise
 
     async def tokens(self, prompt: list[int], **params: Any) -> list[int]:
         return await self.rest(self.submit(prompt, **params))

@@ -155,7 +155,7 @@ async def test_auto_finds_out_what_pays(exact: Harness) -> None:
             assert await running.tokens(prompt, max_tokens=120, ignore_eos=True) == answer
             lengths = running.engine.draft_length
             assert lengths is not None
-            assert lengths.survival.tokens({}, 2) == pytest.approx(1 + 2 * survival, abs=0.7)
+            assert lengths.acceptance.tokens({}, 2) == pytest.approx(1 + 2 * survival, abs=0.7)
 
 
 def test_a_k_beyond_the_most_is_refused(exact: Harness) -> None:

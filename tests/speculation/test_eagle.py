@@ -17,7 +17,7 @@ from fluentllm.core.types import KVSpec
 
 from .eagle import DRAFT_VOCAB, HIDDEN, VOCAB, Reference, draft_tensors, harness, write_draft
 from .test_mtp import work
-from .watching import Drafted, half_right, unchanged, watched
+from .watching import Drafted, anything, half_right, unchanged, watched
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,6 +30,8 @@ class Case:
         self.model = harness(folder, kind, target)
         self.answers = asyncio.run(self._alone())
         self.reference = Reference(self.model.loaded.model, kind)
+        for (prompt, _), answer in zip(work(), self.answers, strict=True):
+            self.reference.prime([*prompt, *answer])
 
     async def _alone(self) -> list[list[int]]:
         plain = {"kv.prefix_cache": False, "engine.overlap_depth": 0, "speculative.method": "none"}
@@ -67,7 +69,7 @@ async def test_drafts_and_tokens_under_pressure(case: Case, k: int, depth: int) 
         lengths = running.engine.draft_length
         assert lengths is not None
         rng = random.Random(k)
-        lengths.choose = lambda batch: rng.randint(0, k)  # type: ignore[method-assign]
+        lengths.choose = anything(rng, k)  # type: ignore[method-assign]
         ids = [running.submit(tokens, **params) for tokens, params in work()]
         outputs = [await running.outputs(i) for i in ids]
         assert [[t for o in found for t in o.tokens] for found in outputs] == case.answers

@@ -13,7 +13,7 @@ from fluentllm.assembly import assemble
 from fluentllm.core.errors import ConfigError
 
 from .mtp import CONFIGS, Reference, harness
-from .watching import Drafted, half_right, unchanged, watched
+from .watching import Drafted, anything, half_right, unchanged, watched
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,7 +75,7 @@ async def test_drafts_and_tokens_under_pressure(case: Case, k: int, depth: int) 
         lengths = running.engine.draft_length
         assert lengths is not None
         rng = random.Random(k)
-        lengths.choose = lambda batch: rng.randint(0, k)  # type: ignore[method-assign]
+        lengths.choose = anything(rng, k)  # type: ignore[method-assign]
         ids = [running.submit(tokens, **params) for tokens, params in work()]
         outputs = [await running.outputs(i) for i in ids]
         assert [[t for o in found for t in o.tokens] for found in outputs] == case.answers

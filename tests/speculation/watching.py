@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from fluentllm.core.batch import Batch
+from fluentllm.core.draft_length import Choice
 from fluentllm.core.hookspecs import hookimpl
 from fluentllm.core.plugins import PluginManager
 from fluentllm.kernels.sampling import gumbel_noise
@@ -22,6 +24,21 @@ CLOSE = 1e-4
 
 Doctor = Callable[[list[int], list[int]], list[int]]
 """(history, the proposer's drafts) → drafts to verify instead."""
+
+
+def anything(rng: random.Random, most: int) -> Callable[[int], Choice]:
+    """For `DraftLength.choose`: any number up to `most`, looks at one more, and in between a page's length of steps without."""
+
+    def choices() -> Iterator[Choice]:
+        while True:
+            for _ in range(rng.randint(4, 16)):
+                k = rng.choice((most, rng.randint(0, most)))
+                yield Choice(k, look=k < most and rng.random() < 0.5)
+            for _ in range(rng.choice((1, 12))):
+                yield Choice(0)
+
+    endless = choices()
+    return lambda batch: next(endless)
 
 
 class Reference(Protocol):

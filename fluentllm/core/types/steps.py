@@ -61,10 +61,13 @@ class TokenMasks(Struct, frozen=True, array_like=True):
 
 
 class Drafting(Struct, frozen=True):
-    """How many drafts a step verifies, and how many it leaves for the next to verify."""
+    """How many drafts a step verifies, and how many it leaves."""
 
     verify: int = 0
     draft: int = 0
+    look: bool = False
+    """The last of the drafts that it leaves is not verified: what is left comes back (`SlotResult.drafts`), for the host to
+    compare with the tokens that come instead."""
 
 
 class StepPlan(Struct, frozen=True, kw_only=True):
@@ -120,7 +123,7 @@ class SlotResult(Struct, array_like=True):
     accepted: int = 0
     """Of these, right and all before them right."""
     drafts: list[int] = field(default_factory=list)
-    """Left for the slot's next step; told of slots in `StepPlan.masks` only."""
+    """Left for the slot's next step; told of slots in `StepPlan.masks`, and of all with `Drafting.look`."""
 
 
 class StepResult(Struct, kw_only=True):
@@ -129,5 +132,8 @@ class StepResult(Struct, kw_only=True):
     """Slots of last prefill chunks (and of chunks with prompt logprobs), then of `decode`, in the plan's order."""
     seconds: float
     """From the program's start to its end on the device."""
+    verified: int = 0
+    """Drafts of each slot that the decode program computed: `Drafting.verify`, or none where no slot had any and the program
+    was not captured."""
     drafting_error: str | None = None
     """Why the proposer was switched off, in this step or before."""

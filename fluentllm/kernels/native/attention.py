@@ -33,19 +33,21 @@ class PagedDecode:
         page_table: Tensor,
         positions: Tensor,
         scale: float,
+        first_key: int = 0,
     ) -> Tensor:
         """q [N · j, H, D], k and v [N · j, Hkv, D], any distance from row to row; pools [pages, page_size, Hkv, D], to whose
-        rows `kv_rows` [N · j] int64 k and v are written first; page_table [N, P] int32; row t sees the positions 0 …
-        positions[t] of its sequence → [N · j, H, D]."""
+        rows `kv_rows` [N · j] int64 k and v are written first; page_table [N, P] int32; row t sees the positions
+        first_key … positions[t] of its sequence, and gets something finite where there are none → [N · j, H, D]."""
         rows, heads, size = q.shape
         out = torch.empty(rows, heads, size)
         if not rows:
             return out
         page_table = page_table.contiguous()
-        key = (rows, heads, size, k.shape[1], q.stride(0), k.stride(0), v.stride(0), page_table.shape, pools[0].shape[1], scale)
+        strides, page_size = (q.stride(0), k.stride(0), v.stride(0)), pools[0].shape[1]
+        key = (rows, heads, size, k.shape[1], strides, page_table.shape, page_size, scale, first_key)
         if key != self._key:
             self._key = key
-            self._shape = _shape(q, k, v, pools[0].shape[1], page_table, scale)
+            self._shape = _shape(q, k, v, page_size, page_table, scale, first_key)
         failed = self._attend(
             ctypes.addressof(self._shape),
             q.data_ptr(),
@@ -63,7 +65,7 @@ class PagedDecode:
         return out
 
 
-def _shape(q: Tensor, k: Tensor, v: Tensor, page_size: int, page_table: Tensor, scale: float) -> DecodeShape:
+def _shape(q: Tensor, k: Tensor, v: Tensor, page_size: int, page_table: Tensor, scale: float, first_key: int) -> DecodeShape:
     rows, heads, size = q.shape
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.stride(2) != 1 or tensor.stride(1) != size:
@@ -80,5 +82,6 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, page_size: int, page_table: Tensor, 
         v_stride=v.stride(0),
         page_size=page_size,
         page_stride=page_table.shape[1],
+        first_key=first_key,
         scale=scale,
     )

@@ -44,7 +44,7 @@ class DecodeShape(ctypes.Structure):
 
     _fields_ = (
         *((name, _LONG) for name in ("sequences", "queries", "heads", "kv_heads", "size")),
-        *((name, _LONG) for name in ("q_stride", "k_stride", "v_stride", "page_size", "page_stride")),
+        *((name, _LONG) for name in ("q_stride", "k_stride", "v_stride", "page_size", "page_stride", "first_key")),
         ("scale", _FLOAT),
     )
 

@@ -69,6 +69,7 @@ typedef struct {
     long heads, kv_heads, size;
     long q_stride, k_stride, v_stride; /* values from row to row */
     long page_size, page_stride;       /* page_stride: page numbers from sequence to sequence */
+    long first_key;                    /* keys before it are not seen, but by rows before it, whose result means nothing */
     float scale;
 } Shape;
 
@@ -95,8 +96,10 @@ static inline __attribute__((always_inline)) void attend(
     }
     for (long h = 0; h < heads; h++) {
         float *s = scores + h * keys, largest = -FLT_MAX, sum = 0;
-        for (long j = 0; j < keys; j++) largest = s[j] > largest ? s[j] : largest;
-        for (long j = 0; j < keys; j++) {
+        const long unseen = shape->first_key < keys ? shape->first_key : 0;
+        for (long j = 0; j < unseen; j++) s[j] = 0;
+        for (long j = unseen; j < keys; j++) largest = s[j] > largest ? s[j] : largest;
+        for (long j = unseen; j < keys; j++) {
             s[j] = exponential(s[j] - largest);
             sum += s[j];
         }
@@ -118,7 +121,7 @@ static inline __attribute__((always_inline)) void attend(
 }
 
 /* Write k and v [rows, kv_heads, size] to pool rows kv_rows [rows], and attend: query j of sequence n sees the positions
- * 0 … positions[n, j]. Pools [pool rows, kv_heads, size]; pages [sequences, page_stride]; out [rows, heads, size].
+ * first_key … positions[n, j]. Pools [pool rows, kv_heads, size]; pages [sequences, page_stride]; out [rows, heads, size].
  * Returns 0, or 1 if there is no memory for the scores. */
 int fluent_decode_attention(
     const Shape *shape, const float *q, const float *k, const float *v, float *pool_k, float *pool_v, const int64_t *kv_rows,

@@ -55,8 +55,7 @@ class TorchAttention:
         self._started = False
         if batch.query_length is None:
             self._decode, self._prefill = None, plan_prefill(batch)
-        elif self._paged is None or batch.first_key:
-            # The C kernel reads all keys from the first on.
+        elif self._paged is None:
             self._decode, self._prefill = plan_decode(batch, self._dtype), []
 
     def _start(self, layer: int, batch: Batch, plan: DecodePlan) -> None:
@@ -71,9 +70,10 @@ class TorchAttention:
 
     # ------------------------------------------------------------------------------------------------------------------ gqa
     def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
-        if self._paged is not None and batch.query_length is not None and not batch.first_key:
+        if self._paged is not None and batch.query_length is not None:
             pool_k, pool_v = self._pages[layer]
-            return self._paged(q, k, v, (pool_k, pool_v), batch.kv_rows, batch.page_table, batch.positions, scale)
+            places = batch.kv_rows, batch.page_table, batch.positions
+            return self._paged(q, k, v, (pool_k, pool_v), *places, scale, batch.first_key)
         k_rows, v_rows = self._rows[layer]
         if self._converts:
             k, v = kept(k, self._kv_dtype), kept(v, self._kv_dtype)

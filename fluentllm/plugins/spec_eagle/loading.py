@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from fluentllm.core.protocols import Checkpoint, DraftContext, PackedTensor, WeightSlot
+    from fluentllm.core.protocols import BuildContext, Checkpoint, DraftContext, PackedTensor, WeightSlot
 
 EMBEDDING = "embed_tokens.weight"
 
@@ -35,7 +35,7 @@ def load_draft(context: DraftContext) -> DraftLayer:
             )
         tap(config.taps)
     make = Eagle3 if config.eagle3 else Eagle
-    layer = make(context.build, config, context.target, "midlayer" if config.eagle3 else "layers.0")
+    layer = make(_build(context.build), config, context.target, "midlayer" if config.eagle3 else "layers.0")
     checkpoint = _Draft(context.open(config.path, list(_slots(layer))), config.eagle3)
     try:
         if EMBEDDING not in checkpoint.shapes():
@@ -46,6 +46,13 @@ def load_draft(context: DraftContext) -> DraftLayer:
     finally:
         checkpoint.close()
     return layer
+
+
+def _build(target: BuildContext) -> BuildContext:
+    """As the target, but where that has its checkpoint's blocks on a CPU, matrices of 16 bits are kept in 8: a draft costs
+    what its weights take to read, and its last bits decide nothing."""
+    packed = target.weight_precision == "packed" and target.device.type == "cpu"
+    return replace(target, weight_precision="int8") if packed else target
 
 
 def _slots(layer: DraftLayer) -> Iterator[WeightSlot]:
