@@ -34,6 +34,8 @@ from .lending import Lender
 from .peers import PrefillPeer, address
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ...core.kv.pages import Lease
     from ...core.sequence import Sequence
     from ...transfer.messages import Group
@@ -86,7 +88,8 @@ class Receiver:
         return peer
 
     def adopt(self, sequence: Sequence, handoff: str, host: str, port: int) -> None:
-        incoming = Incoming(handoff, sequence, self.peer_of(host, port))
+        deadline = self._exchange.loop.time() + self._exchange.settings.handoff_timeout
+        incoming = Incoming(handoff, sequence, self.peer_of(host, port), deadline)
         self._all[sequence] = incoming
         self._wait(incoming)
 
@@ -206,7 +209,14 @@ class Receiver:
 
     def _waited(self, incoming: Incoming) -> None:
         self._counters["deadline_wait"] += 1
-        self._compute(incoming, "wait")
+        if incoming.peer.ready:  # pages are short here, whoever sends
+            self._compute(incoming, "wait")
+        else:
+            self._failed(incoming, "wait", "It could not be reached in time.", retry=False)
+
+    def _expired(self, incoming: Incoming) -> None:
+        self._counters["deadline_handoff"] += 1
+        self._compute(incoming, "deadline")
 
     def _begin(self, incoming: Incoming) -> bool:
         """Ask for it. False if pages are short."""
@@ -371,10 +381,14 @@ class Receiver:
         elif connect and peer.breaker.state == "closed":
             peer.connect()
 
-    def _time(self, incoming: Incoming, seconds: float, call: object) -> None:
+    def _time(self, incoming: Incoming, seconds: float, call: Callable[[], None]) -> None:
+        """Every state draws from what is left of the handoff's own time."""
         if incoming.timer is not None:
             incoming.timer.cancel()
-        incoming.timer = self._exchange.after(seconds, call)  # type: ignore[arg-type]
+        left = incoming.deadline - self._exchange.loop.time()
+        if left <= seconds:
+            seconds, call = max(left, 0.0), partial(self._expired, incoming)
+        incoming.timer = self._exchange.after(seconds, call)
 
     def _checksum(self, incoming: Incoming, connection: Connection, group: Group) -> int:
         size = self._exchange.layout.page_size
