@@ -62,18 +62,6 @@ MORE_FDS, MORE_MEGABYTES = 4, 32
 """What a process may have more than before."""
 
 
-@dataclass(frozen=True)
-class Held:
-    """By one process."""
-
-    fds: int
-    megabytes: int
-
-    @classmethod
-    def of(cls, process: psutil.Process) -> Held:
-        return cls(process.num_fds(), process.memory_info().rss // 2**20)
-
-
 def jobs(count: int) -> list[dict[str, Any]]:
     draw = random.Random(0)
     shared = [draw.randrange(3, 500) for _ in range(64)]
@@ -89,17 +77,31 @@ def jobs(count: int) -> list[dict[str, Any]]:
     ]
 
 
-async def references(engine: Engine, bodies: list[dict[str, Any]]) -> list[str]:
-    gate = asyncio.Semaphore(8)
+async def references(engines: list[Engine], bodies: list[dict[str, Any]]) -> list[str]:
+    """By engines alone, in turns: so all of them have computed prompts before anything is measured."""
+    gate = asyncio.Semaphore(4 * len(engines))
     async with httpx.AsyncClient(headers=HEADERS, timeout=300) as client:
 
-        async def one(body: dict[str, Any]) -> str:
+        async def one(number: int) -> str:
             async with gate:
-                answer = await client.post(f"{engine.url}/v1/completions", json=body)
+                url = engines[number % len(engines)].url
+                answer = await client.post(f"{url}/v1/completions", json=bodies[number])
                 answer.raise_for_status()
                 return str(answer.json()["choices"][0]["text"])
 
-        return list(await asyncio.gather(*map(one, bodies)))
+        return list(await asyncio.gather(*map(one, range(len(bodies)))))
+
+
+@dataclass(frozen=True)
+class Held:
+    """By one process."""
+
+    fds: int
+    megabytes: int
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> Held:
+        return cls(process.num_fds(), process.memory_info().rss // 2**20)
 
 
 class Run:
@@ -270,7 +272,7 @@ async def main() -> int:
             cluster.start("decode", peers=peers, **SETTINGS, **{"plugins.kv_layerwise.checksums": True})
             for _ in range(options.engines)
         ]
-        expected = await references(prefill[0], bodies)
+        expected = await references(cluster.engines, bodies)
         proxy, url = start_proxy(prefill, decode, cluster.path / "proxy.log")
         try:
             few = bodies[:CALM], expected[:CALM]

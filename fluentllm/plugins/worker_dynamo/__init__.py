@@ -20,7 +20,7 @@ class DynamoPlugin:
     def fluent_commands(self, app: typer.Typer) -> None:
         from .command import dynamo
 
-        app.command()(dynamo)
+        app.command("dynamo")(dynamo)
 
 
 plugin = DynamoPlugin()
