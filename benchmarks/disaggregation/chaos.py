@@ -38,7 +38,7 @@ FAULTS = {
     "reorder": 0.05,
     "corrupt": 0.02,
     "corrupt_note": 0.01,
-    "disconnect": 0.003,
+    "disconnect": 0.01,
 }
 SETTINGS: dict[str, Any] = {
     "model": SMALL,
@@ -209,6 +209,16 @@ def settle(engine: Engine, seconds: float = 60) -> dict[str, Any]:
         time.sleep(0.2)
 
 
+def hang_up(engine: Engine, seconds: float = 60) -> None:
+    """Until its front end has closed the connections that clients keep open without using them."""
+    deadline = time.monotonic() + seconds
+    front = engine.processes()["frontend"]
+    while any(each.status == psutil.CONN_ESTABLISHED for each in front.net_connections("tcp")):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{engine.name}: connections to the front end stay open")
+        time.sleep(0.2)
+
+
 def held(cluster: Cluster) -> dict[str, dict[str, Held]]:
     """By engine and process."""
     return {engine.name: {name: Held.of(process) for name, process in engine.processes().items()} for engine in cluster.engines}
@@ -251,6 +261,7 @@ async def calm(url: str, bodies: list[dict[str, Any]], expected: list[str], clus
     if run.wrong or run.failed or run.hung:
         raise RuntimeError(f"nobody was killed, and {run.wrong} wrong, {run.failed} failed, {run.hung} hung: {run.errors[:3]}")
     await asyncio.gather(*(asyncio.to_thread(settle, engine) for engine in cluster.engines))
+    await asyncio.gather(*(asyncio.to_thread(hang_up, engine) for engine in cluster.engines))
     return {**held(cluster), "proxy": {"proxy": Held.of(psutil.Process(proxy))}}
 
 
@@ -265,8 +276,10 @@ async def main() -> int:
     options = parser.parse_args()
     bodies = jobs(options.requests)
     with Cluster(options.logs) as cluster:
-        faults = {"plugins.kv_layerwise.faults": {"seed": 1, **FAULTS}}
-        prefill = [cluster.start("prefill", **SETTINGS, **faults) for _ in range(options.engines)]
+        prefill = [
+            cluster.start("prefill", **SETTINGS, **{"plugins.kv_layerwise.faults": {"seed": number, **FAULTS}})
+            for number in range(options.engines)
+        ]
         peers = [engine.control for engine in prefill]
         decode = [
             cluster.start("decode", peers=peers, **SETTINGS, **{"plugins.kv_layerwise.checksums": True})
