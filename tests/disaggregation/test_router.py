@@ -67,6 +67,7 @@ def test_decode_is_away(engines: tuple[Server, Server], expected: list[dict]) ->
         router(engines) as patient,
         router(engines, "--queue", "0") as proud,
         router(engines, "--timeout", "0.5") as hasty,
+        router(engines, "--queue", "1") as narrow,
     ):
         with away(decode):
             held = pool.submit(patient.complete, **BODY)
@@ -74,37 +75,29 @@ def test_decode_is_away(engines: tuple[Server, Server], expected: list[dict]) ->
             assert (full.status_code, full.json()["error"]["code"]) == (503, "proxy_queue_full")
             late = hasty.client.post("/v1/completions", json=BODY)
             assert (late.status_code, late.json()["error"]["code"]) == (504, "proxy_timeout")
+            # A client that leaves makes room for the next, once the router has noticed.
+            with pytest.raises(httpx.TimeoutException):
+                narrow.client.post("/v1/completions", json=BODY, timeout=0.5)
+            deadline = time.monotonic() + START_TIMEOUT
+            while refused(narrow):
+                assert time.monotonic() < deadline
             assert not held.done()
         assert held.result()["choices"] == expected
         decode.wait_healthy()
 
 
-@pytest.mark.parametrize("options", [(), ("--pull",)])
-def test_prefill_is_away(engines: tuple[Server, Server], expected: list[dict], options: tuple[str, ...]) -> None:
+def test_prefill_is_away(engines: tuple[Server, Server], expected: list[dict]) -> None:
     """Decode computes until it is back."""
     prefill = engines[0]
-    with router(engines, *options) as patient:
+    with router(engines) as push, router(engines, "--pull") as pull:
         with away(prefill):
             for _ in range(2):
-                assert patient.complete(**BODY)["choices"] == expected
+                assert push.complete(**BODY)["choices"] == pull.complete(**BODY)["choices"] == expected
         prefill.wait_healthy()
         deadline = time.monotonic() + START_TIMEOUT
-        while "kv_transfer" not in patient.complete(**BODY)["usage"]:  # the router has not noticed yet
-            assert time.monotonic() < deadline
-
-
-def test_a_client_that_leaves_while_it_waits(engines: tuple[Server, Server], expected: list[dict]) -> None:
-    """It makes room for the next."""
-    decode = engines[1]
-    with router(engines, "--queue", "1") as narrow:
-        with away(decode):
-            with pytest.raises(httpx.TimeoutException):
-                narrow.client.post("/v1/completions", json=BODY, timeout=0.5)
-            deadline = time.monotonic() + START_TIMEOUT
-            while refused(narrow):  # until the router has noticed
+        for each in (push, pull):
+            while "kv_transfer" not in each.complete(**BODY)["usage"]:  # the router has not noticed yet
                 assert time.monotonic() < deadline
-        decode.wait_healthy()
-        assert narrow.complete(**BODY)["choices"] == expected
 
 
 def refused(router: Router) -> bool:
