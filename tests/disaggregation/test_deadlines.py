@@ -150,6 +150,24 @@ async def test_attempts_that_fail_one_after_another(tiny: Harness) -> None:
                 await asyncio.sleep(0.01)
 
 
+async def test_a_half_that_the_router_has_lost(tiny: Harness) -> None:
+    """Prefill has never heard of the request, and waits for it: after the first attempt decode tells it."""
+    [expected] = await alone(tiny, [PROMPT], GREEDY)
+    async with side(tiny, **PATIENT, **PREFILL) as prefill:
+        limits = {
+            "plugins.kv_layerwise.transfer_timeout": 1.0,
+            "plugins.kv_layerwise.handoff_timeout": NEVER,
+            "plugins.kv_layerwise.peers": [f"127.0.0.1:{prefill.port}"],
+        }
+        async with side(tiny, **DECODE, **{**PATIENT, **limits}) as decode:
+            there = Handoff(id="a", host="127.0.0.1", port=prefill.port, concurrent=True)
+            assert await decode.rest(decode.hand(PROMPT, there, **GREEDY)) == expected
+            assert decode.stats["deadline_transfer"] >= 1
+            assert (prefill.stats["requests_told"], decode.stats["handoffs_received"]) == (1, 1)
+            while prefill.stats["open"] or decode.stats["open"]:
+                await asyncio.sleep(0.01)
+
+
 async def test_whom_one_waits_for_in_vain_is_not_the_only_one(tiny: Harness) -> None:
     """The peer's wait is over: another engine computes the prompt, not this one."""
     [expected] = await alone(tiny, [PROMPT], GREEDY)

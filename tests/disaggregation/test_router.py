@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -98,6 +101,72 @@ def test_prefill_is_away(engines: tuple[Server, Server], expected: list[dict]) -
         for each in (push, pull):
             while "kv_transfer" not in each.complete(**BODY)["usage"]:  # the router has not noticed yet
                 assert time.monotonic() < deadline
+
+
+def test_a_kept_connection_that_ends_when_it_is_used_again(engines: tuple[Server, Server], expected: list[dict]) -> None:
+    """As a server ends one that was idle for long. Prefill gets its half all the same, and decode does not wait in vain."""
+    prefill, decode = engines
+    before = told(decode), told(prefill)
+    with network(prefill) as (url, ended):
+        made = Router([SimpleNamespace(url=url)], [decode])  # type: ignore[list-item]
+        try:
+            for _ in range(2):
+                answer = made.complete(**BODY)
+                assert answer["choices"] == expected
+                assert "kv_transfer" in answer["usage"]
+        finally:
+            made.close()
+    assert ended.is_set()
+    after = told(decode), told(prefill)
+    for name in ("retries", "rerouted", "local_prefills", "deadline_request", "requests_told"):
+        assert [now.get(name, 0) for now in after] == [then.get(name, 0) for then in before], name
+
+
+def told(server: Server) -> dict[str, int]:
+    counted: dict[str, int] = httpx.get(f"{server.url}/handoff", headers=HEADERS, timeout=30).json()["stats"]["handoff"]
+    return counted
+
+
+@contextmanager
+def network(server: Server) -> Iterator[tuple[str, threading.Event]]:
+    """A way to the server that ends one connection, at the second request on it → its URL, and whether it has."""
+    loop, ended = asyncio.new_event_loop(), threading.Event()
+    port = int(server.url.rpartition(":")[2])
+
+    async def joined(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port)
+        answered = False
+
+        async def back() -> None:
+            nonlocal answered
+            while data := await far_reader.read(65536):
+                answered = True
+                writer.write(data)
+            writer.close()
+
+        answers = asyncio.create_task(back())
+        while data := await reader.read(65536):
+            if answered and not ended.is_set():
+                ended.set()
+                writer.close()
+                break
+            far_writer.write(data)
+        far_writer.close()
+        await answers
+
+    listening = loop.run_until_complete(asyncio.start_server(joined, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}", ended
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        listening.close()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
 
 
 def refused(router: Router) -> bool:

@@ -89,8 +89,7 @@ class Receiver:
 
     def adopt(self, sequence: Sequence, handoff: str, host: str, port: int) -> None:
         deadline = self._exchange.loop.time() + self._exchange.settings.handoff_timeout
-        incoming = Incoming(handoff, sequence, self.peer_of(host, port), deadline)
-        self._all[sequence] = incoming
+        self._all[sequence] = incoming = Incoming(handoff, sequence, self.peer_of(host, port), deadline)
         self._wait(incoming)
 
     def decline(self, handoff: str, host: str, port: int) -> None:
@@ -255,6 +254,7 @@ class Receiver:
 
     def _late(self, incoming: Incoming) -> None:
         self._counters["deadline_transfer"] += 1
+        incoming.known -= {of.source for of in incoming.writers}  # a router's half may be lost: told, it is there for sure
         self._failed(incoming, "timeout", "It was not complete in time.")
 
     def _check(self, incoming: Incoming) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import msgspec
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
@@ -97,10 +98,7 @@ class Proxy:
             body = msgspec.json.decode(await request.body(), type=dict[str, Any])
         except msgspec.MsgspecError as error:
             raise InvalidRequest(f"The body is no JSON object: {error}.") from error
-        try:
-            return Relay(await unless_left(request.receive, self._in_time(request.url.path, body)))
-        except ClientLeft:
-            return Response(status_code=499)
+        return Relay(await unless_left(request.receive, self._in_time(request.url.path, body)))
 
     async def _in_time(self, path: str, body: dict[str, Any]) -> httpx.Response:
         failures: list[str] = []
@@ -169,7 +167,7 @@ class Proxy:
     async def _open(self, fleet: Fleet, backend: Backend, path: str, body: dict[str, Any]) -> httpx.Response:
         """An answer whose body is still to come. Raises `Failed`."""
         try:
-            answer = await self._client.send(self._client.build_request("POST", backend.url + path, json=body), stream=True)
+            answer = await self._post(backend.url + path, body)
             if answer.status_code not in AWAY:
                 return answer
             said = await _read(answer)
@@ -177,6 +175,15 @@ class Proxy:
             said = str(error) or type(error).__name__
         fleet.down(backend, said)
         raise Failed(f"{backend.url}: {said}")
+
+    async def _post(self, url: str, body: dict[str, Any]) -> httpx.Response:
+        """Raises `httpx.HTTPError`."""
+        try:
+            return await self._client.send(self._client.build_request("POST", url, json=body), stream=True)
+        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+            # A connection that was kept open may be closed at the moment when it is used again: that says nothing of the
+            # engine, and decode would wait for a prompt that nobody has.
+            return await self._client.send(self._client.build_request("POST", url, json=body), stream=True)
 
     async def _send_prefill(self, backend: Backend, path: str, body: dict[str, Any]) -> None:
         """The decode engine notices a failure by itself."""
@@ -257,11 +264,14 @@ def create_app(
         text = f"An engine cannot be reached: {error or type(error).__name__}."
         return error_response(text, status=502, code="bad_gateway")
 
+    async def left(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # to nobody
+
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, FluentError)
         return fluent_error_response(error)
 
     routes = [Route(path, proxy.complete, methods=["POST"]) for path in COMPLETIONS]
     routes.append(Route("/{path:path}", proxy.forward, methods=["GET", "POST"]))
-    handlers: dict[Any, Any] = {httpx.HTTPError: broken, FluentError: refused}
+    handlers: dict[Any, Any] = {httpx.HTTPError: broken, FluentError: refused, ClientLeft: left, ClientDisconnect: left}
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
