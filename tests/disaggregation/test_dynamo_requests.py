@@ -8,7 +8,7 @@ import pytest
 
 from fluentllm.core.errors import InvalidRequest
 from fluentllm.core.types import Handoff, HandoffReport, RequestOutput, SamplingParams, TokenLogprob
-from fluentllm.plugins.worker_dynamo.requests import chunk_of, ended, request_of, transfer_params
+from fluentllm.dynamo.requests import chunk_of, ended, request_of, transfer_params
 
 BODY: dict[str, Any] = {
     "token_ids": [5, 6, 7],

@@ -250,7 +250,8 @@ def create_app(
     queue: int = QUEUE,
 ) -> Starlette:
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+    # Our front ends keep an idle connection for 5 s: it is let go of before they do.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=2.0)
     client = httpx.AsyncClient(headers=headers, timeout=httpx.Timeout(None, connect=5), limits=limits)
     proxy = Proxy(client, prefill, decode, pull=pull, timeout=timeout, queue=queue)
 

@@ -15,14 +15,14 @@ from dynamo.common.backend.run import run as run_worker
 from dynamo.common.constants import DisaggregationMode
 from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
 
-from ...core.errors import EngineDied, EngineUnavailable, InvalidRequest
-from ...local import LocalEngine
-from ..metrics_prometheus import CALL
+from ..core.errors import EngineDied, EngineUnavailable, InvalidRequest
+from ..local import LocalEngine
+from ..plugins.metrics_prometheus import CALL
 from .requests import chunk_of, ended, request_of, transfer_params
 
 if TYPE_CHECKING:
-    from ...core.settings import Settings
-    from ...frontend.client import LocalEngineClient
+    from ..core.settings import Settings
+    from ..frontend.client import LocalEngineClient
 
 log = logging.getLogger("fluentllm.dynamo")
 

@@ -1,4 +1,4 @@
-"""The command: settings as for `fluent serve`, and where Dynamo finds the worker."""
+"""`fluent dynamo [MODEL]`: settings as for `fluent serve`, and where Dynamo finds the worker."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ...cli import options
-from ...core.errors import ConfigError
+from ..core.errors import ConfigError
+from . import options
 
 
 def dynamo(
@@ -41,10 +41,14 @@ def dynamo(
     }
     settings = options.load(config, given, sets).settings
     try:
-        from .worker import run
+        from ..dynamo.worker import run
     except ImportError as error:
         raise ConfigError(
             f"Dynamo cannot be imported: {error}.",
             fix="pip install ai-dynamo-runtime==1.6.1 pyzmq && pip install --no-deps ai-dynamo==1.6.1",
         ) from error
     run(settings, namespace=namespace, pull=pull, discovery=discovery)
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(dynamo)

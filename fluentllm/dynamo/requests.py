@@ -8,8 +8,8 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from ...core.errors import InvalidRequest
-from ...core.types import Handoff, HandoffReport, Request, RequestOutput, SamplingParams
+from ..core.errors import InvalidRequest
+from ..core.types import Handoff, HandoffReport, Request, RequestOutput, SamplingParams
 
 FINISH = {"stop": "stop", "length": "length", "abort": "cancelled"}
 
