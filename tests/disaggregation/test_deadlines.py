@@ -173,13 +173,13 @@ async def test_whom_one_waits_for_in_vain_is_not_the_only_one(tiny: Harness) -> 
     [expected] = await alone(tiny, [PROMPT], GREEDY)
     async with silent() as port, side(tiny, **PATIENT, **PREFILL) as other:
         peers = [f"127.0.0.1:{port}", f"127.0.0.1:{other.port}"]
-        limits = {**PATIENT, "plugins.kv_layerwise.wait_timeout": 0.2, "plugins.kv_layerwise.peers": peers}
+        limits = {**PATIENT, "plugins.kv_layerwise.wait_timeout": 0.5, "plugins.kv_layerwise.peers": peers}
         async with side(tiny, **DECODE, **limits) as decode:
-            # Known to be there: its connection stands before the wait that is tested.
-            assert await Pair(other, decode).tokens([*PROMPT, 3], **GREEDY)
-            before = dict(decode.stats)
+            # The other's connection stands before the wait that is tested; on a slow machine that may take longer than it.
+            while not decode.stats.get("handoffs_received", 0):
+                await Pair(other, decode).tokens([*PROMPT, 3], **GREEDY)
+            before, told = dict(decode.stats), other.stats.get("requests_told", 0)
             assert await decode.rest(decode.hand(PROMPT, Handoff(id="a", host="127.0.0.1", port=port), **GREEDY)) == expected
             grown = {name: count - before.get(name, 0) for name, count in decode.stats.items()}
-            assert (grown["deadline_wait"], grown["rerouted"], other.stats["requests_told"]) == (1, 1, 1)
-            assert grown["handoffs_received"] == 1
-            assert decode.stats.get("local_prefills", 0) == 0
+            assert (grown["deadline_wait"], grown["rerouted"], other.stats["requests_told"] - told) == (1, 1, 1)
+            assert (grown["handoffs_received"], grown.get("local_prefills", 0)) == (1, 0)
