@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .core.engine import Engine
     from .core.plugins import PluginManager
     from .core.settings import Settings
+    from .frontend.client import LocalEngineClient
     from .frontend.generation import Generation
     from .hub import ModelFiles
 
@@ -54,6 +55,7 @@ class LocalEngine:
             )
         self._loop = _new_loop()
         self._ended: str | None = None
+        self._others: list[LocalEngineClient] = []
         self._thread = threading.Thread(target=self._loop.run_forever, name="fluent-engine", daemon=True)
         self._thread.start()
         try:
@@ -78,6 +80,14 @@ class LocalEngine:
         except BaseException:
             future.cancel()
             raise
+
+    def connect(self) -> LocalEngineClient:
+        """A client for the running event loop, which is another than the engine's."""
+        from .frontend.client import LocalEngineClient
+
+        client = LocalEngineClient(self.engine, self._loop)
+        self._others.append(client)
+        return client
 
     def close(self) -> None:
         """Abort what runs, and free the model."""
@@ -108,7 +118,8 @@ class LocalEngine:
         try:
             await self.engine.run()
         except Exception as error:
-            self._client.stopped(f"{type(error).__name__}: {error}")
+            for client in (self._client, *self._others):
+                client.stopped(f"{type(error).__name__}: {error}")
             raise
 
     async def _stop(self) -> None:

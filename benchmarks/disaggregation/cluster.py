@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -57,6 +58,7 @@ class Engine:
     def __init__(
         self, folder: Path, role: str, *, model: dict[str, Any] = LLAMA, peers: list[str] | None = None, **settings: Any
     ) -> None:
+        self.name = folder.name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(model))
         self.control = f"127.0.0.1:{free_port()}"
@@ -105,14 +107,18 @@ class Engine:
             self.log.write(line)
             self.log.flush()
 
+    def processes(self) -> dict[str, psutil.Process]:
+        """The supervisor, and its children that run now: `engine`, `frontend`."""
+        supervisor = psutil.Process(self.process.pid)
+        found = {"supervisor": supervisor}
+        for child in supervisor.children():
+            with contextlib.suppress(psutil.Error):
+                modules = [word for word in child.cmdline() if word.startswith("fluentllm.processes.")]
+                found.update({module.rpartition(".")[2]: child for module in modules})
+        return found
+
     def engine_process(self) -> psutil.Process | None:
-        for child in psutil.Process(self.process.pid).children():
-            try:
-                if "fluentllm.processes.engine" in child.cmdline():
-                    return child
-            except psutil.Error:
-                continue
-        return None
+        return self.processes().get("engine")
 
     def state(self) -> dict[str, Any]:
         answer = httpx.get(f"{self.url}/handoff", headers=HEADERS, timeout=30)
@@ -132,12 +138,14 @@ class Engine:
 class Cluster:
     """Engines in one temporary folder; closes them all."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Path | None = None) -> None:
+        """keep: a folder that is used instead, and stays, with the engines' logs."""
         self._folder = tempfile.TemporaryDirectory(prefix="fluent-bench-")
+        self.path = keep or Path(self._folder.name)
         self.engines: list[Engine] = []
 
     def start(self, role: str, **settings: Any) -> Engine:
-        engine = Engine(Path(self._folder.name) / f"{role}-{len(self.engines)}", role, **settings)
+        engine = Engine(self.path / f"{role}-{len(self.engines)}", role, **settings)
         self.engines.append(engine)
         return engine
 

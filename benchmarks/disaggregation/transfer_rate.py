@@ -159,21 +159,29 @@ def target(descriptor: str, settings: str) -> None:
     plain.wire.close()
 
 
-def shapes(rng: np.random.Generator) -> dict[str, np.ndarray]:
+def shapes(rng: np.random.Generator, only: str) -> dict[str, np.ndarray]:
+    """By name, those that have `only` in it."""
     scattered = rng.permutation(LAYOUT.pages - 1)[:PAGES] + 1, rng.permutation(LAYOUT.pages - 1)[:PAGES] + 1
     straight = np.arange(1, PAGES + 1)
     everything, few = range(LAYOUT.layers), range(8)
-    return {
+    every = {
         "61 layers × 64 pages, scattered": plan_writes(LAYOUT, LAYOUT, everything, *scattered),
         "61 layers × 64 pages, contiguous": plan_writes(LAYOUT, LAYOUT, everything, straight, straight),
         "8 layers × 64 pages, scattered": plan_writes(LAYOUT, LAYOUT, few, *scattered),
         "8 layers × 64 pages, contiguous": plan_writes(LAYOUT, LAYOUT, few, straight, straight),
     }
+    return {name: rows for name, rows in every.items() if only in name}
+
+
+def write_report(path: Path, found: dict[str, Any]) -> None:
+    versions = {name: metadata.version(name) for name in ("nixl-cu13", "torch", "fluentllm")}
+    path.write_text(json.dumps({**found, "versions": versions, "cores": os.cpu_count()}, indent=1))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=15)
+    parser.add_argument("--only", default="", help="shapes whose name has this in it")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--kernel-copies", action="store_true", help="let both copy through the kernel (CMA)")
     options = parser.parse_args()
@@ -201,7 +209,7 @@ def main() -> int:
         return found
 
     results = []
-    for name, rows in shapes(np.random.default_rng(0)).items():
+    for name, rows in shapes(np.random.default_rng(0), options.only).items():
         times: dict[str, list[float]] = {"ours": [], "plain": []}
         for which in times:
             measure(which, rows, 2)  # warm up
@@ -233,9 +241,7 @@ def main() -> int:
     ours.transport.close()
     plain.wire.close()
     if options.json:
-        versions = {name: metadata.version(name) for name in ("nixl-cu13", "torch", "fluentllm")}
-        about = {"results": results, "versions": versions, "cores": os.cpu_count(), "kernel_copies": options.kernel_copies}
-        options.json.write_text(json.dumps(about, indent=1))
+        write_report(options.json, {"results": results, "kernel_copies": options.kernel_copies})
     return int(min(result["share"] for result in results) < TARGET)
 
 

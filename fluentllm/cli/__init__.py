@@ -19,7 +19,7 @@ from fluentllm.core.errors import FluentError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COMMANDS = ("serve", "run", "chat", "bench", "models", "plugins", "config", "doctor")
+COMMANDS = ("serve", "dynamo", "run", "chat", "bench", "models", "plugins", "config", "doctor")
 """Modules of this package, in the order of `fluent --help`."""
 
 EXIT_USER_ERROR = 2

@@ -43,7 +43,7 @@ class Router:
                 self.url = found[0]
                 break
         threading.Thread(target=self.process.stdout.read, daemon=True).start()
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx.Client(base_url=self.url, timeout=120)
 
     def complete(self, **body: object) -> dict:
         answer = self.client.post("/v1/completions", json={"max_tokens": 8, "temperature": 0, "ignore_eos": True, **body})

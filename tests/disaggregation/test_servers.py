@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from processes.server import Server
 
@@ -119,7 +120,16 @@ def test_who_may_hand_over(tmp_path: Path) -> None:
             answer = httpx.post(f"{decode.url}/v1/completions", json={"prompt": "a", **fields}, headers=headers, timeout=10)
             assert answer.status_code == 400
             assert "10.9.8.7:9" in answer.text
+            # Front end, control connections and NIXL's UCX: nobody listens where nobody was told to.
+            assert listening(prefill) | listening(decode) == {"127.0.0.1"}
         finally:
             decode.end()
     finally:
         prefill.end()
+
+
+def listening(server: Server) -> set[str]:
+    """Addresses that any of its processes takes connections at."""
+    supervisor = psutil.Process(server.process.pid)
+    found = [each for process in (supervisor, *supervisor.children()) for each in process.net_connections("inet")]
+    return {each.laddr.ip for each in found if each.status == psutil.CONN_LISTEN}

@@ -94,6 +94,26 @@ async def test_many_at_once(longcat: Harness) -> None:
         assert await asyncio.gather(*(both.tokens(prompt, **params) for prompt, params in jobs)) == expected
 
 
+async def test_choices_of_one_prompt_while_clients_leave(longcat: Harness) -> None:
+    """Pages, draft layers' and page states' of those who left are free, or the pair does not close."""
+    choices = [{**PARAMS[1], "seed": seed} for seed in range(4)]
+    async with longcat.engine(**ALONE) as engine:
+        expected = [await engine.tokens(PROMPTS[4], **params) for params in choices]
+    async with pair(longcat, **{"scheduler.prefill_tokens": 16}) as both:
+
+        async def leave(turns: int) -> None:
+            first, second = both.submit([*PROMPTS[4], 3 + turns], max_tokens=60)
+            for _ in range(turns):
+                await asyncio.sleep(0.001)
+            both.decode.connection.abort([second])
+            if turns % 3:
+                both.prefill.connection.abort([first])
+
+        leaving = [asyncio.create_task(leave(turns)) for turns in (0, 1, 2, 4, 8, 16, 32, 64)]
+        assert await asyncio.gather(*(both.tokens(PROMPTS[4], **params) for params in choices)) == expected
+        await asyncio.gather(*leaving)
+
+
 @pytest.mark.parametrize("cache", [{}, FP8], ids=["float32", "fp8"])
 async def test_a_turn_after_a_turn(longcat: Harness, cache: dict[str, Any]) -> None:
     """The second prompt's prefix, answer and all, is decode's own work; the page states of both engines meet in it."""

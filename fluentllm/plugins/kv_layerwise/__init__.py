@@ -90,6 +90,14 @@ class LayerwiseSettings(Struct, kw_only=True, forbid_unknown_fields=True):
         Seconds,
         Meta(description="How long a prompt may take from the ask to its last byte, computing included.", extra_json_schema=_S),
     ] = 60.0
+    handoff_timeout: Annotated[
+        Seconds,
+        Meta(
+            description="Decode: how long a prompt may take to come from elsewhere in all, every wait, attempt and engine "
+            "included; then it is computed here.",
+            extra_json_schema=_S,
+        ),
+    ] = 120.0
     drain_timeout: Annotated[
         Seconds,
         Meta(

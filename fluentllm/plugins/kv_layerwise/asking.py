@@ -23,6 +23,7 @@ def reserve(exchange: Exchange, incoming: Incoming, connections: list[Connection
     """Ask each rank for its part of `incoming.pages`, which `lease` holds."""
     sequence, allocator = incoming.sequence, exchange.host.kv.allocator
     prompt = encode_tokens(sequence.tokens[: sequence.prompt_length])
+    left = max(0.0, incoming.deadline - exchange.loop.time())
     for number, connection in enumerate(connections):
         of = Attempt(incoming.id, incoming.asks, connection.epoch, exchange.epoch)
         if number:  # each writer has a lease of its own, that ends when this writer is drained
@@ -37,7 +38,7 @@ def reserve(exchange: Exchange, incoming: Incoming, connections: list[Connection
                 prompt_hash=hashlib.sha256(prompt).digest(),
                 held_pages=sequence.published,
                 pages=incoming.pages,
-                deadline=exchange.settings.transfer_timeout,
+                deadline=min(exchange.settings.transfer_timeout, left),
                 checksums=exchange.settings.checksums,
             )
         )

@@ -58,6 +58,8 @@ class Incoming:
     sequence: Sequence
     peer: PrefillPeer
     """Whom it is asked of now."""
+    deadline: float
+    """By the loop's clock: what is not here by then is computed here, whatever has been tried."""
     attempts: int = 0
     """At this peer."""
     asks: int = 0

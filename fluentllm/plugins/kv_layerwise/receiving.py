@@ -34,6 +34,8 @@ from .lending import Lender
 from .peers import PrefillPeer, address
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ...core.kv.pages import Lease
     from ...core.sequence import Sequence
     from ...transfer.messages import Group
@@ -86,8 +88,8 @@ class Receiver:
         return peer
 
     def adopt(self, sequence: Sequence, handoff: str, host: str, port: int) -> None:
-        incoming = Incoming(handoff, sequence, self.peer_of(host, port))
-        self._all[sequence] = incoming
+        deadline = self._exchange.loop.time() + self._exchange.settings.handoff_timeout
+        self._all[sequence] = incoming = Incoming(handoff, sequence, self.peer_of(host, port), deadline)
         self._wait(incoming)
 
     def decline(self, handoff: str, host: str, port: int) -> None:
@@ -206,7 +208,14 @@ class Receiver:
 
     def _waited(self, incoming: Incoming) -> None:
         self._counters["deadline_wait"] += 1
-        self._compute(incoming, "wait")
+        if incoming.peer.ready:  # pages are short here, whoever sends
+            self._compute(incoming, "wait")
+        else:
+            self._failed(incoming, "wait", "It could not be reached in time.", retry=False)
+
+    def _expired(self, incoming: Incoming) -> None:
+        self._counters["deadline_handoff"] += 1
+        self._compute(incoming, "deadline")
 
     def _begin(self, incoming: Incoming) -> bool:
         """Ask for it. False if pages are short."""
@@ -245,6 +254,7 @@ class Receiver:
 
     def _late(self, incoming: Incoming) -> None:
         self._counters["deadline_transfer"] += 1
+        incoming.known -= {of.source for of in incoming.writers}  # a router's half may be lost: told, it is there for sure
         self._failed(incoming, "timeout", "It was not complete in time.")
 
     def _check(self, incoming: Incoming) -> None:
@@ -371,10 +381,14 @@ class Receiver:
         elif connect and peer.breaker.state == "closed":
             peer.connect()
 
-    def _time(self, incoming: Incoming, seconds: float, call: object) -> None:
+    def _time(self, incoming: Incoming, seconds: float, call: Callable[[], None]) -> None:
+        """Every state draws from what is left of the handoff's own time."""
         if incoming.timer is not None:
             incoming.timer.cancel()
-        incoming.timer = self._exchange.after(seconds, call)  # type: ignore[arg-type]
+        left = incoming.deadline - self._exchange.loop.time()
+        if left <= seconds:
+            seconds, call = max(left, 0.0), partial(self._expired, incoming)
+        incoming.timer = self._exchange.after(seconds, call)
 
     def _checksum(self, incoming: Incoming, connection: Connection, group: Group) -> int:
         size = self._exchange.layout.page_size

@@ -32,7 +32,7 @@ class NixlWire:
     """A `Wire`. A connection is the name of the peer's agent."""
 
     kind = "nixl"
-    chunk_bytes = 16 * 1024 * 1024
+    chunk_bytes = 32 * 1024 * 1024
     chunk_rows = 4096
     window = 3
 

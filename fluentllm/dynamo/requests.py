@@ -1,0 +1,98 @@
+"""Dynamo's requests and answers, which are dictionaries, as the engine's. Without Dynamo, and without torch.
+
+Dynamo's front end has the tokenizer: it sends token ids, gets token ids, and ends answers at stop strings itself.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from ..core.errors import InvalidRequest
+from ..core.types import Handoff, HandoffReport, Request, RequestOutput, SamplingParams
+
+FINISH = {"stop": "stop", "length": "length", "abort": "cancelled"}
+
+
+def request_of(body: dict[str, Any], name: str, *, max_model_len: int, role: str) -> Request:
+    """role: prefill, decode or both. Raises `InvalidRequest`."""
+    prompt, handoff = list(body["token_ids"]), _handoff(body, name, role)
+    return Request(id=name, prompt=prompt, params=_params(body, max_model_len - len(prompt)), handoff=handoff)
+
+
+def _params(body: dict[str, Any], room: int) -> SamplingParams:
+    sampling, stop = _given(body, "sampling_options"), _given(body, "stop_conditions")
+    if sampling.get("n", 1) > 1:
+        raise InvalidRequest("n is above 1, which is not served through Dynamo.", param="n")
+    if sampling.get("guided_decoding"):
+        raise InvalidRequest("Grammars are not served through Dynamo.", param="response_format")
+    names = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+    floats: dict[str, Any] = {field: float(sampling[field]) for field in names if field in sampling}
+    seed = sampling.get("seed")
+    return SamplingParams(
+        max_tokens=stop.get("max_tokens", max(1, room)),
+        min_tokens=stop.get("min_tokens", 0),
+        top_k=max(0, sampling.get("top_k", 0)),  # -1 means off there, 0 here
+        seed=secrets.randbits(62) if seed is None else seed,
+        stop_token_ids=tuple({*stop.get("stop_token_ids", ()), *stop.get("stop_token_ids_hidden", ())}),
+        ignore_eos=bool(stop.get("ignore_eos", False)),
+        logprobs=_given(body, "output_options").get("logprobs"),
+        **floats,
+    )
+
+
+def _given(body: dict[str, Any], group: str) -> dict[str, Any]:
+    """Options that are set: those that are not come as None."""
+    return {key: value for key, value in (body.get(group) or {}).items() if value is not None}
+
+
+def _handoff(body: dict[str, Any], name: str, role: str) -> Handoff | None:
+    """bootstrap: both engines get `bootstrap_info`, at once. pull: decode gets what prefill answered with. A decode request
+    with neither has its prompt computed where it decodes."""
+    if role == "both":
+        return None
+    met = body.get("bootstrap_info")
+    if met:
+        here = role == "prefill"
+        where = ("", 0) if here else (met["bootstrap_host"], met["bootstrap_port"])
+        return Handoff(id=f"room-{met['bootstrap_room']}", host=where[0], port=where[1], concurrent=True)
+    if role == "prefill":
+        return Handoff(id=name)
+    told = ((body.get("prefill_result") or {}).get("disaggregated_params") or {}).get("kv_transfer_params")
+    if not told:
+        return None
+    return Handoff(id=told["handoff"], host=told["remote_host"], port=told["remote_port"])
+
+
+def transfer_params(report: HandoffReport, body: dict[str, Any]) -> dict[str, Any]:
+    """What prefill answers with, `disaggregated_params`."""
+    if body.get("bootstrap_info"):
+        return dict(body["bootstrap_info"])
+    told = {"do_remote_prefill": True, "remote_host": report.host, "remote_port": report.port, "handoff": report.id}
+    return {"kv_transfer_params": told}
+
+
+def chunk_of(output: RequestOutput) -> dict[str, Any]:
+    """Without usage and the end's own fields."""
+    chunk: dict[str, Any] = {"token_ids": output.tokens, "index": 0}
+    if output.logprobs is not None:
+        chunk["log_probs"] = [logprob.logprob for logprob in output.logprobs]
+        chunk["top_logprobs"] = [
+            [
+                {"rank": rank, "token_id": token, "token": None, "logprob": value}
+                for rank, (token, value) in enumerate(logprob.top, start=1)
+            ]
+            for logprob in output.logprobs
+        ]
+    return chunk
+
+
+def ended(output: RequestOutput, prompt: int, tokens: int, cached: int) -> dict[str, Any]:
+    """What the last chunk says besides."""
+    usage = {
+        "prompt_tokens": prompt,
+        "completion_tokens": tokens,
+        "total_tokens": prompt + tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+    return {"finish_reason": FINISH.get(output.finish_reason or "", "error"), "completion_usage": usage}
