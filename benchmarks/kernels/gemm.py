@@ -105,7 +105,14 @@ class Shape:
 
 def candidates(shape: Shape, tokens: int) -> Iterator[LinearTile]:
     """Tiles worth trying for `tokens` rows."""
-    parts, wide = (2 if shape.gated else 1), min(64, max(8, power_of_2(tokens)))
+    yield from _of_width(shape, tokens, min(64, max(8, power_of_2(tokens))))
+    if tokens > 64:
+        yield from _of_width(shape, tokens, 128)
+
+
+def _of_width(shape: Shape, tokens: int, wide: int) -> Iterator[LinearTile]:
+    """Those of `wide` tokens."""
+    parts = 2 if shape.gated else 1
     sizes = ((16, 128), (32, 128), (64, 128), (128, 128)) if shape.kind == "fp8" else (
         (16, 256), (32, 128), (32, 256), (64, 64), (64, 128), (128, 64))  # fmt: skip
     for tile_rows, step in sizes:
