@@ -74,8 +74,9 @@ def test_the_drafts_are_the_trained_networks(trained: tuple[Path, str], name: st
 
 def test_it_generates_with_its_own_drafts(trained: tuple[Path, str], name: str) -> None:
     tokens = {}
+    settings = {"engine.threads": 1, "engine.device": "cpu", "model.dtype": "float32", "speculative.k": 2}
     for method in ("none", "mtp"):
-        settings = {"engine.threads": 1, "engine.device": "cpu", "model.dtype": "float32", "speculative.method": method}
+        settings["speculative.method"] = method
         with LLM(str(trained[0] / name), settings=settings) as llm:
             answers = llm.generate(["import os\n", "class A:"], SamplingOptions(max_tokens=12, temperature=0, ignore_eos=True))
         tokens[method] = [answer.tokens for answer in answers]
