@@ -65,6 +65,12 @@ class BodyTooLarge(FluentError):
     status, code = 413, "body_too_large"
 
 
+class BodyTooSlow(FluentError):
+    """An HTTP body that was not there after `server.body_timeout`."""
+
+    status, code = 408, "body_timeout"
+
+
 class QueueFull(FluentError):
     """The bounded queue is full: try again later."""
 

@@ -47,6 +47,7 @@ class ServerSettings(Struct, kw_only=True, forbid_unknown_fields=True):
         str | None, _help("If set, every request but /health and /live needs `Authorization: Bearer <key>`.")
     ] = None
     max_body_bytes: Annotated[int, _help("Larger bodies are refused with 413.", "bytes", ge=1024)] = 32 * 1024 * 1024
+    body_timeout: Annotated[float, _help("A body that takes longer to arrive is refused with 408.", "seconds", gt=0)] = 60.0
     max_choices: Annotated[int, _help("Largest `n` of one request.", ge=1)] = 128
     tokenizer_threads: Annotated[int, _help("Threads that render and tokenize.", ge=1)] = 2
     shutdown_timeout: Annotated[float, _help("How long running requests may finish after a stop signal.", "seconds", ge=0)] = (

@@ -5,6 +5,7 @@ The gate is plain ASGI: it checks the key and bounds the body, and never stands 
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import time
@@ -16,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
 
-from ..core.errors import BodyTooLarge, FluentError
+from ..core.errors import BodyTooLarge, BodyTooSlow, FluentError
 from .responses import DIRECT_SEND, ClientLeft, error_response, fluent_error_response
 
 if TYPE_CHECKING:
@@ -79,11 +80,11 @@ def _counted(route: Route, services: Services) -> Callable[[Request], Awaitable[
 
 
 class Gate:
-    """Refuses requests without the key and bodies over the limit."""
+    """Refuses requests without the key, and bodies that are over the limit or do not come."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self.app = app
-        self.limit = settings.max_body_bytes
+        self.limit, self.patience = settings.max_body_bytes, settings.body_timeout
         self.key = None if settings.api_key is None else settings.api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,16 +123,27 @@ class Gate:
         )
 
     def _bounded(self, receive: Receive) -> Receive:
-        """For bodies that do not announce their length."""
-        seen = 0
+        """For bodies that do not announce their length, or of which only a part comes."""
+        seen, whole = 0, False
+        until = asyncio.get_running_loop().time() + self.patience
 
         async def bounded() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, whole
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyTooSlow(
+                    f"After {self.patience:g} s only {seen} bytes of the body were there.",
+                    fix="Send it faster, or start the server with a larger server.body_timeout.",
+                ) from None
             if message["type"] == "http.request":
                 seen += len(message.get("body", b""))
                 if seen > self.limit:
                     raise self._too_large(seen)
+                whole = not message.get("more_body", False)
             return message
 
         return bounded

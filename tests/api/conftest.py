@@ -198,14 +198,20 @@ async def real(chat_folder: Path) -> AsyncIterator[Api]:
         yield api
 
 
-@pytest.fixture
-async def echo(chat_folder: Path) -> AsyncIterator[Api]:
-    """Answers "Paris is the capital of France." unless a test changes `engine.reply`."""
-    settings = settings_of(chat_folder)
+@contextlib.asynccontextmanager
+async def serving_echo(folder: Path, **server: Any) -> AsyncIterator[Api]:
+    """Answers "Paris is the capital of France." unless a test changes `engine.reply`. `server`: settings of that name."""
+    settings = settings_of(folder, {f"server.{name}": value for name, value in server.items()}.items())
     engine = EchoEngine(None, eos=2)
-    services = Services.load(settings, engine, chat_folder, "tiny")
+    services = Services.load(settings, engine, folder, "tiny")
     engine.info = model_info(services.tokenizer.vocab_size, eos=(2,))
     engine.state = "ready"
     engine.reply = services.tokenizer.encode("Paris is the capital of France.")
     async with serving(services, engine) as api:
+        yield api
+
+
+@pytest.fixture
+async def echo(chat_folder: Path) -> AsyncIterator[Api]:
+    async with serving_echo(chat_folder) as api:
         yield api

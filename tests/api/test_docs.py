@@ -64,8 +64,8 @@ def test_routes() -> None:
 def test_error_codes() -> None:
     rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \|", PAGE, flags=re.M)
     kinds = (
-        errors.InvalidRequest, errors.ContextTooLong, errors.ModelNotFound, errors.BodyTooLarge, errors.QueueFull,
-        errors.FluentError, errors.EngineUnavailable, errors.EngineDied,
+        errors.InvalidRequest, errors.ContextTooLong, errors.ModelNotFound, errors.BodyTooLarge, errors.BodyTooSlow,
+        errors.QueueFull, errors.FluentError, errors.EngineUnavailable, errors.EngineDied,
     )  # fmt: skip
     gate = {(401, "invalid_api_key"), (404, "unknown_path"), (405, "method_not_allowed"), (400, "invalid_http")}
     assert {(int(status), code) for status, code in rows} == gate | {(kind.status, kind.code) for kind in kinds}

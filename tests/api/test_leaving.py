@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from .conftest import Api, connection_count_settles, idle, nothing_left
+from .conftest import Api, connection_count_settles, idle, nothing_left, serving_echo
 
 LONG: dict[str, Any] = {"max_tokens": 480, "ignore_eos": True}
 
@@ -58,6 +60,28 @@ async def test_leaving_before_the_body_is_sent(real: Api, caplog: pytest.LogCapt
         await writer.wait_closed()
         await connection_count_settles(real)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_half_a_body_is_not_waited_for_for_ever(chat_folder: Path) -> None:
+    async with serving_echo(chat_folder, body_timeout=0.2) as api:
+        url = httpx.URL(api.url)
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{"prompt": "x')
+        async with asyncio.timeout(20):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(re.search(rb"content-length: ([0-9]+)", head)[1])  # type: ignore[index]
+            error = json.loads(await reader.readexactly(length))["error"]
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert error["code"] == "body_timeout"
+        assert "13 bytes" in error["message"]
+        assert "server.body_timeout" in error["message"]
+        writer.close()
+        await writer.wait_closed()
+        await connection_count_settles(api)
+        # A whole body may wait for its answer as long as it takes.
+        async with asyncio.timeout(20):
+            api.engine.pause = 0.1
+            assert (await api.complete("still there"))["choices"]
 
 
 async def test_a_crowd_that_leaves(real: Api) -> None:
