@@ -14,7 +14,8 @@ import triton.language as tl
 from ..triton.language import FIRST, LOADED, start_next, wait_for_inputs
 from ..triton.launch import launch, programmatic
 from ..triton.mla_absorb import absorb_tile, absorb_tiles
-from ..triton.mla_rows import norm_row, partner
+from ..triton.mla_rows import norm_row
+from ..triton.rotate import partner
 from .layout import LATENT, PAGE, ROPE, Fp8Planes
 from .quantise import aligned_rope, content_scale, to_e4m3
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .language import FIRST, LOADED, start_next, wait_for_inputs
 from .launch import launch, power_of_2, programmatic
+from .rotate import partner
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,16 +25,6 @@ def norm_row(x, factor, eps, SIZE: tl.constexpr):
     y = x.to(tl.float32)
     y = y * tl.rsqrt(tl.sum(y * y, 0) / SIZE + eps)
     return (y * factor).to(x.dtype)
-
-
-@triton.jit
-def partner(d, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The position that value d is rotated with."""
-    if INTERLEAVED:
-        other = d ^ 1
-    else:
-        other = tl.where(d < ROPE // 2, d + ROPE // 2, d - ROPE // 2)
-    return other
 
 
 @triton.jit
