@@ -75,8 +75,9 @@ class Product(Pending):
         return linear_plus(self.ops, self.x, self.weight, self.other)
 
     def of(self, wanted: Tensor) -> Product:
-        """Of the rows `wanted` [W] int64 only. Without `other`, or with one that is the same for all rows."""
-        return Product(self.ops, self.x[wanted], self.weight, self.other)
+        """Of the rows `wanted` [W] int64 only."""
+        other = self.other[wanted] if self.other is not None and self.other.ndim == 2 else self.other
+        return Product(self.ops, self.x[wanted], self.weight, other)
 
     def plus(self, rows: Tensor) -> Addend:
         """With rows [T, out] added."""

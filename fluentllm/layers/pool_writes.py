@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..core.protocols import FusedGQA, FusedMLA
 from ..kernels.triton.kv_append import append, flat_heads, rotate_and_append
 from ..kernels.triton.mla_rows import append_latents
+from ..kernels.triton.qkv_product import QkvProduct
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,11 +46,15 @@ class PoolWrites(FusedGQA, FusedMLA):
         eps: float = 0.0,
         interleaved: bool = False,
     ) -> Tensor:
+        product = QkvProduct(qkv, *rope, batch.kv_rows, heads, q_weight, k_weight, eps, interleaved)
+        return self._attend_product(layer, product, batch, scale)
+
+    def _attend_product(self, layer: int, product: QkvProduct, batch: Batch, scale: float) -> Tensor:
         """Norms, rotary and the KV write are one launch."""
         k_rows, v_rows = self._rows[layer]
         q = rotate_and_append(
-            qkv, *rope, batch.kv_rows, k_rows, v_rows, heads, q_weight=q_weight, k_weight=k_weight, eps=eps,
-            interleaved=interleaved,
+            product.qkv, product.cos, product.sin, product.kv_rows, k_rows, v_rows, product.heads,
+            q_weight=product.q_weight, k_weight=product.k_weight, eps=product.eps, interleaved=product.interleaved,
         )  # fmt: skip
         return self._attend(layer, q, batch, scale)
 

@@ -4,7 +4,17 @@ Torch-free: tensors and modules appear in annotations only. A factory is called 
 plain bound methods of what it returned.
 """
 
-from .attention import PHASES, AttentionBackend, AttentionContext, AttentionSpec, FusedGQA, FusedMLA, PartialAttention, Phase
+from .attention import (
+    PHASES,
+    AttentionBackend,
+    AttentionContext,
+    AttentionSpec,
+    FusedGQA,
+    FusedMLA,
+    MlaProducts,
+    PartialAttention,
+    Phase,
+)
 from .drafting import DraftContext, DraftMemory, DraftTarget, MovableProposer, Proposer, ProposerContext, ProposerFactory
 from .grammars import GrammarCompiler, GrammarContext, GrammarMatcher, HostGrammar
 from .models import BuildContext, Checkpoint, Model, ModelFamily, PackedTensor, StreamingCheckpoint, WeightsContext, WeightSlot
@@ -38,6 +48,7 @@ __all__ = [
     "GrammarContext",
     "GrammarMatcher",
     "HostGrammar",
+    "MlaProducts",
     "Model",
     "ModelFamily",
     "MovableProposer",

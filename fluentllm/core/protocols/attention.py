@@ -116,9 +116,27 @@ class FusedGQA(AttentionBackend):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class MlaProducts:
+    """What `FusedMLA.mla_from_products` is given of a layer."""
+
+    kv: Tensor
+    """[T, C + R], as for `mla_append`."""
+    kv_weight: Tensor
+    """[C]."""
+    q: Tensor
+    """[T, H, nope + R], as for `mla_from_query`."""
+    rope: tuple[Tensor, Tensor]
+    up_k: Tensor
+    up_v: Tensor
+    eps: float
+    latent_scale: float
+    interleaved: bool
+
+
 class FusedMLA(AttentionBackend):
-    """The same for MLA. `mla_from_products` is what layers call. Where it takes no way of its own, it is the two steps below,
-    of which the first has written the layer's KV before the second attends."""
+    """The same for MLA. `mla_from_products` is what layers call. It is two steps, of which the first has written the layer's KV
+    before the second attends; in decode a backend may do both at once."""
 
     def mla_from_products(
         self,
@@ -136,10 +154,19 @@ class FusedMLA(AttentionBackend):
         latent_scale: float,
         interleaved: bool,
     ) -> Tensor:
-        """`mla` from products: kv as for `mla_append`, q as for `mla_from_query` → [T, H, Dv]. In prefill it must call
-        `mla_append`, and attend afterwards: who follows passes layer by layer hears of a layer's KV by that."""
+        """`mla` from products: kv as for `mla_append`, q as for `mla_from_query` → [T, H, Dv]. In prefill it is always two
+        steps: who follows passes layer by layer hears of a layer's KV by the first."""
+        if batch.query_length is not None:
+            given = MlaProducts(kv, kv_weight, q, rope, up_k, up_v, eps, latent_scale, interleaved)
+            out = self.mla_at_once(layer, given, batch, scale)
+            if out is not None:
+                return out
         self.mla_append(layer, kv, kv_weight, rope, batch, eps=eps, latent_scale=latent_scale, interleaved=interleaved)
         return self.mla_from_query(layer, q, rope, up_k, up_v, batch, scale, interleaved=interleaved)
+
+    def mla_at_once(self, layer: int, given: MlaProducts, batch: Batch, scale: float) -> Tensor | None:
+        """In decode: append and attend in one way → [T, H, Dv]; None: in the two steps."""
+        return None
 
     @abstractmethod
     def mla_append(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fluentllm.core.batch import Batch
-    from fluentllm.core.protocols import AttentionContext
+    from fluentllm.core.protocols import AttentionContext, MlaProducts
 
 
 class HopperMlaFp8(FusedMLA):
@@ -79,33 +79,15 @@ class HopperMlaFp8(FusedMLA):
             return self._prefill(layer, torch.cat((q_nope, q_rope), -1), up_k, up_v, scale)
         return self._decode(layer, q_nope, q_rope, None, up_k, up_v, batch, scale, interleaved=False)
 
-    def mla_from_products(
-        self,
-        layer: int,
-        kv: Tensor,
-        kv_weight: Tensor,
-        q: Tensor,
-        rope: tuple[Tensor, Tensor],
-        up_k: Tensor,
-        up_v: Tensor,
-        batch: Batch,
-        scale: float,
-        *,
-        eps: float,
-        latent_scale: float,
-        interleaved: bool,
-    ) -> Tensor:
-        if not absorbs(q.shape[0], batch.query_length):
-            return super().mla_from_products(
-                layer, kv, kv_weight, q, rope, up_k, up_v, batch, scale, eps=eps, latent_scale=latent_scale,
-                interleaved=interleaved,
-            )  # fmt: skip
+    def mla_at_once(self, layer: int, given: MlaProducts, batch: Batch, scale: float) -> Tensor | None:
+        if not absorbs(given.q.shape[0], batch.query_length):
+            return None
         absorbed = absorb_norms(
-            q, up_k, kv, kv_weight, *rope, batch.kv_rows, self._planes[layer], eps=eps, latent_scale=latent_scale,
-            interleaved=interleaved,
+            given.q, given.up_k, given.kv, given.kv_weight, *given.rope, batch.kv_rows, self._planes[layer], eps=given.eps,
+            latent_scale=given.latent_scale, interleaved=given.interleaved,
         )  # fmt: skip
-        q_rope = q[..., up_k.shape[1] :]
-        return self._attend(layer, absorbed, q_rope, rope, batch, scale, up_v, interleaved=interleaved)
+        q_rope = given.q[..., given.up_k.shape[1] :]
+        return self._attend(layer, absorbed, q_rope, given.rope, batch, scale, given.up_v, interleaved=given.interleaved)
 
     def mla_append(
         self,

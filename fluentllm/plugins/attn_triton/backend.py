@@ -5,7 +5,7 @@ In decode nothing waits for the host, so a step can be captured; prefill knows i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,7 +14,7 @@ from fluentllm.kernels.triton.gqa_plan import GqaPlan, plan_gqa
 from fluentllm.kernels.triton.gqa_prefill import PrefillTiles, gqa_prefill, prefill_tiles
 from fluentllm.kernels.triton.mla_absorb import absorb, absorbs
 from fluentllm.kernels.triton.mla_rows import rotate_queries
-from fluentllm.kernels.triton.qkv_product import QkvProduct, from_product_fits
+from fluentllm.kernels.triton.qkv_product import from_product_fits
 from fluentllm.layers.pool_writes import PoolWrites
 
 from .expand import ExpandedPages, expand_pages
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fluentllm.core.batch import Batch
-    from fluentllm.core.protocols import AttentionContext
+    from fluentllm.core.protocols import AttentionContext, MlaProducts
     from fluentllm.kernels.mla_decode.decode import MlaDecode
+    from fluentllm.kernels.triton.qkv_product import QkvProduct
 
 APPEND_IN_DECODE = True
 """Grouped heads: decode norms, rotates and appends by itself; False: by a launch in front (benchmarks/kernels/launches.py)."""
@@ -80,25 +81,11 @@ class TritonAttention(PoolWrites):
         return self._rows[0][0].dtype is torch.float32
 
     # ------------------------------------------------------------------------------------------------------------------ gqa
-    def gqa_from_product(
-        self,
-        layer: int,
-        qkv: Tensor,
-        heads: int,
-        rope: tuple[Tensor, Tensor],
-        batch: Batch,
-        scale: float,
-        *,
-        q_weight: Tensor | None = None,
-        k_weight: Tensor | None = None,
-        eps: float = 0.0,
-        interleaved: bool = False,
-    ) -> Tensor:
-        norms: dict[str, Any] = {"q_weight": q_weight, "k_weight": k_weight, "eps": eps, "interleaved": interleaved}
+    def _attend_product(self, layer: int, product: QkvProduct, batch: Batch, scale: float) -> Tensor:
         fits = from_product_fits(self._kv.head_dim, self._kv.v_head_dim)
         if self._plan is None or not (fits and APPEND_IN_DECODE):
-            return super().gqa_from_product(layer, qkv, heads, rope, batch, scale, **norms)
-        return self._attend(layer, QkvProduct(qkv, *rope, batch.kv_rows, heads, **norms), batch, scale)
+            return super()._attend_product(layer, product, batch, scale)
+        return self._attend(layer, product, batch, scale)
 
     def _attend(self, layer: int, q: Tensor | QkvProduct, batch: Batch, scale: float) -> Tensor:
         k_pages, v_pages = self._pages[layer]
@@ -130,32 +117,15 @@ class TritonAttention(PoolWrites):
             return self._mla_prefill(layer, torch.cat((q_nope, q_rope), -1), up_k, up_v, scale)
         return self._mla_decode(layer, q_nope, q_rope.contiguous(), up_k, up_v, batch, scale)
 
-    def mla_from_products(
-        self,
-        layer: int,
-        kv: Tensor,
-        kv_weight: Tensor,
-        q: Tensor,
-        rope: tuple[Tensor, Tensor],
-        up_k: Tensor,
-        up_v: Tensor,
-        batch: Batch,
-        scale: float,
-        *,
-        eps: float,
-        latent_scale: float,
-        interleaved: bool,
-    ) -> Tensor:
-        if not absorbs(q.shape[0], batch.query_length):
-            return super().mla_from_products(
-                layer, kv, kv_weight, q, rope, up_k, up_v, batch, scale, eps=eps, latent_scale=latent_scale,
-                interleaved=interleaved,
-            )  # fmt: skip
+    def mla_at_once(self, layer: int, given: MlaProducts, batch: Batch, scale: float) -> Tensor | None:
+        if not absorbs(given.q.shape[0], batch.query_length):
+            return None
         (cache,) = self._rows[layer]
         absorbed, rotated = absorb(
-            q, up_k, kv, kv_weight, *rope, batch.kv_rows, cache, eps=eps, latent_scale=latent_scale, interleaved=interleaved
-        )
-        return self._mla_attend(layer, absorbed, rotated, batch, scale, up_v)
+            given.q, given.up_k, given.kv, given.kv_weight, *given.rope, batch.kv_rows, cache, eps=given.eps,
+            latent_scale=given.latent_scale, interleaved=given.interleaved,
+        )  # fmt: skip
+        return self._mla_attend(layer, absorbed, rotated, batch, scale, given.up_v)
 
     def mla_from_query(
         self,
