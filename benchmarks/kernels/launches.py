@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from fluentllm.bench.offline import latency
 from fluentllm.core.config import load
 from fluentllm.kernels.mla_decode import expand
-from fluentllm.kernels.triton import deferred_norm, gqa_plan, linear, linear_tiles, mla_absorb
+from fluentllm.kernels.triton import deferred_norm, gqa_decode, gqa_plan, held, linear, linear_tiles, mla_absorb
 from fluentllm.kernels.triton.launch import EARLY, START_NEXT
 from fluentllm.local import LocalEngine
 from fluentllm.plugins.attn_triton import backend as triton_attention
@@ -42,6 +42,8 @@ class Variant:
     """May products be set up early?"""
     experts_early: bool = EARLY["experts"]
     """May experts' products?"""
+    few_experts_early: bool = EARLY["few experts"]
+    hold_keys: bool = gqa_decode.HOLD
     merge_inside: bool = False
     prefetch: int = 0
     measured: bool = True
@@ -50,6 +52,9 @@ class Variant:
     """0: all products are torch's."""
     append_in_decode: bool = True
     """Grouped heads are rotated and appended by decode itself, else by a launch in front."""
+    held_tokens: int = held.MOST_TOKENS
+    """Up to so many tokens weights are held in registers; 0: never."""
+    held_weights: int = held.WEIGHTS
     defer_norms: bool = True
     """Norms shared out between the products around them, else launches of their own."""
     mla_tokens: int = mla_absorb.MOST_TOKENS
@@ -62,6 +67,11 @@ VARIANTS = [
     Variant("base"),
     Variant("product loaded", product=2),
     Variant("product at end", product=3),
+    Variant("not held", held_tokens=0),
+    Variant("held 32", held_weights=32),
+    Variant("held 128", held_weights=128),
+    Variant("keys not held", hold_keys=False),
+    Variant("few experts late", few_experts_early=False),
     Variant("norms apart", defer_norms=False),
     Variant("append apart", append_in_decode=False),
     Variant("norms and append apart", defer_norms=False, append_in_decode=False),
@@ -99,9 +109,14 @@ def applied(variant: Variant) -> Iterator[None]:
         undo.callback(START_NEXT.update, dict(START_NEXT))
         undo.callback(EARLY.update, dict(EARLY))
         EARLY.update(product=variant.early, experts=variant.experts_early)
+        EARLY["few experts"] = variant.few_experts_early
+        put(gqa_decode, "HOLD", variant.hold_keys)
         START_NEXT.update(product=variant.product, small=variant.small, experts=variant.product)
+        START_NEXT["few experts"] = variant.product
         put(gqa_plan, "MERGE_INSIDE", variant.merge_inside)
         put(linear_tiles, "MOST_TOKENS", variant.most_tokens)
+        put(held, "MOST_TOKENS", variant.held_tokens)
+        put(held, "WEIGHTS", variant.held_weights)
         put(deferred_norm, "DEFER", variant.defer_norms)
         put(triton_attention, "APPEND_IN_DECODE", variant.append_in_decode)
         put(mla_absorb, "MOST_TOKENS", variant.mla_tokens)

@@ -39,7 +39,10 @@ class Look:
     seconds: float = 0.0
     """Of all steps together, from the begin of the first to the end of the last, on the device."""
     times: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Name → seconds of each call."""
+    """Name → seconds by which each call took the steps' end further; on a GPU they add up to `seconds`, idle time in front of a
+    kernel being its own. A kernel that is set up while others still run (programmatic launches) begins long before that."""
+    busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Name → seconds from begin to end of all calls, waiting included."""
     costs: dict[str, Cost] = field(default_factory=lambda: defaultdict(Cost))
 
 
@@ -158,26 +161,40 @@ async def _look(executor: Executor, steps: int, advanced: Any, load: Load, on_gp
 
 
 def _read(look: Look, profiler: Any, on_gpu: bool) -> None:
-    starts, ends = [], []
+    spans = []
     for event in profiler.events():
         on_device = event.device_type == torch.autograd.DeviceType.CUDA
         if on_device == on_gpu and not event.name.startswith(("ProfilerStep", "[memory]")):
             seconds = (event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total) / 1e6
             if seconds > 0:
-                look.times[event.name].append(seconds)
-                starts.append(event.time_range.start)
-                ends.append(event.time_range.end)
+                look.busy[event.name] += seconds
+                spans.append((event.time_range.start / 1e6, event.time_range.end / 1e6, event.name))
+                if not on_gpu:
+                    look.times[event.name].append(seconds)
         if not on_device and event.name in PRODUCTS:
             cost = of_product(event.name, event.input_shapes, 2 if on_gpu else 4)
             for name in [kernel.name for kernel in event.kernels] if on_gpu else [event.name]:
                 if cost is not None:
                     look.costs[name].add(cost)
-    look.seconds = (max(ends) - min(starts)) / 1e6 if starts else 0.0
+    if spans:
+        look.seconds = max(end for _, end, _ in spans) - min(start for start, _, _ in spans)
+    if on_gpu:
+        for name, seconds in advances(spans):
+            look.times[name].append(seconds)
+
+
+def advances(spans: list[tuple[float, float, str]]) -> Iterator[tuple[str, float]]:
+    """(start, end, name) of kernels, which may overlap → (name, seconds by which it took the latest end further), in the order
+    of their ends; the sum is the span of all."""
+    latest = min((start for start, _, _ in spans), default=0.0)
+    for _, end, name in sorted(spans, key=lambda span: span[1]):
+        yield name, max(0.0, end - latest)
+        latest = max(latest, end)
 
 
 def _table(served: Look, shaped: Look, rates: dict[str, float], about: dict[str, Any]) -> dict[str, Any]:
     steps = max(1, served.steps)
-    rows = [_row(name, times, steps, shaped, rates) for name, times in served.times.items()]
+    rows = [_row(name, times, served.busy[name], steps, shaped, rates) for name, times in served.times.items()]
     rows.sort(key=lambda row: -row["us"])
     step, total = served.seconds / steps * 1e6, sum(row["us"] for row in rows)
     return {
@@ -192,10 +209,15 @@ def _table(served: Look, shaped: Look, rates: dict[str, float], about: dict[str,
     }
 
 
-def _row(name: str, times: list[float], steps: int, shaped: Look, rates: dict[str, float]) -> dict[str, Any]:
+def _row(name: str, times: list[float], busy: float, steps: int, shaped: Look, rates: dict[str, float]) -> dict[str, Any]:
     """Of one step."""
     microseconds = sum(times) / steps * 1e6
-    row: dict[str, Any] = {"name": name, "us": microseconds, "count": len(times) / steps}
+    row: dict[str, Any] = {
+        "name": name,
+        "us": microseconds,
+        "busy_us": busy / steps * 1e6,
+        "count": len(times) / steps,
+    }
     cost = shaped.costs.get(name)
     if cost is None or not shaped.steps:
         return row | {"bytes": None, "flops": None, "roofline": None}
@@ -206,12 +228,12 @@ def _row(name: str, times: list[float], steps: int, shaped: Look, rates: dict[st
 
 def lines(figures: dict[str, Any], most: int = 40) -> Iterator[str]:
     """The table, for people."""
-    yield f"{'kernel':<58} {'µs':>9} {'count':>6} {'MB':>9} {'GFLOP':>8} {'roofline':>8}"
+    yield f"{'kernel':<58} {'µs':>9} {'busy':>9} {'count':>6} {'MB':>9} {'GFLOP':>8} {'roofline':>8}"
     for row in figures["kernels"][:most]:
         size = f"{row['bytes'] / 1e6:9.2f}" if row["bytes"] is not None else f"{'':>9}"
         flops = f"{row['flops'] / 1e9:8.2f}" if row["flops"] else f"{'':>8}"
         share = f"{row['roofline'] * 100:6.0f} %" if row["roofline"] is not None else ""
-        yield f"{row['name'][:58]:<58} {row['us']:9.1f} {row['count']:6.1f} {size} {flops} {share:>8}"
+        yield f"{row['name'][:58]:<58} {row['us']:9.1f} {row['busy_us']:9.1f} {row['count']:6.1f} {size} {flops} {share:>8}"
     if len(figures["kernels"]) > most:
         yield f"… and {len(figures['kernels']) - most} more"
     rates = figures["ceilings"]

@@ -2,6 +2,9 @@
 
 The work is a list of items (sequence, run of keys); how many there can be depends on shapes only, so the grid of the
 attention kernel is fixed and the lengths stay on the device.
+
+The plan is launched normally and lets nobody start before it has ended. So what is launched behind it finds the plan, and all
+that was there before it (lengths, page tables, older keys), without waiting for the kernels directly in front.
 """
 
 from __future__ import annotations

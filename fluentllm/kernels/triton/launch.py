@@ -80,16 +80,16 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "meta" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-START_NEXT = {"small": 1, "product": 1, "experts": 1}
+START_NEXT = {"small": 1, "product": 1, "few experts": 1, "experts": 1}
 """Where a kernel lets the next one start, by its kind: 1 `language.FIRST`, 2 `language.LOADED`, 3 nowhere (when it has
 ended), 0: launched normally.
 
 small: a few rows, done in a microsecond or two. product: fills the chip and holds most of its shared memory; whoever is placed
-while it runs is placed where there happens to be room. experts: the products of a few experts' matrices, many times as many
-programs as there are places. benchmarks/kernels/launches.py measures it; NOTES.md there has what was seen."""
+while it runs is placed where there happens to be room. few experts: one or two tokens' products with
+them. experts: the products of many, many times as many programs as there are places. benchmarks/kernels/launches.py measures it; NOTES.md there has what was seen."""
 
 
-EARLY = {"small": True, "product": True, "experts": False}
+EARLY = {"small": True, "product": True, "few experts": True, "experts": False}
 """May a kernel of a kind be set up while the one in front of it still runs, where that one lets it? False: it is launched
 normally, and only its own successor may come early: programs of `experts` would take the places of those that still work."""
 

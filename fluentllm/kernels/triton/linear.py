@@ -1,6 +1,6 @@
 """y = x Wᵀ for few rows of x: the weights pass through the chip once, as fast as memory gives them (`streaming.stream`).
 
-Where W has too few rows to fill the chip, several programs share a tile's columns, and the last to finish adds up what all
+One to four tokens go another way (`held.py`). Where W has too few rows to fill the chip, several programs share a tile's columns, and the last to finish adds up what all
 found, in their order. With programmatic dependent launch a program asks for its first weights while the kernels before it
 still run.
 
@@ -15,9 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .held import HeldTile, held_product
 from .language import FIRST, LOADED, silu_of_rounded, start_next, wait_for_inputs
 from .launch import bulk_copies, descriptor, launch, power_of_2, programmatic
-from .linear_tiles import LinearTile, linear_tile
+from .linear_tiles import LinearTile, Tile, linear_tile
 from .normed import Normed, load_squares, norm_factor, opened
 from .streaming import SCALE_BLOCK, prefetch_weights, stream
 
@@ -115,7 +116,7 @@ def linear(
     other: Tensor | None = None,
     factor: float = 1.0,
     counters: Tensor | None = None,
-    tile: LinearTile | None = None,
+    tile: Tile | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x [T, K] · weight [N, K]ᵀ → [T, N]; x's last dimension contiguous.
@@ -143,7 +144,7 @@ def linear_norm(
     w_scale: Tensor | None = None,
     other: Tensor | None = None,
     counters: Tensor | None = None,
-    tile: LinearTile | None = None,
+    tile: Tile | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Normed, Tensor]:
     """As `linear`, then `after` → the first columns [T, D], normed but for their factor, and the whole product [T, N], whose
@@ -157,7 +158,8 @@ def linear_norm(
 
 def takes_norm(tokens: int, rows: int, depth: int, width: int, normed: int) -> bool:
     """Can `linear_norm` norm the first `normed` columns? No tile may hold columns of both kinds."""
-    return normed == rows or normed % linear_tile(tokens, rows, depth, width, False).rows == 0
+    tile = linear_tile(tokens, rows, depth, width, False)
+    return normed == rows or isinstance(tile, HeldTile) or normed % tile.rows == 0
 
 
 def _product(
@@ -169,7 +171,7 @@ def _product(
     w_scale: Tensor | None,
     other: Tensor | None,
     counters: Tensor | None,
-    tile: LinearTile | None,
+    tile: Tile | None,
     out_dtype: torch.dtype | None,
     gated: bool = False,
     factor: float = 1.0,
@@ -181,29 +183,36 @@ def _product(
     out = torch.empty(tokens, rows, dtype=out_dtype or (x.dtype if x_scale is None else torch.bfloat16), device=x.device)
     if tile is None:
         tile = linear_tile(tokens, rows, depth, x.element_size(), gated)
+    squares = residual = norm = None
+    if after is not None:
+        residual, norm = after.residual, after.weight
+        squares = torch.empty(-(-norm.shape[0] // tile.rows), tokens, dtype=torch.float32, device=x.device)
+    if isinstance(tile, HeldTile):
+        held_product(
+            x, weight, out, tile, squares=before, eps=eps, gated=gated, other=other, factor=factor, residual=residual, norm=norm,
+            squares_out=squares,
+        )  # fmt: skip
+        return out, squares
+    normed = 0 if norm is None else norm.shape[0]
+    if normed not in (0, rows) and (normed % tile.rows or residual is not None):
+        raise ValueError(f"{normed} normed columns of {rows} do not fit tiles of {tile.rows}")
     pdl = programmatic(x.device, "product")
     splits = tile.splits if counters is not None and not gated else 1
     columns, m_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
     if splits > 1 and counters is not None and columns * m_tiles > counters.shape[0]:
         splits = 1
     steps = triton.cdiv(triton.cdiv(depth, tile.depth), splits)
-    partial = squares = None
+    partial = None
     if splits > 1:
         partial = torch.empty(columns * m_tiles * splits * tile.rows * tile.tokens, dtype=torch.float32, device=x.device)
-    if after is not None:
-        normed = after.weight.shape[0]
-        if normed != rows and (normed % tile.rows or after.residual is not None):
-            raise ValueError(f"{normed} normed columns of {rows} do not fit tiles of {tile.rows}")
-        squares = torch.empty(-(-normed // tile.rows), tokens, dtype=torch.float32, device=x.device)
-    residual = None if after is None else after.residual
     box = descriptor(weight, tile.rows, tile.depth) if tile.tma and bulk_copies(weight) else None
     launch(
         _linear_kernel, (columns * splits * m_tiles,), out, x, x_scale, weight, box, w_scale, other, residual,
-        None if after is None else after.weight, before, squares, partial,
+        norm, before, squares, partial,
         counters if splits > 1 else None, tokens, rows, depth, x.stride(0), weight.stride(0),
         0 if x_scale is None else x_scale.stride(0), out.stride(0),
         0 if other is None or other.ndim == 1 else other.stride(0), 0 if residual is None else residual.stride(0),
-        factor, steps, parts, eps, 0 if after is None else after.weight.shape[0],
+        factor, steps, parts, eps, normed,
         BLOCK_M=tile.tokens, BLOCK_N=tile.rows, BLOCK_K=tile.depth, SPLITS=splits, GATED=gated, STAGES=tile.stages,
         CHUNKS=tile.prefetch if pdl["PDL"] and bulk_copies(weight) else 0, WIDTH=x.element_size(),
         PARTS=power_of_2(parts) if parts else 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .held import HeldTile, held_tile
 from .launch import HOPPER_MULTIPROCESSORS, power_of_2
 
 
@@ -25,6 +26,8 @@ class LinearTile:
     prefetch: int = 0
     """Pieces of 256 bytes of each row that are asked for before the kernels before have finished; a power of two or 0."""
 
+
+Tile = LinearTile | HeldTile
 
 MOST_TOKENS = 32
 """More rows are the library's."""
@@ -151,8 +154,11 @@ MEASURED: dict[tuple[int, int, int, bool], dict[int, LinearTile]] = {
 """(rows, depth, bytes of an element, gated) → {most tokens: tile}. Filled from benchmarks/kernels/gemm.py."""
 
 
-def linear_tile(tokens: int, rows: int, depth: int, width: int, gated: bool) -> LinearTile:
+def linear_tile(tokens: int, rows: int, depth: int, width: int, gated: bool) -> Tile:
     """For x [tokens, depth] and a matrix [rows, depth] (twice the rows if gated) of `width` bytes an element."""
+    held = held_tile(tokens, rows, depth, gated) if width == 2 else None
+    if held is not None:
+        return held
     for most, tile in MEASURED.get((rows, depth, width, gated), {}).items():
         if tokens <= most:
             return tile

@@ -1,6 +1,6 @@
 """Experts of a few tokens: no sorting, no tiles; programs read the rows of the chosen experts' matrices and nothing else.
 
-Weights are multiplied as they arrive, so many loads are in flight; two launches, the second of which adds everything up.
+Two launches, the second of which adds everything up.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from .held import VECTOR, held_partial, held_pieces, held_row
 from .language import FIRST, LOADED, silu_of_rounded, start_next, wait_for_inputs
-from .launch import launch, programmatic
+from .launch import launch, power_of_2, programmatic
 from .normed import leave_row, left, opened_after
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ def _gate_up_kernel(out, x, w, ids, x_row, w_expert, w_row, EXPERTS: tl.constexp
                     TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
                     PDL: tl.constexpr):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)
-    start_next(PDL, FIRST)
     wait_for_inputs(PDL)
+    # Not before the wait: who starts early relies on what this one has waited for.
+    start_next(PDL, FIRST)
     expert = tl.load(ids + pair).to(tl.int64)
     if expert < EXPERTS:
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -48,29 +50,31 @@ def _gate_up_kernel(out, x, w, ids, x_row, w_expert, w_row, EXPERTS: tl.constexp
 @triton.jit(do_not_specialize=["tokens"])
 def _down_kernel(out, h, w, x, shared, weights, ids, residual, norm, squares, tokens, x_row, shared_row, residual_row, w_expert,
                  w_row, EXPERTS: tl.constexpr, INNER: tl.constexpr, HIDDEN: tl.constexpr, TOP_K: tl.constexpr,
-                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                 ROWS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One token's output at ROWS columns, from all its experts: their weights are asked for at once, while `_gate_up_kernel`
+    still runs, and held (`held.py`)."""
+    pieces: tl.constexpr = (INNER + DEPTH - 1) // DEPTH
     token = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    steps: tl.constexpr = (INNER + BLOCK_K - 1) // BLOCK_K
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     start_next(PDL, FIRST)
-    wait_for_inputs(PDL)
-    for step in tl.range(0, TOP_K * steps, num_stages=STAGES):
-        pair = token * TOP_K + step // steps
-        base = step % steps * BLOCK_K
-        expert = tl.load(ids + pair).to(tl.int64)
-        mask = base + k < tl.where(expert < EXPERTS, INNER, 0)
-        a = tl.load(h + pair * INNER + base + k, mask=mask, other=0.0).to(tl.float32) * tl.load(weights + pair)
-        at = w + expert * w_expert + (n.to(tl.int64) * w_row)[:, None] + (base + k)[None, :]
-        acc += tl.load(at, mask=(n < HIDDEN)[:, None] & mask[None, :], other=0.0).to(tl.float32) * a[None, :]
-    start_next(PDL, LOADED)
-    total = tl.sum(acc, 1)
-    kept = 0.0
+    # The kernel in front lets this one start behind its own wait: so the choice of experts has been made.
+    factors, ends, held, kept = (), (), (), 0.0
     for i in tl.static_range(TOP_K):
-        zero = tl.load(ids + token * TOP_K + i) >= EXPERTS
-        kept += tl.where(zero, tl.load(weights + token * TOP_K + i), 0.0)
-    total += kept * tl.load(x + token * x_row + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
+        expert = tl.load(ids + token * TOP_K + i).to(tl.int64)
+        factor = tl.load(weights + token * TOP_K + i).to(tl.float32)
+        kept += tl.where(expert < EXPERTS, 0.0, factor)
+        factors = factors + (factor,)  # noqa: RUF005
+        # Of a zero expert nothing is read: nobody wrote its h.
+        ends = ends + (tl.where(expert < EXPERTS, tokens * TOP_K, 0),)  # noqa: RUF005
+        rows = tl.where(expert < EXPERTS, HIDDEN, 0)
+        held = held + (held_pieces(w + expert * w_expert, n, rows, INNER, w_row, DEPTH, pieces),)  # noqa: RUF005
+    wait_for_inputs(PDL)
+    acc = tl.zeros([ROWS, DEPTH // VECTOR], tl.float32)
+    for i in tl.static_range(TOP_K):
+        row = held_row(h, token * TOP_K + i, ends[i], INNER, INNER, DEPTH, pieces)
+        acc += factors[i] * held_partial(held[i], row, pieces)
+    start_next(PDL, LOADED)
+    total = tl.sum(acc, 1) + kept * tl.load(x + token * x_row + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
     if shared is not None:
         total += tl.load(shared + token * shared_row + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
     y = total.to(out.dtype.element_ty)
@@ -97,14 +101,15 @@ def small_moe(
     launch(
         _gate_up_kernel, (tokens * top_k, -(-inner // block_n)), h, x, gate_up, ids, x.stride(0), *gate_up.stride()[:2],
         EXPERTS=experts, INNER=inner, HIDDEN=hidden, TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=3, num_warps=4,
-        **programmatic(x.device, "experts"),
+        **programmatic(x.device, "few experts"),
     )  # fmt: skip
-    blocks = -(-hidden // block_n)
+    rows, depth = 2, min(1024, power_of_2(inner))
+    blocks = -(-hidden // rows)
     residual, norm, squares = opened_after(after, blocks, tokens)
     launch(
         _down_kernel, (tokens, blocks), out, h, down, x, shared, weights, ids, residual, norm, squares, tokens, x.stride(0),
         0 if shared is None else shared.stride(0), 0 if residual is None else residual.stride(0), *down.stride()[:2],
-        EXPERTS=experts, INNER=inner, HIDDEN=hidden, TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=3, num_warps=4,
-        **programmatic(x.device, "experts"),
+        EXPERTS=experts, INNER=inner, HIDDEN=hidden, TOP_K=top_k, ROWS=rows, DEPTH=max(VECTOR, depth), num_warps=8,
+        **programmatic(x.device, "few experts"),
     )  # fmt: skip
     return left(out, squares, after)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .launch import power_of_2, split_width
-from .rotate import head_weight, kept, norm_and_rotate, partner
+from .rotate import kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,8 @@ class QkvProduct:
     qkv: Tensor
     """[T, (H + 2 Hkv) · D], last dimension contiguous."""
     cos: Tensor
-    """[T, 1, R] of each row's position, R ≤ D, as `Ops.rotary` wants it."""
+    """[T, 1, R] of each row's position, R ≤ D, as `Ops.rotary` wants it. Like `sin` and `kv_rows` made before the first layer, by
+    launches that let nobody start before they have ended: it is read before the kernels in front have finished."""
     sin: Tensor
     kv_rows: Tensor
     """[T] int64: each row's place in the cache, page · page size + slot. Rows that nobody reads may share one."""
@@ -65,26 +66,23 @@ def opened(q: Tensor | QkvProduct, rows: int, dim: int, value_dim: int) -> Opene
 
 
 @triton.jit
-def append_keys(k_new, to_v, k_at, v_at, kv_rows, cos, sin, weight, token0, position0, first, last, d, eps, row, rope_row,
-                k_page, k_slot, v_page, v_slot, ROWS: tl.constexpr, NEW: tl.constexpr, DIM: tl.constexpr,
-                ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
-    """Of a sequence's ROWS new tokens (rows from `token0`, positions from `position0` on) those that lie in the run [first,
-    last): one head's keys, normed and rotated, and values go to the cache, and are there for what this program reads next."""
-    if last > position0:
-        j = tl.arange(0, NEW)
-        mine = (j < ROWS) & (position0 + j >= first) & (position0 + j < last)
-        token = (token0 + j).to(tl.int64)
-        mask = mine[:, None] & (d < DIM)[None, :]
-        at = k_new + (token * row)[:, None]
-        rope = (token * rope_row)[:, None]
-        other = partner(d, ROTARY, INTERLEAVED)
-        k, _ = norm_and_rotate(at, mask, head_weight(weight, d, DIM), head_weight(weight, other, DIM), cos + rope, sin + rope,
-                               d, eps, DIM, ROTARY, INTERLEAVED)  # fmt: skip
-        v = tl.load(at + to_v + d[None, :], mask=mask, other=0.0)
-        target = tl.load(kv_rows + token, mask=mine, other=0).to(tl.int64)
-        page, slot = target // PAGE, target % PAGE
-        k_to = k_at + (page * k_page + slot * k_slot)[:, None] + d[None, :]
-        v_to = v_at + (page * v_page + slot * v_slot)[:, None] + d[None, :]
-        tl.store(k_to, kept(k.to(tl.float32), k_at.dtype.element_ty), mask=mask)
-        tl.store(v_to, kept(v.to(tl.float32), v_at.dtype.element_ty), mask=mask)
-        tl.debug_barrier()
+def write_new(k, v, k_at, v_at, target, mask, d, k_page, k_slot, v_page, v_slot, PAGE: tl.constexpr):
+    """New tokens' keys and values [NEW, BLOCK_D] of one head → their rows `target` [NEW] of the cache, and what it keeps of
+    them. They are there for what this program reads next."""
+    page, slot = target // PAGE, target % PAGE
+    k = kept(k.to(tl.float32), k_at.dtype.element_ty)
+    v = kept(v.to(tl.float32), v_at.dtype.element_ty)
+    tl.store(k_at + (page * k_page + slot * k_slot)[:, None] + d[None, :], k, mask=mask)
+    tl.store(v_at + (page * v_page + slot * v_slot)[:, None] + d[None, :], v, mask=mask)
+    tl.debug_barrier()
+    return k, v
+
+
+@triton.jit
+def with_new(held, new, key, position0, ROWS: tl.constexpr, NEW: tl.constexpr):
+    """held [N, D], of keys `key` [N], with the new tokens' rows [NEW, D] at their positions, from position0 on."""
+    j = tl.arange(0, NEW)
+    for i in tl.static_range(ROWS):
+        row = tl.sum(tl.where((j == i)[:, None], new.to(tl.float32), 0.0), 0).to(held.dtype)
+        held = tl.where((key == position0 + i)[:, None], row[None, :], held)
+    return held

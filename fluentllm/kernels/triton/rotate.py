@@ -35,20 +35,40 @@ def head_weight(weight, d, DIM: tl.constexpr):
 
 
 @triton.jit
-def norm_and_rotate(at, mask, weight, partner_weight, cos, sin, d, eps, DIM: tl.constexpr, ROTARY: tl.constexpr,
-                    INTERLEAVED: tl.constexpr):  # fmt: skip
-    """at [R, 1]: heads' first values; mask [R, BLOCK_D]; weight, partner_weight: `head_weight`s at d and at `partner`, or None;
-    cos, sin [R, 1]: the rows' first values → (rotated, as it came), [R, BLOCK_D] in the product's dtype."""
-    partner_d = partner(d, ROTARY, INTERLEAVED)
+def heads_and_partners(at, mask, d, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """at [R, 1]: heads' first values; mask [R, BLOCK_D] → (values at d, values at `partner`), as they lie there."""
     x = tl.load(at + d[None, :], mask=mask, other=0.0)
+    return x, tl.load(at + partner(d, ROTARY, INTERLEAVED)[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def rotary_factors(cos, sin, mask, d, ROTARY: tl.constexpr):
+    """cos, sin [R, 1]: the rows' first values → what a head's values and their partners are multiplied by, [R, BLOCK_D]
+    float32."""
+    rotates = mask & (d < ROTARY)[None, :]
+    c = tl.load(cos + d[None, :], mask=rotates, other=1.0).to(tl.float32)
+    s = tl.load(sin + d[None, :], mask=rotates, other=0.0).to(tl.float32)
+    return c, s
+
+
+@triton.jit
+def normed_and_rotated(x, p, weight, partner_weight, c, s, eps, DIM: tl.constexpr):
+    """x, p: of `heads_and_partners`; weights: `head_weight`s at d and at `partner`, or None; c, s: of `rotary_factors`
+    → [R, BLOCK_D] in x's dtype."""
     y = x.to(tl.float32)
-    p = tl.load(at + partner_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    p = p.to(tl.float32)
     if weight is not None:
         scale = tl.rsqrt(tl.sum(y * y, 1) / DIM + eps)[:, None]
         # The norm's result has the activations' dtype wherever it is computed.
         y = (y * scale * weight).to(x.dtype).to(tl.float32)
         p = (p * scale * partner_weight).to(x.dtype).to(tl.float32)
-    rotates = mask & (d < ROTARY)[None, :]
-    c = tl.load(cos + d[None, :], mask=rotates, other=1.0).to(tl.float32)
-    s = tl.load(sin + d[None, :], mask=rotates, other=0.0).to(tl.float32)
-    return (y * c + p * s).to(x.dtype), x
+    return (y * c + p * s).to(x.dtype)
+
+
+@triton.jit
+def norm_and_rotate(at, mask, weight, partner_weight, cos, sin, d, eps, DIM: tl.constexpr, ROTARY: tl.constexpr,
+                    INTERLEAVED: tl.constexpr):  # fmt: skip
+    """All three → (rotated, as it came)."""
+    x, p = heads_and_partners(at, mask, d, ROTARY, INTERLEAVED)
+    c, s = rotary_factors(cos, sin, mask, d, ROTARY)
+    return normed_and_rotated(x, p, weight, partner_weight, c, s, eps, DIM), x

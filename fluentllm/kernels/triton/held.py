@@ -1,0 +1,202 @@
+"""y = x Wᵀ for one to four tokens: a program asks for all its weights while the kernels in front still run, holds them in
+registers, and multiplies when x is there.
+
+At so few tokens a step is a chain of small kernels, and what each adds to it is the time from its predecessor's end to its own.
+Here that is one read of x from L2, a few multiplications and a store: the weights are on the chip by then, nobody waits for
+partial sums of others, and tensor cores would only ask for another arrangement of the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from .language import FIRST, LOADED, silu_of_rounded, start_next, wait_for_inputs
+from .launch import HOPPER_MULTIPROCESSORS, launch, power_of_2, programmatic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_TOKENS = 4
+"""More rows are `linear`'s own kernel's. 0: all are."""
+WEIGHTS = 64
+"""Of a thread at most, if that gives every multiprocessor a program: 32 registers."""
+VECTOR: tl.constexpr = tl.constexpr(8)
+"""Columns that a thread reads at once: 16 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldTile:
+    """Sizes of `held_product`."""
+
+    rows: int
+    """Rows of the matrix of a program (twice as many when gated), a power of two."""
+    depth: int
+    """Columns of a piece, a power of two, at least 16; a program holds all pieces of its rows."""
+    warps: int = 4
+
+
+def held_tile(tokens: int, rows: int, depth: int, gated: bool) -> HeldTile | None:
+    """For x [tokens, depth] and a matrix [rows, depth] (twice the rows if gated) of two bytes an element; None: too many tokens,
+    or rows too long to be held."""
+    if not 0 < tokens <= MOST_TOKENS or depth > 16384:
+        return None
+    parts = 2 if gated else 1
+    piece = min(1024, max(16, power_of_2(depth)))
+    while piece > 256 and depth % piece:
+        piece //= 2
+    warps = 4 if depth * parts <= 4096 else 8
+    held = max(1, 32 * warps * WEIGHTS // (depth * parts))
+    while held > 1 and -(-rows // held) < HOPPER_MULTIPROCESSORS:
+        held //= 2
+    return HeldTile(power_of_2(held + 1) // 2, piece, warps)
+
+
+@triton.jit
+def _add_2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _add_4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def held_pieces(w, n, N, K, w_row, DEPTH: tl.constexpr, PIECES: tl.constexpr):
+    """W[n, …] in pieces [ROWS, DEPTH / VECTOR, VECTOR]."""
+    held = ()
+    for i in tl.static_range(PIECES):
+        k = i * DEPTH + tl.arange(0, DEPTH // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+        at = w + (n.to(tl.int64) * w_row)[:, None, None] + k[None, :, :]
+        tile = tl.load(at, mask=(n < N)[:, None, None] & (k < K)[None, :, :], other=0.0, eviction_policy="evict_first")
+        held = held + (tile,)  # noqa: RUF005 (Triton's tuples know no unpacking)
+    return held
+
+
+@triton.jit
+def held_row(x, m, M, K, x_row, DEPTH: tl.constexpr, PIECES: tl.constexpr):
+    """Row m of x, of M, in pieces [DEPTH / VECTOR, VECTOR]; m int64."""
+    read = ()
+    end = tl.where(m < M, K, 0)
+    for i in tl.static_range(PIECES):
+        k = i * DEPTH + tl.arange(0, DEPTH // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+        read = read + (tl.load(x + m * x_row + k, mask=k < end, other=0.0),)  # noqa: RUF005
+    return read
+
+
+@triton.jit
+def held_partial(held, row, PIECES: tl.constexpr):
+    """Σ over the pieces and over a thread's own columns: [ROWS, DEPTH / VECTOR] float32."""
+    acc = tl.sum(held[0].to(tl.float32) * row[0].to(tl.float32)[None, :, :], 2)
+    for i in tl.static_range(1, PIECES):
+        acc += tl.sum(held[i].to(tl.float32) * row[i].to(tl.float32)[None, :, :], 2)
+    return acc
+
+
+@triton.jit
+def _sums(held, rows, PIECES: tl.constexpr, TOKENS: tl.constexpr):
+    """W x[t] for each token: TOKENS sums [ROWS], reduced together, so that warps meet once."""
+    if TOKENS == 1:
+        return (tl.sum(held_partial(held, rows[0], PIECES), 1),)
+    elif TOKENS == 2:
+        both = (held_partial(held, rows[0], PIECES), held_partial(held, rows[1], PIECES))
+        return tl.reduce(both, 1, _add_2)
+    else:
+        four = (held_partial(held, rows[0], PIECES), held_partial(held, rows[1], PIECES), held_partial(held, rows[2], PIECES),
+                held_partial(held, rows[3], PIECES))  # fmt: skip
+        return tl.reduce(four, 1, _add_4)
+
+
+@triton.jit(do_not_specialize=["M", "factor", "parts", "eps", "normed"])
+def _held_kernel(out, x, w, other, residual, norm, squares, squares_out, M, N, K, x_row, w_row, out_row, other_row, residual_row,
+                 factor, parts, eps, normed, TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+                 PIECES: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """GATED: W holds N gate rows, then N up rows."""
+    start_next(PDL, FIRST)
+    programs = tl.cdiv(N, ROWS)
+    pid = tl.program_id(0)
+    n = pid % programs * ROWS + tl.arange(0, ROWS)
+    first = pid // programs * TOKENS
+    held = held_pieces(w, n, N, K, w_row, DEPTH, PIECES)
+    if GATED:
+        held_up = held_pieces(w, n + N, 2 * N, K, w_row, DEPTH, PIECES)
+    if norm is not None:
+        weight = tl.load(norm + n, mask=n < normed, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
+    rows, rests, befores, founds = (), (), (), ()
+    for t in tl.static_range(TOKENS):
+        m = (first + t).to(tl.int64)
+        there = n < tl.where(m < M, N, 0)
+        rows = rows + (held_row(x, m, M, K, x_row, DEPTH, PIECES),)  # noqa: RUF005
+        if other is not None:
+            rests = rests + (tl.load(other + m * other_row + n, mask=there, other=0.0),)  # noqa: RUF005
+        if residual is not None:
+            befores = befores + (tl.load(residual + m * residual_row + n, mask=there, other=0.0),)  # noqa: RUF005
+        if PARTS > 0:
+            part = tl.arange(0, PARTS)
+            founds = founds + (tl.load(squares + part * M + m, mask=part < tl.where(m < M, parts, 0), other=0.0),)  # noqa: RUF005
+    start_next(PDL, LOADED)
+    sums = _sums(held, rows, PIECES, TOKENS)
+    if GATED:
+        ups = _sums(held_up, rows, PIECES, TOKENS)
+    for t in tl.static_range(TOKENS):
+        m = (first + t).to(tl.int64)
+        there = n < tl.where(m < M, N, 0)
+        acc = sums[t]
+        scale = 1.0
+        if PARTS > 0:
+            scale = tl.rsqrt(tl.sum(founds[t], 0) / K + eps)
+            acc = acc * scale
+        if GATED:
+            acc = silu_of_rounded(acc, ups[t] * scale, out.dtype.element_ty)
+        if other is not None:
+            acc = (acc.to(out.dtype.element_ty).to(tl.float32) + rests[t].to(tl.float32)) * factor
+        y = acc.to(out.dtype.element_ty)
+        if residual is not None:
+            # The sum has the stream's dtype, as an addition of its own would leave it.
+            y = (y.to(tl.float32) + befores[t].to(tl.float32)).to(out.dtype.element_ty)
+            tl.store(residual + m * residual_row + n, y, mask=there)
+        if norm is not None:
+            wide = tl.where(there & (n < normed), y.to(tl.float32), 0.0)
+            if (pid % programs * ROWS < normed) & (m < M):
+                tl.store(squares_out + (pid % programs).to(tl.int64) * M + m, tl.sum(wide * wide, 0))
+            y = tl.where(n < normed, (wide * weight).to(out.dtype.element_ty), y)
+        tl.store(out + m * out_row + n, y, mask=there)
+
+
+def held_product(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    tile: HeldTile,
+    *,
+    squares: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    other: Tensor | None = None,
+    factor: float = 1.0,
+    residual: Tensor | None = None,
+    norm: Tensor | None = None,
+    squares_out: Tensor | None = None,
+) -> None:
+    """As `linear.linear` and `linear.linear_norm`, of which it is one of two ways: x [T, K] · weight [N, K]ᵀ → out [T, N].
+
+    squares [parts, T]: of x's norm, whose factor is applied here. norm: weight of the norm of the first columns, of which
+    squares_out [⌈columns / tile.rows⌉, T] gets the sums of squares.
+    """
+    tokens, depth = x.shape
+    rows = out.shape[1]
+    parts = 0 if squares is None else squares.shape[0]
+    block = min(4, power_of_2(tokens))
+    launch(
+        _held_kernel, (-(-rows // tile.rows) * -(-tokens // block),), out, x, weight, other, residual, norm, squares, squares_out,
+        tokens, rows, depth, x.stride(0), weight.stride(0), out.stride(0),
+        0 if other is None or other.ndim == 1 else other.stride(0), 0 if residual is None else residual.stride(0),
+        factor, parts, eps, 0 if norm is None else norm.shape[0],
+        TOKENS=block, ROWS=tile.rows, DEPTH=tile.depth, PIECES=-(-depth // tile.depth), GATED=gated,
+        PARTS=power_of_2(parts) if parts else 0, num_warps=tile.warps, **programmatic(x.device, "product"),
+    )  # fmt: skip
