@@ -87,8 +87,9 @@ def _decode_kernel(
         position0 = length - ROWS
         if NEW > 0:
             other = partner(d, ROTARY, INTERLEAVED)
-            q_factor, q_partner_factor = head_weight(q_weight, d, DIM), head_weight(q_weight, other, DIM)
-            k_factor, k_partner_factor = head_weight(k_weight, d, DIM), head_weight(k_weight, other, DIM)
+            if q_weight is not None:
+                q_factor, q_partner_factor = head_weight(q_weight, d, DIM), head_weight(q_weight, other, DIM)
+                k_factor, k_partner_factor = head_weight(k_weight, d, DIM), head_weight(k_weight, other, DIM)
             rope = (token * rope_row)[:, None]
             q_cos, q_sin = rotary_factors(cos + rope, sin + rope, valid[:, None] & in_head, d, ROTARY)
             # Of the new tokens this run may hold some, all or, mostly, none.
@@ -123,8 +124,12 @@ def _decode_kernel(
             new_at = q + (new_token * q_row + (HEADS + kv_head) * DIM)[:, None]
             new_k, new_p = heads_and_partners(new_at, new, d, ROTARY, INTERLEAVED)
             new_v = tl.load(new_at + HEADS // GROUP * DIM + d[None, :], mask=new, other=0.0)
-            queries = normed_and_rotated(x, p, q_factor, q_partner_factor, q_cos, q_sin, eps, DIM)
-            new_k = normed_and_rotated(new_k, new_p, k_factor, k_partner_factor, k_cos, k_sin, eps, DIM)
+            if q_weight is None:
+                queries = normed_and_rotated(x, p, None, None, q_cos, q_sin, eps, DIM)
+                new_k = normed_and_rotated(new_k, new_p, None, None, k_cos, k_sin, eps, DIM)
+            else:
+                queries = normed_and_rotated(x, p, q_factor, q_partner_factor, q_cos, q_sin, eps, DIM)
+                new_k = normed_and_rotated(new_k, new_p, k_factor, k_partner_factor, k_cos, k_sin, eps, DIM)
             new_k, new_v = write_new(
                 new_k, new_v, k_pages + kv_head * k_head, v_pages + kv_head * v_head, target, new, d, k_page, k_slot, v_page,
                 v_slot, PAGE,

@@ -1,6 +1,6 @@
 """y = x Wᵀ for few rows of x: the weights pass through the chip once, as fast as memory gives them (`streaming.stream`).
 
-One to four tokens go another way (`held.py`). Where W has too few rows to fill the chip, several programs share a tile's columns, and the last to finish adds up what all
+One or two tokens go another way (`held.py`). Where W has too few rows to fill the chip, several programs share a tile's columns, and the last to finish adds up what all
 found, in their order. With programmatic dependent launch a program asks for its first weights while the kernels before it
 still run.
 
