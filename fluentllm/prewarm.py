@@ -13,9 +13,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -91,11 +92,31 @@ def record(model: Model, make: Callable[[], Target], largest: Largest) -> Iterat
 
 
 def thin(model: Any) -> None:
-    """Keep one layer of each kind, by the shapes of its weights: the others launch the same."""
+    """Keep few layers of each kind, by the shapes of its weights: the others launch the same."""
     layers = getattr(model, "layers", None)
     if isinstance(layers, list):
-        kinds = {tuple(slot.shape for slot in layer.weight_slots()): layer for layer in reversed(layers)}
-        model.layers = list(reversed(kinds.values()))
+        kinds = [tuple(slot.shape for slot in layer.weight_slots()) for layer in layers]
+        model.layers = [layers[i] for i in shortened(kinds)]
+
+
+def shortened(kinds: Sequence[Hashable]) -> list[int]:
+    """Numbers of items to keep, as few as can be found, such that the same kinds begin, end and follow each other. What a layer
+    launches depends on what the one in front left to it: a norm may be shared out between both."""
+
+    def borders(kept: list[int]) -> set[tuple[Hashable | None, Hashable | None]]:
+        return set(pairwise([None, *(kinds[i] for i in kept), None]))
+
+    kept = list(range(len(kinds)))
+    wanted = borders(kept)
+    for length in range(len(kept) - 1, 0, -1):
+        start = 0
+        while start + length <= len(kept):
+            shorter = kept[:start] + kept[start + length :]
+            if borders(shorter) == wanted:
+                kept = shorter
+            else:
+                start += 1
+    return kept
 
 
 def fill(model: Model) -> None:
@@ -173,18 +194,19 @@ def _compile(launch: Launch) -> None:
 
 def key_of(launch: Launch) -> tuple[Any, ...]:
     """Equal for launches that run the same machine code, as Triton specialises: types, constants, ones, multiples of 16."""
-    arguments = tuple(map(_key, launch.args))
+    arguments = tuple(_key(value, parameter) for value, parameter in zip(launch.args, launch.kernel.params, strict=False))
     options = tuple(sorted((name, str(value)) for name, value in launch.options.items()))
     return (id(launch.kernel), arguments, options)
 
 
-def _key(value: Any) -> tuple[Any, ...]:
+def _key(value: Any, parameter: Any) -> tuple[Any, ...]:
+    specialised = not parameter.do_not_specialize
     if isinstance(value, torch.Tensor):
-        return ("tensor", value.dtype, value.data_ptr() % 16 == 0)
+        return ("tensor", value.dtype, specialised and value.data_ptr() % 16 == 0)
     if isinstance(value, bool):
         return ("bool", value)
     if isinstance(value, int):
-        return ("int", value == 1, value % 16 == 0, -(2**31) <= value < 2**31)
+        return ("int", -(2**31) <= value < 2**31, *((value == 1, value % 16 == 0) if specialised else ()))
     if isinstance(value, float):
         return ("float",)
     if hasattr(value, "block_shape"):  # a tensor descriptor

@@ -92,10 +92,17 @@ class Executor:
     def _launch(self, plan: StepPlan, future: Future[StepResult]) -> None:
         clock = _DeviceClock() if self.device.type == "cuda" else _HostClock()
         self._apply(plan)
+        began = time.perf_counter()
         pending = self.programs.run(plan)
+        launching = time.perf_counter() - began if self.device.type == "cuda" else 0.0
         self._kept.append(pending)
         done = StepResult(
-            step=plan.step, slots=[], seconds=0.0, verified=self.programs.verified, drafting_error=self.programs.drafting_error
+            step=plan.step,
+            slots=[],
+            seconds=0.0,
+            launching=launching,
+            verified=self.programs.verified,
+            drafting_error=self.programs.drafting_error,
         )
         rows = self._rows
         clock.stop()

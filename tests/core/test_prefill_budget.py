@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from fluentllm.core.prefill_budget import LEAST, PrefillBudget
 from fluentllm.core.types import PrefillChunk, StepPlan, StepResult
 
 
-def step(budget: PrefillBudget, decoding: int, prompt_tokens: int, seconds: float) -> None:
-    prefill = [PrefillChunk(99, 0, prompt_tokens, False)] if prompt_tokens else []
+def step(
+    budget: PrefillBudget, decoding: int, prompt_tokens: int, seconds: float, *, start: int = 0, launching: float = 0.0
+) -> None:
+    prefill = [PrefillChunk(99, start, prompt_tokens, False)] if prompt_tokens else []
     plan = StepPlan(step=0, prefill=prefill, decode=list(range(decoding)))
-    budget.collected(plan, StepResult(step=0, slots=[], seconds=seconds))
+    budget.collected(plan, StepResult(step=0, slots=[], seconds=seconds, launching=launching if prefill else 0.0))
 
 
 def cost(decoding: int, prompt_tokens: int, token: float = 1e-5) -> float:
@@ -26,7 +30,7 @@ def test_steps_stay_within_the_ratio_once_times_are_known() -> None:
     for _ in range(20):
         tokens = budget.tokens(8)
         step(budget, 8, tokens, cost(8, tokens))
-        assert cost(8, tokens) <= 4.0 * cost(8, 0) * 1.001
+        assert cost(8, tokens) <= 4.0 * cost(8, 0) * 1.04
     assert budget.tokens(8) == pytest.approx(3 * cost(8, 0) / 1e-5, rel=0.01)
 
 
@@ -40,17 +44,114 @@ def test_dearer_tokens_come_in_smaller_chunks() -> None:
 
 
 @pytest.mark.parametrize("floor", [0.03, 0.3])
-def test_what_a_smaller_chunk_would_not_spare_is_not_charged_to_tokens(floor: float) -> None:
+def test_chunks_are_not_cut_below_what_launching_a_pass_takes(floor: float) -> None:
     """Where the host launches kernel by kernel, a step with a prompt takes `floor` at least: no reason to shrink chunks."""
     budget, token = PrefillBudget(8192, 4.0), 2e-6
     for tokens in (0, 8192, 100, 3000):
-        step(budget, 8, tokens, cost(8, 0) + (max(floor, token * tokens) if tokens else 0.0))
+        step(budget, 8, tokens, cost(8, 0) + (max(floor, token * tokens) if tokens else 0.0), launching=floor)
     used = []
     for _ in range(60):
         used.append(budget.tokens(8))
-        step(budget, 8, used[-1], cost(8, 0) + max(floor, token * used[-1]))
+        step(budget, 8, used[-1], cost(8, 0) + max(floor, token * used[-1]), launching=floor)
     assert sum(used[10:]) / 50 >= min(8192, floor / token) / 2
     assert min(used[10:]) > 1000
+
+
+def test_one_launch_that_waited_for_a_compiler_is_no_floor() -> None:
+    budget = PrefillBudget(8192, 4.0)
+    step(budget, 8, 0, cost(8, 0))
+    step(budget, 8, 512, cost(8, 512) + 2.0, launching=2.0)
+    for _ in range(30):
+        tokens = budget.tokens(8)
+        step(budget, 8, tokens, cost(8, tokens), launching=0.002)
+    assert cost(8, budget.tokens(8)) <= 4.0 * cost(8, 0) * 1.04
+    assert budget.tokens(8) == pytest.approx(3 * cost(8, 0) / 1e-5, rel=0.1)
+
+
+def test_a_pass_that_takes_long_whatever_it_holds_is_not_cut_to_crumbs() -> None:
+    """Experts: a pass of few tokens reads nearly all of them, which takes longer than three steps of one sequence."""
+    budget, alone = PrefillBudget(8192, 4.0), 0.003
+    step(budget, 1, 0, alone)
+    used = []
+    for _ in range(60):
+        used.append(budget.tokens(1))
+        step(budget, 1, used[-1], alone + 0.012 + 1e-5 * used[-1])
+    assert min(used[20:]) > 100
+    assert max(used[20:]) * 1e-5 < 0.04
+
+
+class Clock:
+    """A GPU with an engine around it that plans one step ahead of what it has collected."""
+
+    decode, fixed, token, context = 6.4e-3, 5.5e-3, 24e-6, 1.7e-9
+    """Seconds: of a step of 8 sequences, of any pass (its weights are read), of a prompt token, of each one behind it."""
+
+    def __init__(self, budget: PrefillBudget, launching: float, seed: int) -> None:
+        self._budget, self._launching, self._rng = budget, launching, random.Random(seed)
+        self._flying: list[tuple[int, int, float]] = []
+
+    def run(self, start: int, count: int) -> float:
+        """→ how long the step takes."""
+        device = self.fixed + count * (self.token + self.context * (start + count / 2)) if count else 0.0
+        seconds = (self.decode + (max(device, self._launching) if count else 0.0)) * self._rng.gauss(1, 0.01)
+        self._flying.append((start, count, seconds))
+        if len(self._flying) > 1:
+            before, tokens, took = self._flying.pop(0)
+            step(self._budget, 8, tokens, took, start=before, launching=self._launching * self._rng.uniform(1, 1.3))
+        return seconds
+
+    def prompt(self, length: int) -> list[float]:
+        """→ how many times as long as one without a prompt each of its steps takes."""
+        found, done = [], 0
+        while done < length:
+            count = min(self._budget.tokens(8, done), length - done)
+            found.append(self.run(done, count) / self.decode)
+            done += count
+        for _ in range(20):
+            self.run(0, 0)
+        return found
+
+
+@pytest.mark.parametrize("launching", [0.0, 0.005, 0.015])
+@pytest.mark.parametrize("before", [[100_000], [100] * 50, [8000, 50, 50, 3000]], ids=["long", "short", "mixed"])
+def test_tokens_that_get_dearer_along_a_prompt_are_not_taken_for_a_fixed_part(launching: float, before: list[int]) -> None:
+    """A prompt of 100,000: at its end a token takes eight times as long as at its begin. Chunks shrink as it goes on and take
+    the same time, as they would if tokens cost nothing."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    clock = Clock(PrefillBudget(8192, 4.0), launching, seed)
+    for _ in range(20):
+        clock.run(0, 0)
+    for length in before:
+        clock.prompt(length)
+    ratios = sorted(clock.prompt(100_000))
+    # Measured times are off by 1 in 100, and what is learned lags behind by a few steps.
+    assert ratios[int(0.98 * len(ratios))] <= 4.0 * 1.1
+    assert ratios[len(ratios) // 2] == pytest.approx(4.0, rel=0.06)
+
+
+def test_a_prompt_goes_on_at_the_price_of_its_place() -> None:
+    """Once learned, a chunk far into a prompt is smaller at once."""
+    clock = Clock(budget := PrefillBudget(8192, 4.0), 0.0, 1)
+    for _ in range(20):
+        clock.run(0, 0)
+    clock.prompt(100_000)
+    assert budget.tokens(8, 0) > 2 * budget.tokens(8, 50_000) > 2 * budget.tokens(8, 99_000)
+
+
+def test_several_prompts_share_what_a_step_may_hold() -> None:
+    clock = Clock(budget := PrefillBudget(8192, 4.0), 0.0, 1)
+    for _ in range(20):
+        clock.run(0, 0)
+    clock.prompt(100_000)
+    alone = budget.tokens(8, 0)
+    allowance = budget.allow(8)
+    assert allowance.open
+    assert allowance.take(0, alone // 2) == alone // 2
+    assert 0 < allowance.take(50_000, 10_000) < budget.tokens(8, 50_000)
+    assert allowance.take(0, 10_000) < LEAST
+    assert not allowance.open
+    assert budget.allow(0).take(0, 100) == 100
 
 
 def test_a_fixed_part_is_told_from_the_tokens() -> None:
@@ -60,7 +161,7 @@ def test_a_fixed_part_is_told_from_the_tokens() -> None:
         tokens = budget.tokens(8)
         step(budget, 8, tokens, cost(8, tokens) + 0.004)
     allowed = 3 * cost(8, 0)
-    assert budget.tokens(8) == pytest.approx((allowed - 0.004) / 1e-5, rel=0.02)
+    assert budget.tokens(8) == pytest.approx((allowed - 0.004) / 1e-5, rel=0.05)
 
 
 def test_nobody_waits_nobody_bounds() -> None:
@@ -77,4 +178,4 @@ def test_a_prompt_always_gets_on() -> None:
     budget = PrefillBudget(8192, 1.001)
     step(budget, 1, 0, 1e-3)
     step(budget, 1, 1000, 10.0)
-    assert budget.tokens(1) == LEAST
+    assert LEAST <= budget.tokens(1) < 100

@@ -1,4 +1,8 @@
-"""While a prompt of 100,000 tokens is prefilled, others wait at most `scheduler.max_step_ratio` of their own steps."""
+"""While a prompt of 100,000 tokens is prefilled, others wait at most `scheduler.max_step_ratio` of their own steps, or as
+long as the host takes to launch a pass.
+
+A first such prompt is answered before: it compiles and loads what a prompt needs, and the engine learns from it.
+"""
 
 from __future__ import annotations
 
@@ -59,24 +63,26 @@ def gaps(times: list[float]) -> list[float]:
     return sorted(b - a for a, b in pairwise(times))
 
 
-def test_a_long_prompt_delays_decoding_by_the_bound() -> None:
-    """The shape of Llama-3.1-8B. The bound is of steps; of 50 gaps one may be longer, for the clock is the reader's."""
+@pytest.mark.parametrize("ratio", [None, 2.0])
+def test_a_long_prompt_delays_decoding_by_the_bound(ratio: float | None) -> None:
+    """The shape of Llama-3.1-8B. The bound is of steps; of 50 gaps one may be longer, for the clock is the reader's, and 5 in
+    100 is what measured times are off and prices lag behind."""
     assert Settings().scheduler.max_step_ratio is None, "auto: 4 on a GPU"
     settings = {"model.max_model_len": PROMPT + 1000, "kv.memory": "32GiB", "kv.prefix_cache": False}
+    if ratio is not None:
+        settings["scheduler.max_step_ratio"] = ratio
     with engine(Path(SHAPES / "llama-3.1-8b"), **settings) as local:
         own, during = local.call(measure(local))
+        budget = local.engine.prefill_budget
+        assert budget is not None
+        floor, launching = budget.floor, budget.launching
     step, late = own[len(own) // 2], during[int(len(during) * 0.98)]
     print(f"a step {step * 1e3:.2f} ms; {len(during)} gaps beside a prompt, median {during[len(during) // 2] / step:.2f} steps")
-    print(f"98 of 100 below {late / step:.2f}, longest {during[-1] / step:.2f}")
+    print(f"98 of 100 below {late / step:.2f}, longest {during[-1] / step:.2f};")
+    bound = max((ratio or RATIO) * step, step + floor)
+    print([round(gap / step, 2) for gap in during if gap > bound])
+    print(f"launching a pass takes the host {launching * 1e3:.1f} ms, and no step adds less than {floor * 1e3:.1f} ms")
     assert len(during) > 30, "the prompt was prefilled in a few steps, which held everybody up"
-    assert late <= RATIO * step * 1.05
-
-
-@pytest.mark.parametrize("ratio", [2.0])
-def test_a_tighter_bound_is_kept_too(ratio: float) -> None:
-    settings = {
-        "model.max_model_len": PROMPT + 1000, "kv.memory": "32GiB", "kv.prefix_cache": False, "scheduler.max_step_ratio": ratio,
-    }  # fmt: skip
-    with engine(Path(SHAPES / "llama-3.1-8b"), **settings) as local:
-        own, during = local.call(measure(local))
-    assert during[int(len(during) * 0.98)] <= ratio * own[len(own) // 2] * 1.1
+    assert late <= bound * 1.05
+    # What is not cut further must have its reason: launching, or the weights that any pass reads once, twice over.
+    assert floor <= max(launching, 2.5 * step)

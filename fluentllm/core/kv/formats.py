@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..types import KVSpec
 
 FP8 = "float8_e4m3fn"
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, FP8: 1, "float8_e5m2": 1, "uint8": 1, "int8": 1}
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, FP8: 1, "float8_e5m2": 1, "uint8": 1, "int8": 1}
 """Bytes of one value, by torch's name of the dtype."""
 SETTINGS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "fp8": FP8}
 """`kv.dtype` → torch's name of the dtype; `auto` is the activations'."""

@@ -132,6 +132,8 @@ class StepResult(Struct, kw_only=True):
     """Slots of last prefill chunks (and of chunks with prompt logprobs), then of `decode`, in the plan's order."""
     seconds: float
     """From the program's start to its end on the device."""
+    launching: float = 0.0
+    """Seconds that the host took to launch it; 0 where the host computes it."""
     verified: int = 0
     """Drafts of each slot that the decode program computed: `Drafting.verify`, or none where no slot had any and the program
     was not captured."""

@@ -15,6 +15,8 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .relaunch import relaunch
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -44,12 +46,12 @@ _recorder = _Recorder()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Run `kernel` over `grid` on the current stream; nothing for an empty grid."""
+    """Run `kernel` over `grid` on the current stream, as `kernel[grid](*args, **options)` does; nothing for an empty grid."""
     recorded = _recorder.launches
     if recorded is not None:
         recorded.append(Launch(kernel, grid, args, options))
     if 0 not in grid and (recorded is None or _recorder.run):
-        kernel[grid](*args, **options)
+        relaunch(kernel, grid, args, options)
 
 
 @contextmanager
@@ -101,10 +103,16 @@ def programmatic(device: torch.device, kind: str = "small") -> dict[str, Any]:
     return {"PDL": place, "launch_pdl": EARLY[kind]} if place else {"PDL": 0}
 
 
+@cache
+def _has_tma(device: torch.device) -> bool:
+    """From compute capability 9.0 on, and where there is no device to ask."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def bulk_copies(tensor: torch.Tensor) -> bool:
     """Can TMA read this matrix [rows, columns]? Rows must be contiguous inside and 16 bytes aligned."""
     width = tensor.element_size()
-    if tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) < (9, 0):
+    if not _has_tma(tensor.device):
         return False
     aligned = tensor.data_ptr() % 16 == 0 and (tensor.stride(0) * width) % 16 == 0
     return tensor.stride(1) == 1 and aligned and 0 not in tensor.shape

@@ -15,6 +15,7 @@ from bisect import insort
 from collections.abc import Iterator, Sequence as SequenceOf
 
 from ...core.errors import QueueFull
+from ...core.prefill_budget import Allowance
 from ...core.protocols import SchedulerContext
 from ...core.sequence import Phase, Sequence
 from ...core.types import Drafting, PageGrant, PrefillChunk, SlotInit, StepPlan
@@ -85,7 +86,7 @@ class FcfsScheduler:
         admit: list[SlotInit] = []
         resume = self._plan_resume(step, drafting, admit, grants)
         decode += [chunk.slot for chunk in resume]
-        prefill = self._plan_prefill(admit, self._prefill_budget.tokens(len(decode)))
+        prefill = self._plan_prefill(admit, self._prefill_budget.allow(len(decode)))
         if not decode and not prefill:
             return None
         plan = StepPlan(
@@ -170,20 +171,21 @@ class FcfsScheduler:
             if not self._preempt_after(_order(sequence)):
                 return False
 
-    def _plan_prefill(self, admit: list[SlotInit], budget: int) -> list[PrefillChunk]:
+    def _plan_prefill(self, admit: list[SlotInit], allowance: Allowance) -> list[PrefillChunk]:
         chunks: list[PrefillChunk] = []
         for sequence in self._running:
-            if sequence.phase is Phase.PREFILL and sequence not in self._leaving and budget > 0:
-                chunks.append(self._next_chunk(sequence, budget))
-                budget -= chunks[-1].count
-        while budget > 0 and self._waiting:
+            if sequence.phase is Phase.PREFILL and sequence not in self._leaving:
+                count = allowance.take(sequence.prefilled, len(sequence.tokens) - sequence.prefilled)
+                if count:
+                    chunks.append(self._next_chunk(sequence, count))
+        while allowance.open and self._waiting:
             sequence = self._waiting[0]
             if not self._make_room(sequence):
                 break
             self._waiting.pop(0)
             admit.append(self._enter(sequence))
-            chunks.append(self._next_chunk(sequence, budget))
-            budget -= chunks[-1].count
+            count = allowance.take(sequence.prefilled, len(sequence.tokens) - sequence.prefilled)
+            chunks.append(self._next_chunk(sequence, max(1, count)))
         return chunks
 
     def _make_room(self, sequence: Sequence) -> bool:
@@ -222,9 +224,8 @@ class FcfsScheduler:
             sequence.stop_ids,
         )
 
-    def _next_chunk(self, sequence: Sequence, budget: int) -> PrefillChunk:
+    def _next_chunk(self, sequence: Sequence, count: int) -> PrefillChunk:
         start = sequence.prefilled
-        count = min(budget, len(sequence.tokens) - start)
         sequence.prefilled = start + count
         last = sequence.prefilled == len(sequence.tokens)
         if last:

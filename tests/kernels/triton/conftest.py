@@ -14,7 +14,7 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
-HERE_ONLY = ["test_triton_interpreted.py", "test_triton_compile.py"]
+HERE_ONLY = ["test_triton_interpreted.py", "test_triton_compile.py", "test_relaunch.py"]
 
 if INTERPRETED:
     collect_ignore = HERE_ONLY
