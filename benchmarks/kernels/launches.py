@@ -23,7 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from fluentllm.bench.offline import latency
 from fluentllm.core.config import load
 from fluentllm.kernels.mla_decode import expand
-from fluentllm.kernels.triton import deferred_norm, gqa_decode, gqa_plan, held, linear, linear_tiles, mla_absorb
+from fluentllm.kernels.triton import (
+    carveout,
+    deferred_norm,
+    gqa_decode,
+    gqa_plan,
+    held,
+    linear,
+    linear_tiles,
+    mla_absorb,
+    relaunch,
+)
 from fluentllm.kernels.triton.launch import EARLY, START_NEXT
 from fluentllm.local import LocalEngine
 from fluentllm.plugins.attn_triton import backend as triton_attention
@@ -43,6 +53,8 @@ class Variant:
     experts_early: bool = EARLY["experts"]
     """May experts' products?"""
     few_experts_early: bool = EARLY["few experts"]
+    share: int = carveout.SHARE
+    """Of a multiprocessor's memory that kernels want as shared memory."""
     hold_keys: bool = gqa_decode.HOLD
     merge_inside: bool = False
     prefetch: int = 0
@@ -70,6 +82,7 @@ VARIANTS = [
     Variant("not held", held_tokens=0),
     Variant("held 32", held_weights=32),
     Variant("held 128", held_weights=128),
+    Variant("memory divided by the driver", share=carveout.BY_DRIVER),
     Variant("keys not held", hold_keys=False),
     Variant("few experts late", few_experts_early=False),
     Variant("norms apart", defer_norms=False),
@@ -105,7 +118,14 @@ def applied(variant: Variant) -> Iterator[None]:
         undo.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
 
+    def divide() -> None:
+        for function in relaunch.functions():
+            carveout.divide(function)
+
     with ExitStack() as undo:
+        undo.callback(divide)
+        put(carveout, "SHARE", variant.share)
+        divide()
         undo.callback(START_NEXT.update, dict(START_NEXT))
         undo.callback(EARLY.update, dict(EARLY))
         EARLY.update(product=variant.early, experts=variant.experts_early)

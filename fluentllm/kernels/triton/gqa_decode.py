@@ -118,7 +118,9 @@ def _decode_kernel(
             if HOLD:
                 fresh = ((held_key >= position0) & (held_key < last))[:, None]
                 held_keys = tl.where(fresh, tl.load(held_k_at, mask=fresh & (d < DIM)[None, :], other=0.0), held_keys)
-                held_values = tl.where(fresh, tl.load(held_v_at, mask=fresh & (dv < VALUE_DIM)[None, :], other=0.0), held_values)
+                held_values = tl.where(
+                    fresh, tl.load(held_v_at, mask=fresh & (dv < VALUE_DIM)[None, :], other=0.0), held_values
+                )
         else:
             x, p = heads_and_partners(q_at, valid[:, None] & in_head, d, ROTARY, INTERLEAVED)
             new_at = q + (new_token * q_row + (HEADS + kv_head) * DIM)[:, None]
@@ -130,6 +132,9 @@ def _decode_kernel(
             else:
                 queries = normed_and_rotated(x, p, q_factor, q_partner_factor, q_cos, q_sin, eps, DIM)
                 new_k = normed_and_rotated(new_k, new_p, k_factor, k_partner_factor, k_cos, k_sin, eps, DIM)
+            # Not for what it does (the rows are zeros): it keeps the compiler from bringing queries, partners, cos and sin into
+            # the dot product's layout one by one, which takes 100 registers.
+            queries = tl.where(valid[:, None], queries, 0.0)
             new_k, new_v = write_new(
                 new_k, new_v, k_pages + kv_head * k_head, v_pages + kv_head * v_head, target, new, d, k_page, k_slot, v_page,
                 v_slot, PAGE,
@@ -176,9 +181,7 @@ def _decode_kernel(
             visible = inside[None, :] & (key[None, :] <= position[:, None])
             if FIRST_KEY > 0:
                 visible &= (key >= FIRST_KEY)[None, :]
-            highest, total, acc = _softmax_step(
-                queries, keys, more_scores, values, visible, score_scale, highest, total, acc
-            )
+            highest, total, acc = _softmax_step(queries, keys, more_scores, values, visible, score_scale, highest, total, acc)
 
         start_next(PDL, LOADED)
         result = acc * (value_scale / tl.where(total > 0, total, 1.0))[:, None]
@@ -324,7 +327,7 @@ def gqa_decode(
         BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_V=block_v, SINGLE=plan.single, FIRST_KEY=first_key,
         HOLD=hold,
-        num_warps=4, num_stages=1 + max(1, min(3, SHARED_BYTES // (block_n * stage))),
+        num_warps=8 if hold else 4, num_stages=1 + max(1, min(3, SHARED_BYTES // (block_n * stage))),
         **programmatic(q.device, "product"),
     )  # fmt: skip
     if plan.single or plan.counters is not None:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_TOKENS = 2
-"""More rows are `linear`'s own kernel's: at four a step takes 1 to 6 % longer this way (one H100, Qwen3-0.6B and DeepSeek-V3-Lite).
-0: all are."""
+"""More rows are `linear`'s own kernel's: at four a step takes 1 to 6 % longer this way (one H100, Qwen3-0.6B and
+DeepSeek-V3-Lite). 0: all are."""
 WEIGHTS = 64
 """Of a thread at most, if that gives every multiprocessor a program: 32 registers."""
 VECTOR: tl.constexpr = tl.constexpr(8)
@@ -41,8 +41,8 @@ class HeldTile:
 
 
 def held_tile(tokens: int, rows: int, depth: int, gated: bool) -> HeldTile | None:
-    """For x [tokens, depth] and a matrix [rows, depth] (twice the rows if gated) of two bytes an element; None: too many tokens,
-    or rows too long to be held."""
+    """For x [tokens, depth] and a matrix [rows, depth] (twice the rows if gated) of two bytes an element; None: too many
+    tokens, or rows too long to be held."""
     if not 0 < tokens <= MOST_TOKENS or depth > 16384:
         return None
     parts = 2 if gated else 1
@@ -102,19 +102,19 @@ def held_partial(held, row, PIECES: tl.constexpr):
 def _sums(held, rows, PIECES: tl.constexpr, TOKENS: tl.constexpr):
     """W x[t] for each token: TOKENS sums [ROWS], reduced together, so that warps meet once."""
     if TOKENS == 1:
-        return (tl.sum(held_partial(held, rows[0], PIECES), 1),)
+        sums = (tl.sum(held_partial(held, rows[0], PIECES), 1),)
     elif TOKENS == 2:
-        both = (held_partial(held, rows[0], PIECES), held_partial(held, rows[1], PIECES))
-        return tl.reduce(both, 1, _add_2)
+        sums = tl.reduce((held_partial(held, rows[0], PIECES), held_partial(held, rows[1], PIECES)), 1, _add_2)
     else:
         four = (held_partial(held, rows[0], PIECES), held_partial(held, rows[1], PIECES), held_partial(held, rows[2], PIECES),
                 held_partial(held, rows[3], PIECES))  # fmt: skip
-        return tl.reduce(four, 1, _add_4)
+        sums = tl.reduce(four, 1, _add_4)
+    return sums
 
 
 @triton.jit(do_not_specialize=["M", "factor", "parts", "eps", "normed"])
-def _held_kernel(out, x, w, other, residual, norm, squares, squares_out, M, N, K, x_row, w_row, out_row, other_row, residual_row,
-                 factor, parts, eps, normed, TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+def _held_kernel(out, x, w, other, residual, norm, squares, squares_out, M, N, K, x_row, w_row, out_row, other_row,
+                 residual_row, factor, parts, eps, normed, TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
                  PIECES: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """GATED: W holds N gate rows, then N up rows."""
     start_next(PDL, FIRST)
@@ -194,9 +194,9 @@ def held_product(
     parts = 0 if squares is None else squares.shape[0]
     block = min(4, power_of_2(tokens))
     launch(
-        _held_kernel, (-(-rows // tile.rows) * -(-tokens // block),), out, x, weight, other, residual, norm, squares, squares_out,
-        tokens, rows, depth, x.stride(0), weight.stride(0), out.stride(0),
-        0 if other is None or other.ndim == 1 else other.stride(0), 0 if residual is None else residual.stride(0),
+        _held_kernel, (-(-rows // tile.rows) * -(-tokens // block),),
+        out, x, weight, other, residual, norm, squares, squares_out, tokens, rows, depth, x.stride(0), weight.stride(0),
+        out.stride(0), 0 if other is None or other.ndim == 1 else other.stride(0), 0 if residual is None else residual.stride(0),
         factor, parts, eps, 0 if norm is None else norm.shape[0],
         TOKENS=block, ROWS=tile.rows, DEPTH=tile.depth, PIECES=-(-depth // tile.depth), GATED=gated,
         PARTS=power_of_2(parts) if parts else 0, num_warps=tile.warps, **programmatic(x.device, "product"),

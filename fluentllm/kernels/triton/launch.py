@@ -87,8 +87,9 @@ START_NEXT = {"small": 1, "product": 1, "few experts": 1, "experts": 1}
 ended), 0: launched normally.
 
 small: a few rows, done in a microsecond or two. product: fills the chip and holds most of its shared memory; whoever is placed
-while it runs is placed where there happens to be room. few experts: one or two tokens' products with
-them. experts: the products of many, many times as many programs as there are places. benchmarks/kernels/launches.py measures it; NOTES.md there has what was seen."""
+while it runs is placed where there happens to be room. few experts: one or two tokens' products with them. experts: the
+products of more, many times as many programs as there are places. benchmarks/kernels/launches.py measures it; NOTES.md there
+has what was seen."""
 
 
 EARLY = {"small": True, "product": True, "few experts": True, "experts": False}

@@ -1,8 +1,8 @@
 """y = x Wᵀ for few rows of x: the weights pass through the chip once, as fast as memory gives them (`streaming.stream`).
 
-One or two tokens go another way (`held.py`). Where W has too few rows to fill the chip, several programs share a tile's columns, and the last to finish adds up what all
-found, in their order. With programmatic dependent launch a program asks for its first weights while the kernels before it
-still run.
+One or two tokens go another way (`held.py`). Where W has too few rows to fill the chip, several programs share a tile's
+columns, and the last to finish adds up what all found, in their order. With programmatic dependent launch a program asks for
+its first weights while the kernels before it still run.
 
 Both ends of an RMS norm can be its: what it leaves at the end of one product, and what it applies in the next (`normed.py`).
 """
@@ -189,8 +189,8 @@ def _product(
         squares = torch.empty(-(-norm.shape[0] // tile.rows), tokens, dtype=torch.float32, device=x.device)
     if isinstance(tile, HeldTile):
         held_product(
-            x, weight, out, tile, squares=before, eps=eps, gated=gated, other=other, factor=factor, residual=residual, norm=norm,
-            squares_out=squares,
+            x, weight, out, tile, squares=before, eps=eps, gated=gated, other=other, factor=factor, residual=residual,
+            norm=norm, squares_out=squares,
         )  # fmt: skip
         return out, squares
     normed = 0 if norm is None else norm.shape[0]

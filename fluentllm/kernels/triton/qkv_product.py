@@ -23,8 +23,8 @@ class QkvProduct:
     qkv: Tensor
     """[T, (H + 2 Hkv) · D], last dimension contiguous."""
     cos: Tensor
-    """[T, 1, R] of each row's position, R ≤ D, as `Ops.rotary` wants it. Like `sin` and `kv_rows` made before the first layer, by
-    launches that let nobody start before they have ended: it is read before the kernels in front have finished."""
+    """[T, 1, R] of each row's position, R ≤ D, as `Ops.rotary` wants it. Like `sin` and `kv_rows` made before the first layer,
+    by launches that let nobody start before they have ended: it is read before the kernels in front have finished."""
     sin: Tensor
     kv_rows: Tensor
     """[T] int64: each row's place in the cache, page · page size + slot. Rows that nobody reads may share one."""

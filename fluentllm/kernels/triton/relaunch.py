@@ -19,6 +19,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .carveout import divide
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -58,6 +60,11 @@ def relaunch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options:
     stream = driver.active.get_current_stream(device)
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     kind.run(x, y, z, stream, kind.function, kind.metadata, None, None, None, *args, *kind.constants)
+
+
+def functions() -> list[int]:
+    """The CUfunctions of all kinds so far."""
+    return [kind.function for kind in _kinds.values()]
 
 
 def key_of(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -116,4 +123,5 @@ def _remember(key: tuple[Any, ...], kernel: Any, compiled: Any, args: tuple[Any,
     rest = kernel.params[len(args) :]
     constants = all(parameter.is_constexpr and parameter.name in options for parameter in rest)
     if constants and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
+        divide(compiled.function)
         _kinds[key] = _Kind(kernel, compiled, tuple(options[parameter.name] for parameter in rest))

@@ -23,8 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def assert_quantised(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal to one step of E4M3. The interpreter's cast (Triton 3.9) loses the carry of a value in sixteen: there most must be, of
-    a hundred values too."""
+    """Equal to one step of E4M3. The interpreter's cast (Triton 3.9) loses the carry of a value in sixteen: there most must be,
+    of a hundred values too."""
     close = (got - expected).abs() <= expected.abs() * 0.13 + 1e-9 * expected.abs().max()
     assert close.float().mean() >= (0.75 if INTERPRETED else 1)
 
@@ -42,9 +42,7 @@ TILES = [
 
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("tokens", "rows", "depth"), [(1, 48, 80), (5, 70, 200), (19, 16, 64), (0, 32, 32)])
-def test_linear(
-    tokens: int, rows: int, depth: int, tile: Tile | None, device: torch.device, rng: torch.Generator
-) -> None:
+def test_linear(tokens: int, rows: int, depth: int, tile: Tile | None, device: torch.device, rng: torch.Generator) -> None:
     x = torch.randn(tokens, depth + 8, generator=rng).to(torch.bfloat16)[:, :depth]
     weight = torch.randn(rows, depth, generator=rng).to(torch.bfloat16) * depth**-0.5
     other = torch.randn(tokens, rows, generator=rng).to(torch.bfloat16)
@@ -99,9 +97,7 @@ FP8_TILES = [LinearTile(8, 16, 128, 1, 3, tma=False), LinearTile(16, 64, 128, 2,
 
 @pytest.mark.parametrize("tile", FP8_TILES)
 @pytest.mark.parametrize(("tokens", "rows", "depth"), [(1, 48, 128), (5, 144, 320), (17, 136, 400)])
-def test_block_fp8(
-    tokens: int, rows: int, depth: int, tile: Tile | None, device: torch.device, rng: torch.Generator
-) -> None:
+def test_block_fp8(tokens: int, rows: int, depth: int, tile: Tile | None, device: torch.device, rng: torch.Generator) -> None:
     x = torch.randn(tokens, depth, generator=rng)
     q, scale = quantise_rows_reference(x)
     weight, w_scale = quantise_weight(torch.randn(rows, depth, generator=rng) * torch.linspace(0.1, 10, rows)[:, None])
