@@ -3,20 +3,23 @@ that time goes.
 
     python benchmarks/kernels/launch_cost.py --json FILE
 
-Rows {call, launches, us}: microseconds of host time a call, median of rounds in which the device lags behind as little as it
-can (tiny shapes). Prefill launches hundreds of kernels a pass, so this bounds the time to the first token of small models.
-`--profile CALL` prints Python's own profile of one of the calls.
+Rows {call, launches, us, triton_us}: microseconds of host time a call, as the room launches (`relaunch.py`) and as Triton
+itself does (`kernel[grid](…)`), medians of rounds in which the device lags behind as little as it can (tiny shapes). Prefill
+launches hundreds of kernels a pass, so this bounds the time to the first token of small models. `--profile CALL` prints
+Python's own profile of one of the calls.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import ctypes
 import json
 import pstats
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from fluentllm.kernels.moe import Routing
+from fluentllm.kernels.triton import launch as door
 from fluentllm.kernels.triton.elementwise import silu_mul
 from fluentllm.kernels.triton.launch import descriptor, recording
 from fluentllm.kernels.triton.linear import linear, new_counters
@@ -35,7 +39,7 @@ from fluentllm.kernels.triton.moe_route import route
 from fluentllm.kernels.triton.norm import add_rms_norm, rms_norm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 EACH = 200
 ROUNDS = 9
@@ -50,7 +54,12 @@ def calls() -> dict[str, Callable[[], object]]:
     weights, ids = route(logits, routing)
     counters = new_counters(512, device)
     with_tma, without = (LinearTile(8, 64, 128, 1, 3, tma=tma) for tma in (True, False))
+    driver, answer = ctypes.CDLL("libcuda.so.1"), ctypes.c_uint64()
+    into, pointer = ctypes.byref(answer), ctypes.c_uint64(x.data_ptr())
     return {
+        "driver, version": lambda: driver.cuDriverGetVersion(into),
+        # What Triton's launcher asks of each tensor: CU_POINTER_ATTRIBUTE_DEVICE_POINTER is 3.
+        "driver, pointer": lambda: driver.cuPointerGetAttribute(into, 3, pointer),
         "torch.empty": lambda: torch.empty(4, 512, device=device, dtype=dtype),
         "torch add_": lambda: x.add_(0.0),
         "torch linear": lambda: F.linear(x, weight),
@@ -63,6 +72,17 @@ def calls() -> dict[str, Callable[[], object]]:
         "route": lambda: route(logits, routing),
         "experts": lambda: experts(x, weights, ids, gate_up, down),
     }
+
+
+@contextmanager
+def by_triton() -> Iterator[None]:
+    """Inside, Triton makes the launches."""
+    before = door.relaunch
+    door.relaunch = lambda kernel, grid, args, options: kernel[grid](*args, **options)
+    try:
+        yield
+    finally:
+        door.relaunch = before
 
 
 def cost(call: Callable[[], object]) -> float:
@@ -92,8 +112,14 @@ def main() -> None:
     for name, call in made.items():
         with recording(run=True) as launches:
             call()
-        rows.append({"call": name, "launches": len(launches), "us": cost(call)})
-        print(f"{name:20}{len(launches):4} launches{rows[-1]['us']:10.1f} us", flush=True)
+        row = {"call": name, "launches": len(launches), "us": cost(call)}
+        if launches:
+            with by_triton():
+                call()
+                row["triton_us"] = cost(call)
+        rows.append(row)
+        own = f"{row['triton_us']:10.1f} us by Triton" if launches else ""
+        print(f"{name:20}{len(launches):4} launches{row['us']:10.1f} us{own}", flush=True)
     if args.profile is not None:
         profile = cProfile.Profile()
         profile.enable()

@@ -1,14 +1,15 @@
 """How many prompt tokens a step may hold while others decode, so that they wait at most a given multiple of their own step.
 
-A step of B sequences without prompt tokens takes d(B). A chunk of n tokens behind s adds c + a · n + b · n · (s + n / 2):
-what any pass takes, what a token takes, and what a token takes for each one that it looks back on. All are learned from the
-time of steps, by corrections in proportion to the error (normalised least mean squares), so what steps do not tell apart stays
-as it was learned: along one long prompt, tokens get dearer while chunks shrink and take the same time, and that must not be
-taken for time that does not depend on tokens.
+Without prompt tokens, a step of B sequences takes d(B). n tokens behind s others add c + a · n + b · n · (s + n / 2) + e · s:
+what any pass takes, what a token takes, what it takes for each one that it looks back on, and what a pass takes for each token
+in front of it, which it reads once, or expands (MLA). All are learned from the time of steps, by corrections in proportion to
+the error (normalised least mean squares), so what steps do not tell apart stays as it was learned: along one long prompt,
+tokens get dearer while chunks shrink and take the same time, which must not be taken for time that does not depend on tokens.
 
 With r times d(B) allowed, the time beyond d(B) is at most (r - 1) · d(B), but never cut below two things that smaller chunks
 would not spare: what the host takes to launch a pass kernel by kernel, while the device still works on the step before; and
-twice c, for half of such a step would be for nothing. Passes that all were launched more slowly than they ran tell no c.
+twice c + e · s, for half of such a step would be for nothing. (Passes that all were launched more slowly than they ran tell no
+c.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from math import sqrt
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from .types import PrefillChunk, StepPlan, StepResult
 
@@ -32,16 +33,18 @@ PASS_TOKENS, CONTEXT = 256, 16384
 """Scales: errors of a chunk of PASS_TOKENS are c's as much as a's; of one behind CONTEXT tokens, a's as much as b's."""
 LAUNCHES = 32
 """Passes of which the one that was launched fastest counts: others wait for a compiler, a capture or a full queue."""
+PROBE, PROBES = 0.5, 4
+"""Every PROBES-th bounded chunk holds so much of what fits: chunks of different sizes tell what does not depend on size."""
 HOST_BOUND = 1.1
 """Steps below so many times the launching time tell nothing of the device but that it was no slower."""
 
 
 class Cost:
-    """Seconds of chunks: c, a and b of the module's text, learned."""
+    """Seconds of chunks: c, a, b and e of the module's text, learned."""
 
     def __init__(self) -> None:
         self._rates: list[float] | None = None
-        """Of PASS_TOKENS, of a token, and of a token behind CONTEXT others."""
+        """Of PASS_TOKENS; of a token; of a token behind CONTEXT others; of PASS_TOKENS for CONTEXT others in front."""
         self.shortest = float("inf")
         """Of any pass."""
 
@@ -49,20 +52,20 @@ class Cost:
     def known(self) -> bool:
         return self._rates is not None
 
-    @property
-    def fixed(self) -> float:
-        """c, which is never more than any pass has taken."""
-        return self._rates[0] * PASS_TOKENS if self._rates is not None else 0.0
-
-    def of(self, start: int, count: int) -> float:
-        """Of `count` tokens behind `start`, without c."""
+    def fixed(self, start: int) -> float:
+        """Of a pass behind `start` tokens, whatever it holds. c is never more than any pass has taken."""
         if self._rates is None:
             return 0.0
-        _, token, context = self._rates
-        return count * (token + context * (start + count / 2) / CONTEXT)
+        return PASS_TOKENS * (self._rates[0] + self._rates[3] * start / CONTEXT)
+
+    def of(self, start: int, count: int) -> float:
+        """Of `count` tokens behind `start`, without what is fixed."""
+        if self._rates is None:
+            return 0.0
+        return count * (self._rates[1] + self._rates[2] * (start + count / 2) / CONTEXT)
 
     def fitting(self, start: int, seconds: float) -> float:
-        """How many tokens behind `start` take so long, without c."""
+        """How many tokens behind `start` take so long, without what is fixed."""
         if self._rates is None or seconds <= 0:
             return 0.0
         linear, half = self._rates[1] + self._rates[2] * start / CONTEXT, self._rates[2] / CONTEXT / 2
@@ -71,13 +74,14 @@ class Cost:
 
     def learn(self, chunks: Iterable[PrefillChunk], seconds: float, launching: float) -> None:
         """What a pass took beyond decoding, and what launching takes the host."""
-        tokens = context = 0.0
+        tokens = context = before = 0.0
         for chunk in chunks:
             tokens += chunk.count
             context += chunk.count * (chunk.start + chunk.count / 2) / CONTEXT
+            before += chunk.start * PASS_TOKENS / CONTEXT
         self.shortest = min(self.shortest, seconds)
-        scales = [PASS_TOKENS, tokens, context]
-        rates = self._rates or [0.0, 0.0, 0.0]
+        scales = [PASS_TOKENS, tokens, context, before]
+        rates = self._rates or [0.0] * len(scales)
         expected = sum(rate * scale for rate, scale in zip(rates, scales, strict=True))
         error = seconds - expected
         if self._rates is not None:
@@ -94,33 +98,42 @@ class Cost:
 
 
 class Allowance:
-    """What one step may still hold. `seconds`: beyond decoding, without c; None for no bound."""
+    """What one step may still hold: so many tokens, and chunks that take so many `seconds` beyond decoding (None: no bound), or
+    `floor`; of what fits, `part`."""
 
-    def __init__(self, tokens: int, seconds: float | None, cost: Cost) -> None:
-        self._tokens, self._seconds, self._cost = tokens, seconds, cost
+    def __init__(
+        self, tokens: int, seconds: float | None, cost: Cost, floor: Callable[[int], float], part: float = 1.0
+    ) -> None:
+        self._tokens, self._seconds, self._cost, self._floor, self._part = tokens, seconds, cost, floor, part
         self._begun = False
 
     @property
     def open(self) -> bool:
         """Is it worth while to begin another prompt?"""
-        return self._fitting(0) >= (LEAST if self._begun else 1)
+        return self._tokens > 0 and (not self._begun or self._fitting(0) >= LEAST)
 
     def take(self, start: int, wanted: int) -> int:
         """Tokens of a chunk behind `start`, at most `wanted`; the first gets LEAST at least, others may get none."""
-        count = self._fitting(start)
+        least = 0
         if not self._begun:
-            count = min(self._tokens, max(LEAST, count))
-        count = min(count, wanted)
-        self._begun = self._begun or count > 0
-        self._tokens -= count
-        if self._seconds is not None:
-            self._seconds -= self._cost.of(start, count)
+            least = min(self._tokens, LEAST)
+            if self._seconds is not None:
+                self._seconds = max(self._seconds, self._floor(start)) - self._cost.fixed(0)
+        count = min(wanted, max(least, int(self._part * self._fitting(start))))
+        if count > 0:
+            self._begun = True
+            self._tokens -= count
+            if self._seconds is not None:
+                self._seconds -= self._cost.of(start, count) + self._in_front(start)
         return count
 
     def _fitting(self, start: int) -> int:
         if self._seconds is None:
             return self._tokens
-        return int(min(self._tokens, self._cost.fitting(start, self._seconds)))
+        return int(min(self._tokens, self._cost.fitting(start, self._seconds - self._in_front(start))))
+
+    def _in_front(self, start: int) -> float:
+        return self._cost.fixed(start) - self._cost.fixed(0)
 
 
 class PrefillBudget:
@@ -133,25 +146,27 @@ class PrefillBudget:
         """Bucket of sequences → seconds of a step without prompt tokens."""
         self._cost = Cost()
         self._launching: deque[float] = deque(maxlen=LAUNCHES)
-
-    @property
-    def floor(self) -> float:
-        """Seconds that a step with prompt tokens may add, whatever the ratio."""
-        told = self._cost.shortest > HOST_BOUND * self.launching
-        return max(self.launching, 2 * self._cost.fixed if told else 0.0)
+        self._steps = 0
+        """Bounded ones."""
 
     @property
     def launching(self) -> float:
         """Seconds that the host takes to launch a pass, if nothing holds it up."""
         return min(self._launching, default=0.0)
 
+    def floor(self, start: int) -> float:
+        """Seconds that a step with prompt tokens behind `start` may add, whatever the ratio."""
+        told = self._cost.shortest > HOST_BOUND * self.launching
+        return max(self.launching, 2 * (self._cost.fixed(start) - (0.0 if told else self._cost.fixed(0))))
+
     def allow(self, decoding: int) -> Allowance:
         """For a step in which `decoding` sequences decode."""
         step = self._decode.get(_bucket(decoding))
         if self.ratio is None or not decoding or step is None or not self._cost.known:
-            return Allowance(self.most, None, self._cost)
-        allowed = max((self.ratio - 1) * step, self.floor)
-        return Allowance(self.most, allowed - self._cost.fixed, self._cost)
+            return Allowance(self.most, None, self._cost, self.floor)
+        self._steps += 1
+        part = PROBE if self._steps % PROBES == 0 else 1.0
+        return Allowance(self.most, (self.ratio - 1) * step, self._cost, self.floor, part)
 
     def tokens(self, decoding: int, start: int = 0) -> int:
         """The same where one prompt is all there is, of which `start` tokens are computed."""

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fluentllm.core.prefill_budget import LEAST, PrefillBudget
+from fluentllm.core.prefill_budget import LEAST, PROBES, PrefillBudget
 from fluentllm.core.types import PrefillChunk, StepPlan, StepResult
 
 
@@ -16,6 +16,11 @@ def step(
     prefill = [PrefillChunk(99, start, prompt_tokens, False)] if prompt_tokens else []
     plan = StepPlan(step=0, prefill=prefill, decode=list(range(decoding)))
     budget.collected(plan, StepResult(step=0, slots=[], seconds=seconds, launching=launching if prefill else 0.0))
+
+
+def most(budget: PrefillBudget, start: int = 0) -> int:
+    """Of several steps, since some try less."""
+    return max(budget.tokens(8, start) for _ in range(PROBES))
 
 
 def cost(decoding: int, prompt_tokens: int, token: float = 1e-5) -> float:
@@ -31,7 +36,7 @@ def test_steps_stay_within_the_ratio_once_times_are_known() -> None:
         tokens = budget.tokens(8)
         step(budget, 8, tokens, cost(8, tokens))
         assert cost(8, tokens) <= 4.0 * cost(8, 0) * 1.04
-    assert budget.tokens(8) == pytest.approx(3 * cost(8, 0) / 1e-5, rel=0.01)
+    assert most(budget) == pytest.approx(3 * cost(8, 0) / 1e-5, rel=0.05)
 
 
 def test_dearer_tokens_come_in_smaller_chunks() -> None:
@@ -40,7 +45,7 @@ def test_dearer_tokens_come_in_smaller_chunks() -> None:
     for _ in range(40):
         tokens = budget.tokens(8)
         step(budget, 8, tokens, cost(8, tokens, token=4e-5))
-    assert cost(8, budget.tokens(8), token=4e-5) <= 4.0 * cost(8, 0) * 1.01
+    assert cost(8, most(budget), token=4e-5) <= 4.0 * cost(8, 0) * 1.04
 
 
 @pytest.mark.parametrize("floor", [0.03, 0.3])
@@ -64,8 +69,8 @@ def test_one_launch_that_waited_for_a_compiler_is_no_floor() -> None:
     for _ in range(30):
         tokens = budget.tokens(8)
         step(budget, 8, tokens, cost(8, tokens), launching=0.002)
-    assert cost(8, budget.tokens(8)) <= 4.0 * cost(8, 0) * 1.04
-    assert budget.tokens(8) == pytest.approx(3 * cost(8, 0) / 1e-5, rel=0.1)
+    assert cost(8, most(budget)) <= 4.0 * cost(8, 0) * 1.04
+    assert most(budget) == pytest.approx(3 * cost(8, 0) / 1e-5, rel=0.1)
 
 
 def test_a_pass_that_takes_long_whatever_it_holds_is_not_cut_to_crumbs() -> None:
@@ -84,15 +89,19 @@ class Clock:
     """A GPU with an engine around it that plans one step ahead of what it has collected."""
 
     decode, fixed, token, context = 6.4e-3, 5.5e-3, 24e-6, 1.7e-9
-    """Seconds: of a step of 8 sequences, of any pass (its weights are read), of a prompt token, of each one behind it."""
+    """Seconds: of a step of 8 sequences, of any pass (weights are read), of a prompt token, of each that it looks at."""
 
-    def __init__(self, budget: PrefillBudget, launching: float, seed: int) -> None:
+    def __init__(self, budget: PrefillBudget, launching: float, seed: int, in_front: float = 4e-8) -> None:
+        """`in_front`: seconds that any pass takes for each token that was computed before."""
+        self.in_front = in_front
         self._budget, self._launching, self._rng = budget, launching, random.Random(seed)
         self._flying: list[tuple[int, int, float]] = []
 
     def run(self, start: int, count: int) -> float:
         """→ how long the step takes."""
-        device = self.fixed + count * (self.token + self.context * (start + count / 2)) if count else 0.0
+        device = (
+            self.fixed + self.in_front * start + count * (self.token + self.context * (start + count / 2)) if count else 0.0
+        )
         seconds = (self.decode + (max(device, self._launching) if count else 0.0)) * self._rng.gauss(1, 0.01)
         self._flying.append((start, count, seconds))
         if len(self._flying) > 1:
@@ -126,8 +135,23 @@ def test_tokens_that_get_dearer_along_a_prompt_are_not_taken_for_a_fixed_part(la
         clock.prompt(length)
     ratios = sorted(clock.prompt(100_000))
     # Measured times are off by 1 in 100, and what is learned lags behind by a few steps.
-    assert ratios[int(0.98 * len(ratios))] <= 4.0 * 1.1
+    assert ratios[int(0.98 * len(ratios))] <= 4.0 * 1.15
     assert ratios[len(ratios) // 2] == pytest.approx(4.0, rel=0.06)
+
+
+@pytest.mark.parametrize("before", [[100_000], [500] * 30], ids=["long", "short"])
+def test_a_chunk_is_worth_what_was_expanded_for_it(before: list[int]) -> None:
+    """MLA expands all that was computed before for each chunk: at the end 20 ms, longer than three steps. Crumbs of LEAST
+    tokens would take as long, over and over."""
+    clock = Clock(PrefillBudget(8192, 4.0), 0.015, 1, in_front=2e-7)
+    for _ in range(20):
+        clock.run(0, 0)
+    for length in before:
+        clock.prompt(length)
+    ratios = clock.prompt(100_000)
+    assert len(ratios) < 100_000 / LEAST / 3
+    longest = clock.fixed + 2 * clock.in_front * 100_000
+    assert max(ratios) * clock.decode < clock.decode + 1.3 * longest
 
 
 def test_a_prompt_goes_on_at_the_price_of_its_place() -> None:
@@ -136,7 +160,7 @@ def test_a_prompt_goes_on_at_the_price_of_its_place() -> None:
     for _ in range(20):
         clock.run(0, 0)
     clock.prompt(100_000)
-    assert budget.tokens(8, 0) > 2 * budget.tokens(8, 50_000) > 2 * budget.tokens(8, 99_000)
+    assert most(budget) > 2 * most(budget, 50_000) > 2 * most(budget, 99_000)
 
 
 def test_several_prompts_share_what_a_step_may_hold() -> None:
@@ -144,11 +168,11 @@ def test_several_prompts_share_what_a_step_may_hold() -> None:
     for _ in range(20):
         clock.run(0, 0)
     clock.prompt(100_000)
-    alone = budget.tokens(8, 0)
+    alone = most(budget)
     allowance = budget.allow(8)
     assert allowance.open
     assert allowance.take(0, alone // 2) == alone // 2
-    assert 0 < allowance.take(50_000, 10_000) < budget.tokens(8, 50_000)
+    assert 0 < allowance.take(50_000, 10_000) < most(budget, 50_000)
     assert allowance.take(0, 10_000) < LEAST
     assert not allowance.open
     assert budget.allow(0).take(0, 100) == 100
@@ -161,7 +185,7 @@ def test_a_fixed_part_is_told_from_the_tokens() -> None:
         tokens = budget.tokens(8)
         step(budget, 8, tokens, cost(8, tokens) + 0.004)
     allowed = 3 * cost(8, 0)
-    assert budget.tokens(8) == pytest.approx((allowed - 0.004) / 1e-5, rel=0.05)
+    assert most(budget) == pytest.approx((allowed - 0.004) / 1e-5, rel=0.1)
 
 
 def test_nobody_waits_nobody_bounds() -> None:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .. import in_kernels
-from ..triton.launch import launch
+from ..triton.launch import launch, power_of_2
 from .layout import PAGE
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class DecodePlan:
             launch(
                 plan_kernel, (self.parts,),
                 self.lengths, self.starts, self.spans, self.records, count, PARTS=self.parts, OVERHEAD=OVERHEAD, PAGE=PAGE,
-                STEPS=SEARCH_STEPS, BLOCK=triton.next_power_of_2(count), num_warps=4,
+                STEPS=SEARCH_STEPS, BLOCK=power_of_2(count), num_warps=4,
             )  # fmt: skip
         else:
             plan_reference(self)

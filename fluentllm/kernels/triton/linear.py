@@ -201,7 +201,7 @@ def _product(
     columns, m_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
     if splits > 1 and counters is not None and columns * m_tiles > counters.shape[0]:
         splits = 1
-    steps = triton.cdiv(triton.cdiv(depth, tile.depth), splits)
+    steps = -(-depth // (tile.depth * splits))
     partial = None
     if splits > 1:
         partial = torch.empty(columns * m_tiles * splits * tile.rows * tile.tokens, dtype=torch.float32, device=x.device)
@@ -214,7 +214,7 @@ def _product(
         0 if other is None or other.ndim == 1 else other.stride(0), 0 if residual is None else residual.stride(0),
         factor, steps, parts, eps, normed,
         BLOCK_M=tile.tokens, BLOCK_N=tile.rows, BLOCK_K=tile.depth, SPLITS=splits, GATED=gated, STAGES=tile.stages,
-        CHUNKS=tile.prefetch if pdl["PDL"] and bulk_copies(weight) else 0, WIDTH=x.element_size(),
+        CHUNKS=tile.prefetch if tile.prefetch and pdl["PDL"] and bulk_copies(weight) else 0, WIDTH=x.element_size(),
         PARTS=power_of_2(parts) if parts else 0,
         num_warps=tile.warps, num_stages=tile.stages, **pdl,
     )  # fmt: skip

@@ -47,19 +47,20 @@ _kinds: dict[tuple[Any, ...], _Kind] = {}
 
 def relaunch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
     """As `kernel[grid](*args, **options)`."""
-    key = None if _watched(kernel) else key_of(args, options)
-    if key is None:
+    values = list(args)
+    own = None if _watched(kernel) else key_of(values, options)
+    if own is None:
         kernel[grid](*args, **options)
         return
     device = driver.active.get_current_device()
-    key = (id(kernel), device, *key)
+    key = (id(kernel), device, own)
     kind = _kinds.get(key)
     if kind is None:
         _remember(key, kernel, kernel[grid](*args, **options), args, options)
         return
     stream = driver.active.get_current_stream(device)
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-    kind.run(x, y, z, stream, kind.function, kind.metadata, None, None, None, *args, *kind.constants)
+    kind.run(x, y, z, stream, kind.function, kind.metadata, None, None, None, *values, *kind.constants)
 
 
 def functions() -> list[int]:
@@ -67,14 +68,15 @@ def functions() -> list[int]:
     return [kind.function for kind in _kinds.values()]
 
 
-def key_of(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Equal only for launches of one kernel that Triton compiles equally; None where that cannot be told."""
+def key_of(args: list[Any], options: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Equal only for launches of one kernel that Triton compiles equally; None where that cannot be told. CUDA tensors among
+    `args` become addresses, which spares the launcher asking for them, and the driver whether they are its own."""
     types = tuple(map(type, options.values()))
     if not CONSTANTS.issuperset(types):
         return None
     found: list[Any] = []
     tensor = torch.Tensor
-    for value in args:
+    for i, value in enumerate(args):
         kind = type(value)
         if kind is int:
             if -0x80000000 <= value < 0x80000000:
@@ -86,7 +88,12 @@ def key_of(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...] | 
         elif value is None:
             found.append(None)
         elif kind is tensor or isinstance(value, tensor):
-            found.append(value.dtype if value.data_ptr() & 15 == 0 else (value.dtype,))
+            address = value.data_ptr()
+            if value.is_cuda:
+                found.append(value.dtype if address & 15 == 0 else (value.dtype,))
+                args[i] = address
+            else:
+                found.append((value.dtype, value.device.type, address & 15 == 0))
         elif kind is float:
             found.append("f")
         elif kind is bool:
