@@ -30,6 +30,10 @@ OVERHEAD = 2
 """Pages that starting a sequence is worth."""
 SEARCH_STEPS = 20
 """Halvings in the search for T: up to 2²⁰ pages in one sequence."""
+RECORD = 16
+"""Numbers of a record: 64 bytes."""
+PAGES_AT = 8
+"""Where the first pages' ids are in it."""
 
 
 @dataclass(slots=True)
@@ -44,30 +48,46 @@ class DecodePlan:
     spans: Tensor
     """[N, 2] int32: first and last part of each sequence; (0, -1) of an inert one."""
     records: Tensor
-    """[parts, 8] int32, what a CTA must know first, in one piece of a cache line: its sequences [begin, end), where the part
-    ends on the axis, then its first piece: first and last + 1 page, keys."""
+    """[parts, 16] int32, what a CTA must know first, in one piece of a cache line: its sequences [begin, end), where the part
+    ends on the axis, then its first piece: first and last + 1 page, keys; from `PAGES_AT` on the ids of its first pages, if
+    there is a page table."""
+    page_table: Tensor | None = None
+    """[N, P] int32, the caller's, rows contiguous; read at every `refresh`."""
+    counters: Tensor | None = None
+    """[N · groups of rows · 2] int32: finished splits of each sequence since the last `refresh`, where its CTAs wait for each
+    other (`hopper_merge`)."""
+
+    @property
+    def pages(self) -> int:
+        """Ids of pages in a record."""
+        return 0 if self.page_table is None else RECORD - PAGES_AT
 
     def refresh(self) -> None:
-        """Compute the plan from `lengths` as they are when the stream gets here."""
+        """Compute the plan from `lengths` (and `page_table`) as they are when the stream gets here."""
         count = self.lengths.shape[0]
         if in_kernels(self.lengths):
+            table, cells = self.page_table, 0 if self.counters is None else self.counters.shape[0]
             launch(
                 plan_kernel, (self.parts,),
-                self.lengths, self.starts, self.spans, self.records, count, PARTS=self.parts, OVERHEAD=OVERHEAD, PAGE=PAGE,
-                STEPS=SEARCH_STEPS, BLOCK=triton.next_power_of_2(count), num_warps=4,
+                self.lengths, self.starts, self.spans, self.records, table, self.counters, count,
+                0 if table is None else table.stride(0), cells, PARTS=self.parts, OVERHEAD=OVERHEAD, PAGE=PAGE,
+                STEPS=SEARCH_STEPS, RECORD=RECORD, PAGES_AT=PAGES_AT, BLOCK=triton.next_power_of_2(count), num_warps=4,
             )  # fmt: skip
         else:
             plan_reference(self)
 
 
-def new_plan(lengths: Tensor, parts: int) -> DecodePlan:
-    """A plan for sequences of `lengths` (int32 [N], read at every `refresh`), cut into `parts`, and computed once."""
+def new_plan(lengths: Tensor, parts: int, *, page_table: Tensor | None = None, cells: int = 0) -> DecodePlan:
+    """A plan for sequences of `lengths` (int32 [N], read at every `refresh`), cut into `parts`, and computed once. With
+    `page_table` (int32 [N, P]) records hold pages' ids; `cells`: size of its counters, none if 0."""
     plan = DecodePlan(
         parts=parts,
         lengths=lengths,
         starts=torch.zeros_like(lengths),
         spans=torch.zeros(lengths.shape[0], 2, dtype=torch.int32, device=lengths.device),
-        records=torch.zeros(parts, 8, dtype=torch.int32, device=lengths.device),
+        records=torch.zeros(parts, RECORD, dtype=torch.int32, device=lengths.device),
+        page_table=page_table,
+        counters=torch.zeros(cells, dtype=torch.int32, device=lengths.device) if cells else None,
     )
     plan.refresh()
     return plan
@@ -89,7 +109,7 @@ def plan_reference(plan: DecodePlan) -> None:
         position += OVERHEAD * (count > 0)
         starts.append(position)
         splits = -(-count // run)
-        whole = [[i, i + 1, 0, k * count // splits, (k + 1) * count // splits, lengths[i], 0, 0] for k in range(splits)]
+        whole = [[i, i + 1, 0, k * count // splits, (k + 1) * count // splits, lengths[i]] for k in range(splits)]
         spans.append([part, part + splits - 1] if count else [0, -1])
         records += whole
         part += splits
@@ -100,7 +120,13 @@ def plan_reference(plan: DecodePlan) -> None:
     plan.starts.copy_(torch.tensor(starts, dtype=torch.int32))
     plan.spans.copy_(torch.tensor(spans, dtype=torch.int32))
     plan.records.zero_()
-    plan.records[: len(records)] = torch.tensor(records, dtype=torch.int32).view(-1, 8)
+    for record in records:
+        ids = [] if plan.page_table is None else plan.page_table[record[0], record[3] : record[4]].tolist() if record[0] < record[1] else []
+        record += [0] * (PAGES_AT - len(record)) + ids[: RECORD - PAGES_AT]
+        record += [0] * (RECORD - len(record))
+    plan.records[: len(records)] = torch.tensor(records, dtype=torch.int32).view(-1, RECORD)
+    if plan.counters is not None:
+        plan.counters.zero_()
 
 
 def _runs(pages: list[int], longest: int) -> int:
@@ -111,13 +137,14 @@ def _tile_record(starts: list[int], pages: list[int], lengths: list[int], low: i
     begin = sum(start + count <= low for start, count in zip(starts, pages, strict=True))
     end = sum(start < high for start in starts)
     at = min(begin, len(pages) - 1)
-    return [begin, end, high, max(0, low - starts[at]), min(pages[at], high - starts[at]), lengths[at], 0, 0]
+    return [begin, end, high, max(0, low - starts[at]), min(pages[at], high - starts[at]), lengths[at]]
 
 
 @triton.jit
 def plan_kernel(
-    lengths, starts, spans, records, count, PARTS: tl.constexpr, OVERHEAD: tl.constexpr, PAGE: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    lengths, starts, spans, records, page_table, counters, count, table_width, cells, PARTS: tl.constexpr,
+    OVERHEAD: tl.constexpr, PAGE: tl.constexpr, STEPS: tl.constexpr, RECORD: tl.constexpr, PAGES_AT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (PARTS,): every program computes the whole plan and writes its part's record; the first also the rest."""
     part = tl.program_id(0)
@@ -140,7 +167,7 @@ def plan_kernel(
     splits = (pages + run - 1) // run
     split_ends = tl.cumsum(splits, 0)
     split_begins = split_ends - splits
-    record = records + part * 8
+    record = records + part * RECORD
     if (tl.sum(splits, 0) <= PARTS) & (run <= tile + OVERHEAD):
         mine = ((split_begins <= part) & (part < split_ends)).to(tl.int32)
         own_pages = tl.sum(pages * mine, 0)
@@ -148,12 +175,12 @@ def plan_kernel(
         own = part - tl.sum(split_begins * mine, 0)
         sequence = tl.sum(index * mine, 0)
         used = tl.sum(mine, 0)
-        tl.store(record, sequence)
-        tl.store(record + 1, sequence + used)
-        tl.store(record + 2, 0)
-        tl.store(record + 3, own * own_pages // own_splits * used)
-        tl.store(record + 4, (own + 1) * own_pages // own_splits * used)
-        tl.store(record + 5, tl.sum(keys * mine, 0))
+        begin = sequence
+        end = sequence + used
+        high = 0
+        first_page = own * own_pages // own_splits * used
+        last_page = (own + 1) * own_pages // own_splits * used
+        own_keys = tl.sum(keys * mine, 0)
         first = tl.where(pages > 0, split_begins, 0)
         last = tl.where(pages > 0, split_ends - 1, -1)
     else:
@@ -163,14 +190,25 @@ def plan_kernel(
         end = tl.sum((inside & (begins < high)).to(tl.int32), 0)
         chosen = (index == tl.minimum(begin, count - 1)).to(tl.int32)
         start = tl.sum(begins * chosen, 0)
-        tl.store(record, begin)
-        tl.store(record + 1, end)
-        tl.store(record + 2, high)
-        tl.store(record + 3, tl.maximum(low - start, 0))
-        tl.store(record + 4, tl.minimum(tl.sum(pages * chosen, 0), high - start))
-        tl.store(record + 5, tl.sum(keys * chosen, 0))
+        first_page = tl.maximum(low - start, 0)
+        last_page = tl.minimum(tl.sum(pages * chosen, 0), high - start)
+        own_keys = tl.sum(keys * chosen, 0)
         first = tl.where(pages > 0, begins // tile, 0)
         last = tl.where(pages > 0, (ends - 1) // tile, -1)
+    tl.store(record, begin)
+    tl.store(record + 1, end)
+    tl.store(record + 2, high)
+    tl.store(record + 3, first_page)
+    tl.store(record + 4, last_page)
+    tl.store(record + 5, own_keys)
+    if page_table is not None:
+        ahead = tl.arange(0, RECORD - PAGES_AT)
+        there = (first_page + ahead < last_page) & (begin < end)
+        ids = tl.load(page_table + begin.to(tl.int64) * table_width + first_page + ahead, mask=there, other=0)
+        tl.store(record + PAGES_AT + ahead, ids)
+    if counters is not None:
+        for base in range(part * BLOCK, cells, PARTS * BLOCK):
+            tl.store(counters + base + index, index * 0, mask=base + index < cells)
     if part == 0:
         tl.store(starts + index, begins, mask=inside)
         tl.store(spans + 2 * index, first, mask=inside)
