@@ -88,11 +88,11 @@ def _merge_sequence(out, partial, lse, spans, counters, sequence, part, before, 
             for base in range(begin + own * FEW_ROWS, end, splits * FEW_ROWS):
                 _merge_share(out, partial, lse, sequence, first, splits, base + row, column, end, ROWS, F, FEW)
         else:
-            M: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [4, 1, 1], [2, 1, 0])
+            M: gl.constexpr = gl.BlockedLayout([1, 1, 4], [4, 1, 8], [1, 1, 4], [2, 1, 0])
             one = gl.arange(0, 1, gl.SliceLayout(0, gl.SliceLayout(2, M)))
-            column = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(0, M)))
+            half = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(0, M)))
             for item in range(begin * 2 + own, end * 2, splits):
-                _merge_share(out, partial, lse, sequence, first, splits, item // 2 + one, item % 2 * 128 + column, end, ROWS, M,
+                _merge_share(out, partial, lse, sequence, first, splits, item // 2 + one, item % 2 * 128 + half, end, ROWS, M,
                              MANY)  # fmt: skip
 
 
@@ -100,10 +100,10 @@ def _merge_sequence(out, partial, lse, spans, counters, sequence, part, before, 
 def merge_splits(out, partial, lse, spans, counters, part, begin, end, before_first, before_last, ROWS: gl.constexpr,
                  GROUPS: gl.constexpr, HALF: gl.constexpr):  # fmt: skip
     """End of a part. Only its first and its last sequence can have splits elsewhere."""
-    if begin < end:
+    for _ in range(gl.minimum(end - begin, 2)):
         _merge_sequence(out, partial, lse, spans, counters, begin, part, before_first, ROWS, GROUPS, HALF)
-        if begin + 1 < end:
-            _merge_sequence(out, partial, lse, spans, counters, end - 1, part, before_last, ROWS, GROUPS, HALF)
+        begin = end - 1
+        before_first = before_last
 
 
 @gluon.jit
