@@ -19,15 +19,22 @@ generator = fresh_generator()
 
 def check_plan() -> None:
     for lengths, parts in (([5, 64, 0, 1000], 5), ([0, 0], 3), ([4096] * 4, 9), ([100, 0, 7000, 30], 7), ([64] * 20, 6)):
-        expected = plan.new_plan(torch.tensor(lengths, dtype=torch.int32), parts)
-        starts, spans, records = (torch.zeros_like(x) for x in (expected.starts, expected.spans, expected.records))
-        plan.plan_kernel[(parts,)](
-            expected.lengths, starts, spans, records, len(lengths), PARTS=parts, OVERHEAD=plan.OVERHEAD, PAGE=64,
-            STEPS=plan.SEARCH_STEPS, BLOCK=triton.next_power_of_2(len(lengths)),
-        )  # fmt: skip
-        assert torch.equal(starts, expected.starts)
-        assert torch.equal(spans, expected.spans)
-        assert torch.equal(records, expected.records)
+        table = torch.randint(1, 10_000, (len(lengths), 120), generator=generator, dtype=torch.int32)
+        for given, cells in ((None, 0), (table, 6 * len(lengths))):
+            expected = plan.new_plan(torch.tensor(lengths, dtype=torch.int32), parts, page_table=given, cells=cells)
+            starts, spans, records = (torch.zeros_like(x) for x in (expected.starts, expected.spans, expected.records))
+            counters = torch.full((cells + 7,), 5, dtype=torch.int32) if cells else None
+            plan.plan_kernel[(parts,)](
+                expected.lengths, starts, spans, records, given, counters, len(lengths), 120, cells, PARTS=parts,
+                OVERHEAD=plan.OVERHEAD, PAGE=64, STEPS=plan.SEARCH_STEPS, RECORD=plan.RECORD, PAGES_AT=plan.PAGES_AT,
+                BLOCK=triton.next_power_of_2(len(lengths)),
+            )  # fmt: skip
+            assert torch.equal(starts, expected.starts)
+            assert torch.equal(spans, expected.spans)
+            assert torch.equal(records, expected.records)
+            if counters is not None:
+                assert not counters[:cells].any()
+                assert (counters[cells:] == 5).all()
 
 
 def check_quantisation() -> None:

@@ -161,8 +161,10 @@ class MlaDecode:
     def _options(self, *, together: bool) -> dict[str, Any]:
         """Options of all decode kernels."""
         early = switches.LAUNCH_EARLY and overlaps(self.lse.device)
+        # The combine reads the plan before it waits for the decode, and the decode may start before the plan is made.
+        following = self.pdl and not early
         return {
-            "HEADS": self.heads, "ROWS": self.rows, "PDL": self.pdl, "PAGES": self.plan.pages, "EARLY": early,
+            "HEADS": self.heads, "ROWS": self.rows, "PDL": following, "PAGES": self.plan.pages, "EARLY": early,
             "MAPS": switches.FETCH_MAPS, "MERGE": together, "num_warps": 4, "enable_fp_fusion": True,
         } | ({"launch_pdl": True} if early else {})  # fmt: skip
 

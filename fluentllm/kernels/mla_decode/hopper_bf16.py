@@ -14,6 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_common import (
+    PAGES_AT,
+    RECORD,
     async_load,
     exp2,
     launch_dependents,
@@ -26,7 +28,7 @@ from .hopper_common import (
     wait_for_inputs,
     write_piece,
 )
-from .hopper_merge import clear_inert, count_piece, merge_splits
+from .hopper_merge import clear_inert, count_piece, ends_of_part, merge_splits
 
 STAGES = 2
 
@@ -48,6 +50,9 @@ def _loader(q_desc, qr_desc, kv_desc, kr_desc, q, qr, k0, k1, kr, q_full, q_empt
     group = gl.program_id(0) % GROUPS
     step = 0
     piece = 0
+    page = 0
+    if PAGES > 0:
+        page = gl.load(records + gl.program_id(0) // GROUPS * RECORD + PAGES_AT)
     if MAPS:
         mbarrier.wait(mapped, 0)
     for sequence in range(begin, end):
@@ -56,7 +61,8 @@ def _loader(q_desc, qr_desc, kv_desc, kr_desc, q, qr, k0, k1, kr, q_full, q_empt
         if first < last:
             row = sequence * ROWS + group * 64
             table = page_table + sequence * TABLE_WIDTH
-            page = page_number(records, table, piece, first, first, GROUPS, PAGES)
+            if PAGES == 0 or piece > 0:
+                page = gl.load(table + first)
             mbarrier.wait(q_empty, (piece & 1) ^ 1)
             mbarrier.expect(q_full, 64 * 1152)
             async_load(q_desc, [row, 0], q_full, q)
@@ -140,15 +146,16 @@ def _values(out, partial, lse, v, p, alphas, inverse, k_full, k_empty, p_full, p
     wait_for_inputs(EARLY)
     part, begin, end, high, first, last, keys = part_of(records, GROUPS)
     if MERGE:
-        clear_inert(out, lengths, count, parts, part, ROWS, GROUPS, HALF)
+        first_a, splits_a, first_b, splits_b = ends_of_part(spans, begin, end)
+        clear_inert(out, lengths, count, parts, GROUPS, ROWS, HALF)
     group = gl.program_id(0) % GROUPS
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
     column = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(0, OUT))
     step = 0
     piece = 0
-    before_first = 0
-    before_last = 0
+    before_a = 0
+    before_b = 0
     for sequence in range(begin, end):
         next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
         if first < last:
@@ -171,15 +178,16 @@ def _values(out, partial, lse, v, p, alphas, inverse, k_full, k_empty, p_full, p
             write_piece(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column,
                         piece, ROWS)  # fmt: skip
             if MERGE:
-                before_last = count_piece(counters, sequence, first, last, keys, GROUPS, HALF)
+                before_b = count_piece(counters, sequence, first, last, keys, GROUPS, HALF)
                 if sequence == begin:
-                    before_first = before_last
+                    before_a = before_b
             piece += 1
         first = next_first
         last = next_last
         keys = next_keys
     if MERGE:
-        merge_splits(out, partial, lse, spans, counters, part, begin, end, before_first, before_last, ROWS, GROUPS, HALF)
+        merge_splits(out, partial, lse, counters, part, begin, end, first_a, splits_a, first_b, splits_b, before_a, before_b,
+                     ROWS, GROUPS, HALF)  # fmt: skip
 
 
 @gluon.jit
@@ -229,8 +237,8 @@ def decode_bf16(q_desc, qr_desc, kv_desc, kr_desc, out, partial, lse, page_table
                        starts, spans, records, counters, count, parts, 0, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
             (_values, (out, partial, lse, k1, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths,
                        starts, spans, records, counters, count, parts, 1, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
-            (_loader, (q_desc, qr_desc, kv_desc, kr_desc, q, qr, k0, k1, kr, q_full, q_empty, k_full, k_empty, mapped, page_table,
-                       lengths, starts, records, ROWS, GROUPS, table_width, PAGES, EARLY, MAPS, NUM_STAGES)),
+            (_loader, (q_desc, qr_desc, kv_desc, kr_desc, q, qr, k0, k1, kr, q_full, q_empty, k_full, k_empty, mapped,
+                       page_table, lengths, starts, records, ROWS, GROUPS, table_width, PAGES, EARLY, MAPS, NUM_STAGES)),
         ],
         [4, 4, 1],
         [168, 168, 24],

@@ -21,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_common import (
+    PAGES_AT,
+    RECORD,
     async_load,
     exp2,
     launch_dependents,
@@ -33,7 +35,7 @@ from .hopper_common import (
     wait_for_inputs,
     write_piece,
 )
-from .hopper_merge import clear_inert, count_piece, merge_splits
+from .hopper_merge import clear_inert, count_piece, ends_of_part, merge_splits
 
 STAGES = 3
 
@@ -54,7 +56,8 @@ def fetch_maps(k8_desc, kr_desc, ks_desc, qr_desc, k8, kr, ks, qr, q_desc, q8, m
 @gluon.jit
 def loader(q_desc, qr_desc, k8_desc, kr_desc, ks_desc, q8, qr, k8, kr, ks, q_full, q_empty, k_full, k_empty, mapped,
            page_table, lengths, starts, records, ROWS: gl.constexpr, GROUPS: gl.constexpr, TABLE_WIDTH, TILE: gl.constexpr,
-           SWAP: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr, MAPS: gl.constexpr, NUM_STAGES: gl.constexpr):  # fmt: skip
+           SWAP: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr, MAPS: gl.constexpr,
+           NUM_STAGES: gl.constexpr):  # fmt: skip
     """SWAP: the content of the queries comes this way too, by `q_desc` into `q8`; otherwise these are not used."""
     if MAPS:
         fetch_maps(k8_desc, kr_desc, ks_desc, qr_desc, k8, kr, ks, qr, q_desc, q8, mapped, TILE, SWAP)
@@ -63,6 +66,9 @@ def loader(q_desc, qr_desc, k8_desc, kr_desc, ks_desc, q8, qr, k8, kr, ks, q_ful
     group = gl.program_id(0) % GROUPS
     step = 0
     piece = 0
+    page = 0
+    if PAGES > 0:
+        page = gl.load(records + gl.program_id(0) // GROUPS * RECORD + PAGES_AT)
     if MAPS:
         mbarrier.wait(mapped, 0)
     for sequence in range(begin, end):
@@ -71,7 +77,8 @@ def loader(q_desc, qr_desc, k8_desc, kr_desc, ks_desc, q8, qr, k8, kr, ks, q_ful
         if first < last:
             row = sequence * ROWS + group * 64
             table = page_table + sequence * TABLE_WIDTH
-            page = page_number(records, table, piece, first, first, GROUPS, PAGES)
+            if PAGES == 0 or piece > 0:
+                page = gl.load(table + first)
             mbarrier.wait(q_empty, (piece & 1) ^ 1)
             mbarrier.expect(q_full, TILE * (640 if SWAP else 128))
             async_load(qr_desc, [row, 0], q_full, qr)
@@ -224,15 +231,16 @@ def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_ful
     wait_for_inputs(EARLY)
     part, begin, end, high, first, last, keys = part_of(records, GROUPS)
     if MERGE:
-        clear_inert(out, lengths, count, parts, part, ROWS, GROUPS, HALF)
+        first_a, splits_a, first_b, splits_b = ends_of_part(spans, begin, end)
+        clear_inert(out, lengths, count, parts, GROUPS, ROWS, HALF)
     group = gl.program_id(0) % GROUPS
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
     column = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(0, OUT))
     step = 0
     piece = 0
-    before_first = 0
-    before_last = 0
+    before_a = 0
+    before_b = 0
     for sequence in range(begin, end):
         next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
         if first < last:
@@ -278,15 +286,16 @@ def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_ful
             write_piece(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column,
                         piece, ROWS)  # fmt: skip
             if MERGE:
-                before_last = count_piece(counters, sequence, first, last, keys, GROUPS, HALF)
+                before_b = count_piece(counters, sequence, first, last, keys, GROUPS, HALF)
                 if sequence == begin:
-                    before_first = before_last
+                    before_a = before_b
             piece += 1
         first = next_first
         last = next_last
         keys = next_keys
     if MERGE:
-        merge_splits(out, partial, lse, spans, counters, part, begin, end, before_first, before_last, ROWS, GROUPS, HALF)
+        merge_splits(out, partial, lse, counters, part, begin, end, first_a, splits_a, first_b, splits_b, before_a, before_b,
+                     ROWS, GROUPS, HALF)  # fmt: skip
 
 
 @gluon.jit

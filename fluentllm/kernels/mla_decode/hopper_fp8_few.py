@@ -4,8 +4,8 @@ An MMA's M is 64 rows whether they are used or not, its N any multiple of 8: S^T
 time of `hopper_fp8` for 16 rows, and the output is spread over all warps, so scaling and storing it does too. V needs no
 transpose here either: 16-bit WGMMA also takes its first operand as it lies, columns first. Queries come by TMA.
 
-All of a page's V is converted before its probabilities are awaited: with few rows memory sets the pace, and the page is free again
-sooner, the last one's output ready earlier. Otherwise as `hopper_fp8`: its loader, its softmax, its conversion, its order.
+All of a page's V is converted before its probabilities are awaited: with few rows memory sets the pace, and the page is free
+again sooner, the last one's output ready earlier. Otherwise as `hopper_fp8`: its loader, softmax, conversion and order.
 """
 
 from triton.experimental import gluon
@@ -19,12 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_common import launch_dependents, next_piece, part_of, publish_sums, wait_for_inputs
 from .hopper_fp8 import convert, loader, softmax_page
-from .hopper_merge import clear_inert, count_piece, merge_splits
+from .hopper_merge import clear_inert, count_piece, ends_of_part, merge_splits
 
 
 @gluon.jit
 def _raw_scores(q8, qr, k8, kr, stage, zero8, zeror):
-    """K Q^T of one page, [64 keys, rows], unscaled. Two accumulators, as FP8 and BF16 products have different types of layout."""
+    """K Q^T of one page, [64 keys, rows], unscaled. Two accumulators: FP8 and BF16 products have different types of layout."""
     s8 = zero8
     for panel in gl.static_range(4):
         keys = k8.index(stage * 4 + panel).reshape([64, 128])
@@ -105,14 +105,15 @@ def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_ful
     wait_for_inputs(EARLY)
     part, begin, end, high, first, last, keys = part_of(records, 1)
     if MERGE:
-        clear_inert(out, lengths, count, parts, part, ROWS, 1, HALF)
+        first_a, splits_a, first_b, splits_b = ends_of_part(spans, begin, end)
+        clear_inert(out, lengths, count, parts, 1, ROWS, HALF)
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     row = gl.arange(0, TILE, gl.SliceLayout(0, OUT))
     column = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(1, OUT))
     step = 0
     piece = 0
-    before_first = 0
-    before_last = 0
+    before_a = 0
+    before_b = 0
     for sequence in range(begin, end):
         next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
         if first < last:
@@ -142,15 +143,16 @@ def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_ful
             _write_columns(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column,
                            piece, ROWS)  # fmt: skip
             if MERGE:
-                before_last = count_piece(counters, sequence, first, last, keys, 1, HALF)
+                before_b = count_piece(counters, sequence, first, last, keys, 1, HALF)
                 if sequence == begin:
-                    before_first = before_last
+                    before_a = before_b
             piece += 1
         first = next_first
         last = next_last
         keys = next_keys
     if MERGE:
-        merge_splits(out, partial, lse, spans, counters, part, begin, end, before_first, before_last, ROWS, 1, HALF)
+        merge_splits(out, partial, lse, counters, part, begin, end, first_a, splits_a, first_b, splits_b, before_a, before_b,
+                     ROWS, 1, HALF)  # fmt: skip
 
 
 @gluon.jit

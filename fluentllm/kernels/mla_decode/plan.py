@@ -120,13 +120,18 @@ def plan_reference(plan: DecodePlan) -> None:
     plan.starts.copy_(torch.tensor(starts, dtype=torch.int32))
     plan.spans.copy_(torch.tensor(spans, dtype=torch.int32))
     plan.records.zero_()
-    for record in records:
-        ids = [] if plan.page_table is None else plan.page_table[record[0], record[3] : record[4]].tolist() if record[0] < record[1] else []
-        record += [0] * (PAGES_AT - len(record)) + ids[: RECORD - PAGES_AT]
-        record += [0] * (RECORD - len(record))
+    records = [_filled(record, plan.page_table) for record in records]
     plan.records[: len(records)] = torch.tensor(records, dtype=torch.int32).view(-1, RECORD)
     if plan.counters is not None:
         plan.counters.zero_()
+
+
+def _filled(record: list[int], table: Tensor | None) -> list[int]:
+    """A record with its first pages, in full length."""
+    begin, end, _, first, last, _ = record
+    ids = table[begin, first:last].tolist() if table is not None and begin < end else []
+    record = record + [0] * (PAGES_AT - len(record)) + ids[: RECORD - PAGES_AT]
+    return record + [0] * (RECORD - len(record))
 
 
 def _runs(pages: list[int], longest: int) -> int:
@@ -203,7 +208,7 @@ def plan_kernel(
     tl.store(record + 5, own_keys)
     if page_table is not None:
         ahead = tl.arange(0, RECORD - PAGES_AT)
-        there = (first_page + ahead < last_page) & (begin < end)
+        there = first_page + ahead < tl.where(begin < end, last_page, 0)
         ids = tl.load(page_table + begin.to(tl.int64) * table_width + first_page + ahead, mask=there, other=0)
         tl.store(record + PAGES_AT + ahead, ids)
     if counters is not None:

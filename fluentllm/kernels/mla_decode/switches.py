@@ -1,7 +1,7 @@
-"""Ways of the Hopper decode that can be taken or left, each beside its plain form: read at every launch, or when a plan is made.
+"""Ways of the Hopper decode that can be taken or left, each beside its plain form.
 
-All are off until they are measured: `benchmarks/kernels/mla_decode.py --variants` times each, benchmarks/kernels/NOTES.md has
-what is expected of them.
+Read at every launch, or when a plan is made. All are off until they are measured: `benchmarks/kernels/mla_decode.py --variants`
+times each, benchmarks/kernels/NOTES.md has what is expected of them.
 """
 
 PAGES_IN_RECORD = False
