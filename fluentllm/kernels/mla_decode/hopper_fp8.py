@@ -231,7 +231,7 @@ def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_ful
     wait_for_inputs(EARLY)
     part, begin, end, high, first, last, keys = part_of(records, GROUPS)
     if MERGE:
-        first_a, splits_a, first_b, splits_b = ends_of_part(spans, begin, end)
+        first_a, splits_a, first_b, splits_b = ends_of_part(spans, begin, end, count)
         clear_inert(out, lengths, count, parts, GROUPS, ROWS, HALF)
     group = gl.program_id(0) % GROUPS
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])

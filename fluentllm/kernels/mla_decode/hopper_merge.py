@@ -108,9 +108,11 @@ def _merge_sequence(out, partial, lse, counters, sequence, first, splits, part, 
 
 
 @gluon.jit
-def ends_of_part(spans, begin, end):
+def ends_of_part(spans, begin, end, count):
     """First part and splits of a part's first sequence, and of its last: only these can have splits elsewhere."""
-    last = gl.maximum(end - 1, begin)
+    last = gl.maximum(end - 1, 0)
+    # A part without work may begin behind the last sequence.
+    begin = gl.minimum(begin, count - 1)
     first_a = gl.load(spans + 2 * begin)
     last_a = gl.load(spans + 2 * begin + 1)
     first_b = gl.load(spans + 2 * last)
