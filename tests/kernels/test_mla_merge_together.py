@@ -30,7 +30,7 @@ def test_every_value_has_one_share(splits: int, rows: int) -> None:
 def decoded(lengths: list[int], parts: int, rows: int, rng: torch.Generator):
     """(plan, partial, lse, out) as the decode of this plan leaves them, NaN wherever it writes nothing."""
     groups = -(-rows // 64)
-    plan = new_plan(torch.tensor(lengths, dtype=torch.int32), parts, cells=len(lengths) * groups * 2)
+    plan = new_plan(torch.tensor(lengths, dtype=torch.int32), parts, cells=groups * 2)
     out = torch.full((len(lengths), rows, 512), torch.nan)
     partial, lse = torch.full((2 * parts, rows, 512), torch.nan), torch.full((2 * parts, rows), torch.nan)
     for piece in pieces(plan):

@@ -72,7 +72,7 @@ class MlaDecode:
         together = switches.MERGE_TOGETHER and parts > 1 and parts * groups <= multiprocessors(lengths.device)
         plan = new_plan(
             lengths, parts, page_table=page_table if switches.PAGES_IN_RECORD else None,
-            cells=lengths.shape[0] * groups * 2 if together else 0,
+            cells=groups * 2 if together else 0,
         )  # fmt: skip
         return cls(
             heads=heads,

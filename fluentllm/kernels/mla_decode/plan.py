@@ -54,7 +54,7 @@ class DecodePlan:
     page_table: Tensor | None = None
     """[N, P] int32, the caller's, rows contiguous; read at every `refresh`."""
     counters: Tensor | None = None
-    """[N · groups of rows · 2] int32: finished splits of each sequence since the last `refresh`, where its CTAs wait for each
+    """[N, groups of rows · 2] int32: finished splits of each sequence since the last `refresh`, where its CTAs wait for each
     other (`hopper_merge`)."""
 
     @property
@@ -66,11 +66,11 @@ class DecodePlan:
         """Compute the plan from `lengths` (and `page_table`) as they are when the stream gets here."""
         count = self.lengths.shape[0]
         if in_kernels(self.lengths):
-            table, cells = self.page_table, 0 if self.counters is None else self.counters.shape[0]
+            table, cells = self.page_table, 0 if self.counters is None else self.counters.shape[1]
             launch(
                 plan_kernel, (self.parts,),
                 self.lengths, self.starts, self.spans, self.records, table, self.counters, count,
-                0 if table is None else table.stride(0), cells, PARTS=self.parts, OVERHEAD=OVERHEAD, PAGE=PAGE,
+                0 if table is None else table.stride(0), CELLS=cells, PARTS=self.parts, OVERHEAD=OVERHEAD, PAGE=PAGE,
                 STEPS=SEARCH_STEPS, RECORD=RECORD, PAGES_AT=PAGES_AT, BLOCK=triton.next_power_of_2(count), num_warps=4,
             )  # fmt: skip
         else:
@@ -79,7 +79,7 @@ class DecodePlan:
 
 def new_plan(lengths: Tensor, parts: int, *, page_table: Tensor | None = None, cells: int = 0) -> DecodePlan:
     """A plan for sequences of `lengths` (int32 [N], read at every `refresh`), cut into `parts`, and computed once. With
-    `page_table` (int32 [N, P]) records hold pages' ids; `cells`: size of its counters, none if 0."""
+    `page_table` (int32 [N, P]) records hold pages' ids; `cells`: counters of a sequence."""
     plan = DecodePlan(
         parts=parts,
         lengths=lengths,
@@ -87,7 +87,7 @@ def new_plan(lengths: Tensor, parts: int, *, page_table: Tensor | None = None, c
         spans=torch.zeros(lengths.shape[0], 2, dtype=torch.int32, device=lengths.device),
         records=torch.zeros(parts, RECORD, dtype=torch.int32, device=lengths.device),
         page_table=page_table,
-        counters=torch.zeros(cells, dtype=torch.int32, device=lengths.device) if cells else None,
+        counters=torch.zeros(lengths.shape[0], cells, dtype=torch.int32, device=lengths.device) if cells else None,
     )
     plan.refresh()
     return plan
@@ -147,7 +147,7 @@ def _tile_record(starts: list[int], pages: list[int], lengths: list[int], low: i
 
 @triton.jit
 def plan_kernel(
-    lengths, starts, spans, records, page_table, counters, count, table_width, cells, PARTS: tl.constexpr,
+    lengths, starts, spans, records, page_table, counters, count, table_width, CELLS: tl.constexpr, PARTS: tl.constexpr,
     OVERHEAD: tl.constexpr, PAGE: tl.constexpr, STEPS: tl.constexpr, RECORD: tl.constexpr, PAGES_AT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -211,10 +211,9 @@ def plan_kernel(
         there = first_page + ahead < tl.where(begin < end, last_page, 0)
         ids = tl.load(page_table + begin.to(tl.int64) * table_width + first_page + ahead, mask=there, other=0)
         tl.store(record + PAGES_AT + ahead, ids)
-    if counters is not None:
-        for base in range(part * BLOCK, cells, PARTS * BLOCK):
-            tl.store(counters + base + index, index * 0, mask=base + index < cells)
     if part == 0:
+        for cell in tl.static_range(CELLS):
+            tl.store(counters + index * CELLS + cell, index * 0, mask=inside)
         tl.store(starts + index, begins, mask=inside)
         tl.store(spans + 2 * index, first, mask=inside)
         tl.store(spans + 2 * index + 1, last, mask=inside)
