@@ -190,7 +190,7 @@ def _values(out, partial, lse, v, p, alphas, inverse, k_full, k_empty, p_full, p
                      ROWS, GROUPS, HALF)  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["count", "parts"])
 def decode_bf16(q_desc, qr_desc, kv_desc, kr_desc, out, partial, lse, page_table, lengths, starts, spans, records, counters,
                 count, parts, scale_log2, table_width, HEADS: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
                 NUM_STAGES: gl.constexpr, PDL: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr, MAPS: gl.constexpr,

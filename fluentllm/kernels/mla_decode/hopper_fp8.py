@@ -298,7 +298,7 @@ def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_ful
                      ROWS, GROUPS, HALF)  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["count", "parts"])
 def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, lse, page_table, lengths, starts, spans,
                records, counters, count, parts, scale_log2, table_width, HEADS: gl.constexpr, ROWS: gl.constexpr,
                GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PDL: gl.constexpr, PAGES: gl.constexpr,
