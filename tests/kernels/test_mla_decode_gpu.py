@@ -65,7 +65,7 @@ def turn_on(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(switches, name, name in names)
 
 
-# What few rows make of every switch by itself; other numbers of rows with all of them on. (A kernel each: compiling takes longest.)
+# Few rows with every switch by itself; other numbers of rows with all of them on: what takes longest is compiling.
 FEW_ROWS = [([1], 16, 1), ([100_000, 1, 1000], 16, 1), ([4096] * 32, 16, 1), ([0, 1, 64, 100, 700, 2000] * 30, 16, 1)]
 MORE_ROWS = [
     ([1500] * 9, 8, 4),
