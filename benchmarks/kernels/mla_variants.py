@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from mla_decode import SCALE, Case, Shape
 
-from fluentllm.kernels.mla_decode import fp8_planes, quantise, switches
+from fluentllm.kernels.mla_decode import fp8_planes, plan, quantise, switches
 from fluentllm.kernels.mla_decode.reference import decode_reference, quantised_query
 from fluentllm.kernels.triton.launch import recording
 from fluentllm.prewarm import Compiler
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 PAGES, MAPS, EARLY, TOGETHER = "PAGES_IN_RECORD", "FETCH_MAPS", "LAUNCH_EARLY", "MERGE_TOGETHER"
 SWAP, CONVERT = "SWAP_OPERANDS", "CONVERT_EARLY"
 NAMES = (PAGES, MAPS, EARLY, TOGETHER, SWAP, CONVERT)
+TILES = "tiles"
+"""The variant whose plan takes whole pieces only where they are no longer than tiles (`plan.SLACK` 0)."""
 PATIENCE = 120.0
 """Seconds without a result after which the process ends."""
 LIMIT = 5e-3
@@ -51,20 +53,23 @@ def variants(shape: Shape) -> dict[str, tuple[str, ...]]:
     return found | {
         "all but maps": (*own, PAGES, EARLY, TOGETHER),
         "all": (*own, PAGES, MAPS, EARLY, TOGETHER),
+        TILES: (),
         "base again": (),
     }
 
 
 @contextmanager
-def applied(on: tuple[str, ...]) -> Iterator[None]:
-    before = {name: getattr(switches, name) for name in NAMES}
+def applied(name: str, on: tuple[str, ...]) -> Iterator[None]:
+    before, slack = {one: getattr(switches, one) for one in NAMES}, plan.SLACK
     try:
-        for name in NAMES:
-            setattr(switches, name, name in on)
+        plan.SLACK = 0 if name == TILES else slack
+        for one in NAMES:
+            setattr(switches, one, one in on)
         yield
     finally:
-        for name, value in before.items():
-            setattr(switches, name, value)
+        plan.SLACK = slack
+        for one, value in before.items():
+            setattr(switches, one, value)
 
 
 class Watch:
@@ -125,7 +130,7 @@ def compile_all(cases: list[Case], wanted: list[str] | None) -> None:
         for case in cases:
             for name, on in variants(case.shape).items():
                 if wanted is None or name in wanted:
-                    with applied(on), recording() as launches:
+                    with applied(name, on), recording() as launches:
                         case.plan()
                         case.runner()()
                     compiler.add(launches)
@@ -148,7 +153,7 @@ def compare(shapes: list[Shape], timer: Timer, wanted: list[str] | None) -> list
                 continue
             watch.hear(f"{name} of {shape}")
             try:
-                with applied(on):
+                with applied(name, on):
                     for case in pair:
                         case.plan()
                     errors = [checked(case, exact) for case, exact in zip(pair, expected, strict=True)]
