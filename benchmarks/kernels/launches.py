@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fluentllm.bench.offline import latency
 from fluentllm.core.config import load
-from fluentllm.kernels.mla_decode import expand
+from fluentllm.kernels.mla_decode import expand, switches
 from fluentllm.kernels.triton import (
     carveout,
     deferred_norm,
@@ -40,6 +40,10 @@ from fluentllm.plugins.attn_triton import backend as triton_attention
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+SWITCHES = ("PAGES_IN_RECORD", "LAUNCH_EARLY", "SWAP_OPERANDS", "CONVERT_EARLY")
+"""Of MLA's decode."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class Variant:
     """Up to so many MLA's products are parts of its other launches; 0: never."""
     mla_merge_inside: bool | None = None
     """Are MLA's splits merged where its values are expanded? None: by counting."""
+    mla_switches: tuple[str, ...] = ()
+    """Of `mla_decode.switches`, the ones that are on."""
 
 
 VARIANTS = [
@@ -106,6 +112,12 @@ VARIANTS = [
     Variant("mla apart", mla_tokens=0),
     Variant("mla merged inside", mla_merge_inside=True),
     Variant("mla merged before", mla_merge_inside=False),
+    Variant("mla pages", mla_switches=("PAGES_IN_RECORD",)),
+    Variant("mla together", mla_switches=("MERGE_TOGETHER",)),
+    Variant("mla early", mla_switches=("LAUNCH_EARLY",)),
+    Variant("mla swapped", mla_switches=("SWAP_OPERANDS", "CONVERT_EARLY")),
+    Variant("mla all apart", mla_switches=(*SWITCHES, "FETCH_MAPS")),
+    Variant("mla all", mla_switches=(*SWITCHES, "FETCH_MAPS", "MERGE_TOGETHER")),
     Variant("base again"),
 ]
 
@@ -141,6 +153,8 @@ def applied(variant: Variant) -> Iterator[None]:
         put(triton_attention, "APPEND_IN_DECODE", variant.append_in_decode)
         put(mla_absorb, "MOST_TOKENS", variant.mla_tokens)
         put(expand, "MERGE_INSIDE", variant.mla_merge_inside)
+        for name in variant.mla_switches:
+            put(switches, name, True)
         if not variant.measured:
             put(linear_tiles, "MEASURED", {})
         if variant.prefetch:

@@ -5,6 +5,8 @@
 Rows: {heads, q_len, batch, ctx, kv, us, GBps, TFLOPs}, `floor_us`, `share`. The floor is the larger of bytes / 3.0 TB/s (cache,
 queries, output) and FLOPs at the rate of the matrix instructions that suit the cache: FP8 for Q K^T over an FP8 latent,
 16-bit for the rest. `--uneven` draws lengths between 1 and ctx. Planning, which serves all layers of a step, is timed apart.
+
+`--variants` times the ways of `mla_decode.switches` instead, each checked first (`mla_variants.py`).
 """
 
 from __future__ import annotations
@@ -46,10 +48,13 @@ class Shape:
 class Case:
     """Fresh random inputs of one shape, in scattered pages: latents about 10, rotary values about 100."""
 
-    def __init__(self, shape: Shape, *, uneven: bool) -> None:
+    def __init__(self, shape: Shape, *, uneven: bool, inert: bool = False) -> None:
+        """inert: every third sequence has no keys."""
         self.shape = shape
         lengths = torch.randint(1, shape.ctx + 1, (shape.batch,)) if uneven else torch.full((shape.batch,), shape.ctx)
         lengths = lengths.clamp_min(shape.q_len)
+        if inert:
+            lengths[::3] = 0
         self.tokens = int(lengths.sum())
         self.lengths = lengths.to("cuda", torch.int32)
         counts = -(-lengths // PAGE)
@@ -64,7 +69,11 @@ class Case:
         self.q_latent = (torch.randn(*rows, LATENT, device="cuda") * 0.1).bfloat16()
         self.q_rope = (torch.randn(*rows, ROPE, device="cuda") * 0.03).bfloat16()
         self.out = torch.empty(*rows, LATENT, dtype=torch.bfloat16, device="cuda")
-        self.decode = MlaDecode.create(self.lengths, shape.heads, shape.q_len)
+        self.plan()
+
+    def plan(self) -> None:
+        """Afresh, by the switches as they are."""
+        self.decode = MlaDecode.create(self.lengths, self.shape.heads, self.shape.q_len, page_table=self.table)
 
     def _fill(self, pages: int) -> None:
         fp8 = self.shape.kv == "fp8"
@@ -126,13 +135,21 @@ def main() -> None:
     parser.add_argument("--ctx", type=integers, default=[4096])
     parser.add_argument("--kv", type=lambda text: text.split(","), default=["fp8", "bf16"])
     parser.add_argument("--uneven", action="store_true", help="lengths between 1 and ctx")
+    parser.add_argument("--variants", action="store_true", help="the ways of mla_decode.switches, side by side")
+    parser.add_argument("--only", help="names of variants, separated by semicolons")
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     timer = Timer(options.runs)
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, a tiny kernel measures {timer.overhead():.1f} us")
-    rows = []
+    rows: list[dict[str, object]] = []
+    if options.variants:
+        from mla_variants import compare
+
+        shapes = itertools.product(options.heads, options.q_len, options.batch, options.ctx, options.kv)
+        rows = compare([Shape(*shape) for shape in shapes], timer, options.only.split(";") if options.only else None)
+        options.heads = []
     for heads, q_len, batch, ctx, kv in itertools.product(options.heads, options.q_len, options.batch, options.ctx, options.kv):
         row = measure(Shape(heads, q_len, batch, ctx, kv), timer, uneven=options.uneven)
         rows.append(row)

@@ -17,17 +17,25 @@ torch.set_num_threads(1)
 generator = fresh_generator()
 
 
-def check_plan() -> None:
+def check_plan(slack: int) -> None:
+    plan.SLACK = slack
     for lengths, parts in (([5, 64, 0, 1000], 5), ([0, 0], 3), ([4096] * 4, 9), ([100, 0, 7000, 30], 7), ([64] * 20, 6)):
-        expected = plan.new_plan(torch.tensor(lengths, dtype=torch.int32), parts)
-        starts, spans, records = (torch.zeros_like(x) for x in (expected.starts, expected.spans, expected.records))
-        plan.plan_kernel[(parts,)](
-            expected.lengths, starts, spans, records, len(lengths), PARTS=parts, OVERHEAD=plan.OVERHEAD, PAGE=64,
-            STEPS=plan.SEARCH_STEPS, BLOCK=triton.next_power_of_2(len(lengths)),
-        )  # fmt: skip
-        assert torch.equal(starts, expected.starts)
-        assert torch.equal(spans, expected.spans)
-        assert torch.equal(records, expected.records)
+        table = torch.randint(1, 10_000, (len(lengths), 120), generator=generator, dtype=torch.int32)
+        for given, cells in ((None, 0), (table, 6)):
+            expected = plan.new_plan(torch.tensor(lengths, dtype=torch.int32), parts, page_table=given, cells=cells)
+            starts, spans, records = (torch.zeros_like(x) for x in (expected.starts, expected.spans, expected.records))
+            counters = torch.full((len(lengths) * cells + 7,), 5, dtype=torch.int32) if cells else None
+            plan.plan_kernel[(parts,)](
+                expected.lengths, starts, spans, records, given, counters, len(lengths), 120, CELLS=cells, PARTS=parts,
+                OVERHEAD=plan.OVERHEAD, SLACK=slack, PAGE=64, STEPS=plan.SEARCH_STEPS, RECORD=plan.RECORD,
+                PAGES_AT=plan.PAGES_AT, BLOCK=triton.next_power_of_2(len(lengths)),
+            )  # fmt: skip
+            assert torch.equal(starts, expected.starts)
+            assert torch.equal(spans, expected.spans)
+            assert torch.equal(records, expected.records)
+            if counters is not None:
+                assert not counters[:-7].any()
+                assert (counters[-7:] == 5).all()
 
 
 def check_quantisation() -> None:
@@ -111,7 +119,8 @@ def check_combine() -> None:
 
 
 if __name__ == "__main__":
-    check_plan()
+    check_plan(0)
+    check_plan(2)
     check_quantisation()
     check_append_norms()
     check_query()

@@ -30,7 +30,7 @@ def run(case: Case, kv: str, decode: object = None) -> torch.Tensor:
 
     count, queries, heads, _ = case.q_latent.shape
     if decode is None:
-        decode = MlaDecode.create(case.lengths, heads, queries)
+        decode = MlaDecode.create(case.lengths, heads, queries, page_table=case.table)
     assert isinstance(decode, MlaDecode)
     for buffer in (decode.partial, decode.lse):
         buffer.fill_(torch.nan)
@@ -54,16 +54,108 @@ def test_decode_agrees_with_float64(lengths: list[int], heads: int, query_length
     assert torch.equal(wide, run(case, "bf16")), "a moving result is a race"
 
 
+SWITCHES = ("PAGES_IN_RECORD", "FETCH_MAPS", "LAUNCH_EARLY", "CONVERT_EARLY", "SWAP_OPERANDS", "MERGE_TOGETHER")
+WAYS = [*((name,) for name in SWITCHES), ("SWAP_OPERANDS", "MERGE_TOGETHER"), SWITCHES]
+
+
+def turn_on(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fluentllm.kernels.mla_decode import switches
+
+    for name in SWITCHES:
+        monkeypatch.setattr(switches, name, name in names)
+
+
+# Few rows with every switch by itself; other numbers of rows with all of them on: what takes longest is compiling.
+FEW_ROWS = [([1], 16, 1), ([100_000, 1, 1000], 16, 1), ([4096] * 32, 16, 1), ([0, 1, 64, 100, 700, 2000] * 30, 16, 1)]
+MORE_ROWS = [
+    ([1500] * 9, 8, 4),
+    ([4, 4096, 63], 16, 4),
+    ([17, 0, 3000, 640], 32, 2),
+    ([900, 0, 100], 40, 3),
+    ([5000, 333], 128, 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("on", "lengths", "heads", "query_length"),
+    [(on, *shape) for on in WAYS for shape in FEW_ROWS] + [(SWITCHES, *shape) for shape in MORE_ROWS],
+)
+def test_every_switch_agrees_with_float64(
+    on: tuple[str, ...], lengths: list[int], heads: int, query_length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn_on(on, monkeypatch)
+    case = random_case(lengths, heads, query_length, generator=fresh_generator("cuda"))
+    exact, emulated = case.exact(), case.emulated()
+    for kv, expected, limit in (("fp8", emulated, 2e-3), ("bf16", exact, 3e-3)):
+        out = run(case, kv)
+        assert relative_error(out, expected) < limit
+        assert torch.equal(out, run(case, kv)), "a moving result is a race"
+        assert not out[case.lengths == 0].any()
+
+
+@pytest.mark.parametrize("on", WAYS, ids="-".join)
+def test_every_switch_in_a_captured_step(on: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several layers of a step by one plan, behind a kernel that writes their queries and one that appends their keys; lengths
+    change between replays. With and without the product that follows."""
+    from fluentllm.kernels.mla_decode import quantise
+    from fluentllm.kernels.mla_decode.decode import MlaDecode
+
+    turn_on(on, monkeypatch)
+    generator = fresh_generator("cuda")
+    case = random_case([3000, 500, 0, 900, 64, 2000, 129, 2, 700], 16, 1, generator=generator)
+    lengths = case.lengths.clone()
+    up_v = (torch.randn(16, 128, 512, generator=generator, device="cuda") * 0.05).bfloat16()
+    shape = case.q_latent.shape
+    latent, rope = torch.zeros(9, 16, 512, device="cuda").bfloat16(), torch.zeros(9, 16, 64, device="cuda").bfloat16()
+    given = latent.view(shape), rope.view(*shape[:3], 64)
+    new_latent, new_rope = (torch.randn(9, n, generator=generator, device="cuda").bfloat16() * 3 for n in (512, 64))
+    decode = MlaDecode.create(case.lengths, 16, 1, page_table=case.table)
+
+    def layer() -> list[torch.Tensor]:
+        last = case.lengths.long() - 1
+        rows = case.table.gather(1, (last.clamp_min(0) // 64)[:, None])[:, 0].long() * 64 + last.clamp_min(0) % 64
+        # Inert sequences write to the page of nobody.
+        quantise.append(case.planes, new_latent, new_rope, torch.where(last >= 0, rows, 0))
+        latent.copy_(case.q_latent.view_as(latent))
+        rope.copy_(case.q_rope.view_as(rope))
+        content, aligned, scale = quantise.quantise_query(latent, rope)
+        fp8 = content.view(shape), aligned.view(*shape[:3], 64), scale.view(shape[:3]), case.planes, case.table, SCALE
+        bf16 = *given, case.bf16, case.table, SCALE
+        found = [decode.fp8(*fp8, torch.full(shape, torch.nan, device="cuda"))]
+        found += [decode.bf16(*bf16, torch.full(shape, torch.nan, device="cuda"))]
+        out = torch.full(shape, torch.nan, device="cuda").bfloat16()
+        return [*found, decode.fp8(*fp8, out, up_v), decode.bf16(*bf16, out.clone(), up_v)]
+
+    layer()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode.refresh()
+        layers = [layer() for _ in range(3)]
+    for change in ([0] * 9, [-2900, 0, 0, -100, -60, 1, 0, 1, -600], [-1000, -498, 0, -898, -64, 0, 0, 1, 0]):
+        case.lengths.copy_(lengths + torch.tensor(change, dtype=torch.int32, device="cuda"))
+        latent.fill_(torch.nan)
+        graph.replay()
+        emulated, exact = case.emulated(), case.exact()
+        for fp8, bf16, fp8_values, bf16_values in layers:
+            assert relative_error(fp8, emulated) < 2e-3
+            assert relative_error(bf16, exact) < 3e-3
+            for values, expected in ((fp8_values, emulated), (bf16_values, exact)):
+                wanted = torch.einsum("nqhc,hvc->nqhv", expected, up_v.double()).flatten(0, 1)
+                assert relative_error(values, wanted) < 8e-3
+
+
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("inside", [None, True, False])
 @pytest.mark.parametrize(("lengths", "heads", "query_length"), [*SHAPES[:7], ([1024], 16, 1), ([1500] * 8, 16, 1)])
 def test_values_of_heads(
-    lengths: list[int], heads: int, query_length: int, inside: bool | None, monkeypatch: pytest.MonkeyPatch
+    lengths: list[int], heads: int, query_length: int, inside: bool | None, together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Merged, and multiplied with the heads' matrices, whoever merges. Sequences without keys get zeros."""
     from fluentllm.kernels.mla_decode import expand
     from fluentllm.kernels.mla_decode.decode import MlaDecode
 
     monkeypatch.setattr(expand, "MERGE_INSIDE", inside)
+    turn_on(("MERGE_TOGETHER",) * together, monkeypatch)
     generator = fresh_generator("cuda")
     case = random_case(lengths, heads, query_length, generator=generator)
     up_v = (torch.randn(heads, 128, 512, generator=generator, device="cuda") * 0.05).bfloat16()
@@ -144,7 +236,8 @@ def test_the_device_plans_as_the_reference_does() -> None:
     from fluentllm.kernels.mla_decode.plan import new_plan
 
     for lengths in ([4096] * 32, [0, 0], [1], [100_000, 5, 0, 900], [64] * 500):
-        host = new_plan(torch.tensor(lengths, dtype=torch.int32), 132)
-        device = new_plan(torch.tensor(lengths, dtype=torch.int32, device="cuda"), 132)
+        table = torch.randint(1, 1 << 30, (len(lengths), -(-max(lengths) // 64) + 1), dtype=torch.int32)
+        host = new_plan(torch.tensor(lengths, dtype=torch.int32), 132, page_table=table)
+        device = new_plan(torch.tensor(lengths, dtype=torch.int32, device="cuda"), 132, page_table=table.cuda())
         for name in ("starts", "spans", "records"):
             assert torch.equal(getattr(host, name), getattr(device, name).cpu())

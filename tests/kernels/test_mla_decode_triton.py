@@ -7,17 +7,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.experimental.gluon import language as gl  # noqa: E402
-from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+if TYPE_CHECKING:
+    from fluentllm.kernels.triton.launch import Launch
 
 HERE = Path(__file__).parent
 
@@ -30,76 +28,62 @@ def test_plain_kernels_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def descriptor(dtype: str, block: list[int], bits: int, swizzle: int = 128) -> str:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=len(block))
-    return f"tensordesc<{dtype}[{','.join(map(str, block))}],{layout!r}>"
+SWITCHES = ("PAGES_IN_RECORD", "MERGE_TOGETHER", "SWAP_OPERANDS", "CONVERT_EARLY", "LAUNCH_EARLY", "FETCH_MAPS")
 
 
-PLAN = {
-    "page_table": "*i32",
-    "lengths": "*i32",
-    "starts": "*i32",
-    "records": "*i32",
-    "scale_log2": "fp32",
-    "table_width": "i32",
-}
-OUTPUT = {"out": "*bf16", "partial": "*fp32", "lse": "*fp32"}
-ROPE_QUERY = {"qr_desc": descriptor("bf16", [64, 64], 16)}
-FP8 = (
-    {"q8": "*fp8e4nv"}
-    | ROPE_QUERY
-    | {"k8_desc": descriptor("fp8e4nv", [1, 64, 128], 8), "kr_desc": descriptor("bf16", [1, 64, 64], 16)}
-    | {"ks_desc": descriptor("fp32", [1, 64], 32, swizzle=0), "q_scale": "*fp32"}
-    | OUTPUT
-    | PLAN
-)
-BF16 = (
-    {"q_desc": descriptor("bf16", [64, 512], 16)}
-    | ROPE_QUERY
-    | {"kv_desc": descriptor("bf16", [1, 64, 256], 16), "kr_desc": descriptor("bf16", [1, 64, 64], 16)}
-    | OUTPUT
-    | PLAN
-)
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
-@pytest.mark.parametrize(("kv", "rows"), [("fp8", 16), ("fp8", 128), ("bf16", 128)])
-def test_decode_compiles_for_hopper(kv: str, rows: int) -> None:
-    from fluentllm.kernels.mla_decode import hopper_bf16, hopper_fp8
+def launched(kv: str, heads: int, queries: int) -> list[Launch]:
+    """Of a decode of 32 sequences with contexts up to 4,096, as its launchers launch it."""
+    from fluentllm.kernels.mla_decode import fp8_planes
+    from fluentllm.kernels.mla_decode.decode import MlaDecode
+    from fluentllm.kernels.triton.launch import recording
 
-    kernel, signature, stages = (
-        (hopper_fp8.decode_fp8, FP8, hopper_fp8.STAGES) if kv == "fp8" else (hopper_bf16.decode_bf16, BF16, hopper_bf16.STAGES)
-    )
-    constants = {"HEADS": 16, "ROWS": rows, "GROUPS": -(-rows // 64), "NUM_STAGES": stages, "PDL": True}
-    if kv == "fp8":
-        constants["TILE"] = min(rows, 64)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, type_ in enumerate(signature.values()) if type_.startswith("*")}
-    source = GluonASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": True})
+    shape, table = (32, queries, heads), empty(32, 64, dtype=torch.int32)
+    with recording() as launches:
+        decode = MlaDecode.create(empty(32, dtype=torch.int32), heads, queries, page_table=table)
+        out = empty(*shape, 512)
+        if kv == "fp8":
+            content, factor = empty(*shape, 512, dtype=torch.float8_e4m3fn), empty(*shape, dtype=torch.float32)
+            planes = fp8_planes(empty(9, 64, 644, dtype=torch.uint8))
+            decode.fp8(content, empty(*shape, 64), factor, planes, table, 0.1, out)
+        else:
+            decode.bf16(empty(*shape, 512), empty(*shape, 64), empty(9, 64, 576), table, 0.1, out)
+    return launches
+
+
+@pytest.mark.parametrize("on", [(), ("SWAP_OPERANDS",), SWITCHES], ids=["plain", "swapped", "all"])
+@pytest.mark.parametrize(("kv", "heads", "queries"), [("fp8", 16, 1), ("fp8", 16, 4), ("fp8", 128, 1), ("bf16", 128, 1)])
+def test_decode_compiles_for_hopper(
+    kv: str, heads: int, queries: int, on: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fluentllm.kernels.mla_decode import switches
+    from fluentllm.kernels.triton.compile import compile_launch
+
+    for name in SWITCHES:
+        monkeypatch.setattr(switches, name, name in on)
+    launches = launched(kv, heads, queries)
+    names = [one.kernel.__name__ for one in launches]
+    swapped = "SWAP_OPERANDS" in on and kv == "fp8" and heads * queries <= 32
+    decode = f"decode_{kv}" + "_few" * swapped
+    assert names == ["plan_kernel", decode] + ["combine_splits"] * ("MERGE_TOGETHER" not in on)
+    compiled = compile_launch(launches[1])
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
     assert ("f32.e4m3.e4m3" in ptx) == (kv == "fp8")
+    assert ("wgmma.mma_async.sync.aligned.m64n16k32" in ptx) == swapped
     assert compiled.metadata.shared <= 232_448
-    assert len(compiled.asm["cubin"]) > 0
-
-
-def test_plain_kernels_compile_for_hopper() -> None:
-    from fluentllm.kernels.mla_decode import combine, plan
-
-    cases = {
-        combine.combine_splits: (
-            {"out": "*bf16", "partial": "*fp32", "lse": "*fp32", "spans": "*i32"},
-            {"ROWS": 16, "COLUMNS": 512, "SPLITS": 8, "MOST": 1, "PDL": 1},
-        ),
-        plan.plan_kernel: (
-            {"lengths": "*i32", "starts": "*i32", "spans": "*i32", "records": "*i32", "count": "i32"},
-            {"PARTS": 132, "OVERHEAD": 2, "PAGE": 64, "STEPS": 20, "BLOCK": 128},
-        ),
-    }
-    for kernel, (signature, constants) in cases.items():
-        source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": True})
-        assert len(compiled.asm["cubin"]) > 0
+    if swapped:
+        assert stack_bytes(compiled, tmp_path) == 0
+    # Four partitions, and each waits for the kernels in front.
+    assert ptx.count("griddepcontrol.wait") == (4 if "LAUNCH_EARLY" in on else 0)
+    if on == SWITCHES:
+        assert ptx.count("atom.acq_rel.gpu") + ptx.count("atom.global.gpu.acq_rel") == 2
+        for one in launches:
+            assert len(compile_launch(one).asm["cubin"]) > 0
 
 
 def test_what_fills_and_reads_the_cache_compiles_for_hopper() -> None:
@@ -108,9 +92,6 @@ def test_what_fills_and_reads_the_cache_compiles_for_hopper() -> None:
     from fluentllm.kernels.mla_decode.append import absorb_norms, append_norms
     from fluentllm.kernels.triton.compile import compile_launch
     from fluentllm.kernels.triton.launch import recording
-
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
     planes, rows = fp8_planes(empty(9, 64, 644, dtype=torch.uint8)), empty(8, dtype=torch.int64)
     rotary = empty(8, 1, 64), empty(8, 1, 64)
@@ -153,9 +134,6 @@ def test_what_stands_around_the_decode_compiles_for_hopper(heads: int, tmp_path:
     from fluentllm.kernels.triton.compile import compile_launch
     from fluentllm.kernels.triton.launch import recording
     from fluentllm.kernels.triton.mla_absorb import absorb
-
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
     kernels = {"_absorb_kernel", "combine_splits", "_merge_and_expand"}
     for sequences, queries, pages in ((1, 1, 8), (1, 1, 512), (1, 2, 512), (1, 4, 512), (8, 1, 512), (16, 4, 512)):

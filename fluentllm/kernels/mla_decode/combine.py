@@ -26,7 +26,7 @@ def combine_splits(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     sequence = tl.program_id(2)
     start_next(PDL, FIRST)
-    # The plan is older than the decode, which was launched normally.
+    # The plan is older than the decode, which ends, or lets this kernel start, only after all in front of it.
     first = tl.load(spans + 2 * sequence)
     last = tl.load(spans + 2 * sequence + 1)
     target = out + (sequence * ROWS + row).to(tl.int64) * 512 + column

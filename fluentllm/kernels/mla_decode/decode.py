@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..triton.launch import launch, multiprocessors, programmatic
-from . import hopper_bf16, hopper_fp8
+from ..triton.launch import launch, multiprocessors, overlaps, programmatic
+from . import hopper_bf16, hopper_fp8, hopper_fp8_few, switches
 from .combine import combine_splits
-from .expand import merge_and_expand, shares
+from .expand import ALL, Shares, merge_and_expand, shares
 from .layout import LATENT, PAGE, ROPE, Fp8Planes
 from .plan import DecodePlan, new_plan
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ROW_TILE = 64
 """Query rows (heads × query length) of one CTA."""
+MOST_SWAPPED = 32
+"""Rows up to which operands may be swapped."""
 
 
 def parts_for(rows: int, device: torch.device) -> int:
@@ -49,18 +51,33 @@ class MlaDecode:
     _descriptors: dict[tuple[int, ...], tuple[TensorDescriptor, ...]] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, lengths: Tensor, heads: int, query_length: int, parts: int | None = None) -> MlaDecode:
+    def create(
+        cls,
+        lengths: Tensor,
+        heads: int,
+        query_length: int,
+        parts: int | None = None,
+        page_table: Tensor | None = None,
+    ) -> MlaDecode:
         """For `lengths` int32 [N] (keys of each sequence, new ones included; 0 makes a sequence inert), which is read at
-        every `refresh`. Raises ValueError for shapes that the kernels don't have."""
+        every `refresh`. page_table: what `fp8` and `bf16` will be given, with the same contents as at the last `refresh`,
+        so that the plan may look up pages (`switches.PAGES_IN_RECORD`). Raises ValueError for shapes that the kernels don't
+        have."""
         rows = heads * query_length
         if not 1 <= query_length <= 8 or not 1 <= heads <= 128:
             raise ValueError(f"MLA decode takes 1 … 8 query rows and 1 … 128 heads, not {query_length} and {heads}.")
         if parts is None:
             parts = parts_for(rows, lengths.device)
+        groups = -(-rows // ROW_TILE)
+        together = switches.MERGE_TOGETHER and parts > 1 and parts * groups <= multiprocessors(lengths.device)
+        plan = new_plan(
+            lengths, parts, page_table=page_table if switches.PAGES_IN_RECORD else None,
+            cells=groups * 2 if together else 0,
+        )  # fmt: skip
         return cls(
             heads=heads,
             query_length=query_length,
-            plan=new_plan(lengths, parts),
+            plan=plan,
             partial=torch.empty(2 * parts, rows, LATENT, dtype=torch.float32, device=lengths.device),
             lse=torch.empty(2 * parts, rows, dtype=torch.float32, device=lengths.device),
         )
@@ -88,16 +105,25 @@ class MlaDecode:
         """q_latent E4M3 [N, q, H, 512], q_rope BF16 [N, q, H, 64] and q_scale float32 [N, q, H], as `quantise_query` makes
         them, contiguous; page_table int32 [N, P] → out [N, q, H, 512], BF16 or float32, contiguous. With up_v [H, Dv, 512],
         contiguous and of out's dtype: out times up_v, [N · q, H, Dv]; out then holds whatever was needed on the way."""
-        groups = -(-self.rows // ROW_TILE)
-        launch(
-            hopper_fp8.decode_fp8, (self.plan.parts * groups,),
-            q_latent, _rows_descriptor(q_rope, ROPE), *self._fp8_descriptors(cache), q_scale, out, self.partial, self.lse,
-            page_table, self.plan.lengths, self.plan.starts, self.plan.records, scale * math.log2(math.e), page_table.stride(0),
-            HEADS=self.heads, ROWS=self.rows, GROUPS=groups, NUM_STAGES=hopper_fp8.STAGES,
-            TILE=next(tile for tile in (16, 32, 64) if tile >= min(self.rows, ROW_TILE)), PDL=self.pdl, num_warps=4,
-            enable_fp_fusion=True,
-        )  # fmt: skip
-        return self._finish(out, up_v, page_table)
+        together = self._together(up_v, out, page_table)
+        where = self._where(out, page_table, scale, together=together)
+        shape, rest = self._options(together=together), self._fp8_descriptors(cache)
+        if switches.SWAP_OPERANDS and self.rows <= MOST_SWAPPED:
+            tile = 16 if self.rows <= 16 else 32
+            launch(
+                hopper_fp8_few.decode_fp8_few, (self.plan.parts,),
+                _rows_descriptor(q_latent, LATENT, tile, 128), _rows_descriptor(q_rope, ROPE, tile), *rest, q_scale, *where,
+                NUM_STAGES=hopper_fp8.STAGES, TILE=tile, **shape,
+            )  # fmt: skip
+        else:
+            groups = -(-self.rows // ROW_TILE)
+            launch(
+                hopper_fp8.decode_fp8, (self.plan.parts * groups,),
+                q_latent, _rows_descriptor(q_rope, ROPE), *rest, q_scale, *where, GROUPS=groups, NUM_STAGES=hopper_fp8.STAGES,
+                TILE=next(tile for tile in (16, 32, 64) if tile >= min(self.rows, ROW_TILE)),
+                CONVERT=switches.CONVERT_EARLY and groups == 1, **shape,
+            )  # fmt: skip
+        return self._finish(out, up_v, page_table, together=together)
 
     def bf16(
         self,
@@ -113,25 +139,53 @@ class MlaDecode:
         pages contiguous inside; page_table int32 [N, P] → out [N, q, H, 512], BF16 or float32, contiguous. up_v: as for
         `fp8`."""
         groups = -(-self.rows // ROW_TILE)
+        together = self._together(up_v, out, page_table)
         launch(
             hopper_bf16.decode_bf16, (self.plan.parts * groups,),
-            _rows_descriptor(q_latent, LATENT), _rows_descriptor(q_rope, ROPE), *self._bf16_descriptors(cache), out,
-            self.partial, self.lse, page_table, self.plan.lengths, self.plan.starts, self.plan.records,
-            scale * math.log2(math.e), page_table.stride(0),
-            HEADS=self.heads, ROWS=self.rows, GROUPS=groups, NUM_STAGES=hopper_bf16.STAGES, PDL=self.pdl, num_warps=4,
-            enable_fp_fusion=True,
+            _rows_descriptor(q_latent, LATENT), _rows_descriptor(q_rope, ROPE), *self._bf16_descriptors(cache),
+            *self._where(out, page_table, scale, together=together), GROUPS=groups, NUM_STAGES=hopper_bf16.STAGES,
+            **self._options(together=together),
         )  # fmt: skip
-        return self._finish(out, up_v, page_table)
+        return self._finish(out, up_v, page_table, together=together)
 
-    def _finish(self, out: Tensor, up_v: Tensor | None, page_table: Tensor) -> Tensor:
+    def _where(self, out: Tensor, page_table: Tensor, scale: float, *, together: bool) -> tuple[Any, ...]:
+        """Arguments of all decode kernels from `out` on."""
+        plan = self.plan
+        # Without counters nothing is read there.
+        counters = plan.counters if together and plan.counters is not None else plan.spans
+        return (
+            out, self.partial, self.lse, page_table, plan.lengths, plan.starts, plan.spans, plan.records, counters,
+            plan.lengths.shape[0], plan.parts, scale * math.log2(math.e), page_table.stride(0),
+        )  # fmt: skip
+
+    def _options(self, *, together: bool) -> dict[str, Any]:
+        """Options of all decode kernels."""
+        early = switches.LAUNCH_EARLY and overlaps(self.lse.device)
+        # The combine reads the plan before it waits for the decode, and the decode may start before the plan is made.
+        following = self.pdl and not early
+        return {
+            "HEADS": self.heads, "ROWS": self.rows, "PDL": following, "PAGES": self.plan.pages, "EARLY": early,
+            "MAPS": switches.FETCH_MAPS, "MERGE": together, "num_warps": 4, "enable_fp_fusion": True,
+        } | ({"launch_pdl": True} if early else {})  # fmt: skip
+
+    def _share(self, out: Tensor, page_table: Tensor) -> Shares:
+        """How merging is divided when a product with up_v follows."""
+        return shares(out.shape[0] * out.shape[1], min(self.plan.parts, page_table.shape[1]))
+
+    def _together(self, up_v: Tensor | None, out: Tensor, page_table: Tensor) -> bool:
+        """Does the decode merge? Where the product that follows merges all splits anyway, it has less to wait for."""
+        return self.plan.counters is not None and (up_v is None or self._share(out, page_table).combines)
+
+    def _finish(self, out: Tensor, up_v: Tensor | None, page_table: Tensor, *, together: bool) -> Tensor:
         """What stands in `out` and `partial` behind the decode, merged, and multiplied with up_v."""
         if up_v is None:
-            return self._combine(out, 1)
-        tokens = out.shape[0] * out.shape[1]
-        share = shares(tokens, min(self.plan.parts, page_table.shape[1]))
-        if share.combines:
-            self._combine(out, share.most)
-        return merge_and_expand(out, self.partial, self.lse, self.plan, up_v, share.most)
+            return out if together else self._combine(out, 1)
+        most = self._share(out, page_table).most
+        if together:
+            most = 1
+        elif most != ALL:
+            self._combine(out, most)
+        return merge_and_expand(out, self.partial, self.lse, self.plan, up_v, most)
 
     def _combine(self, out: Tensor, most: int) -> Tensor:
         """Merge sequences of more than `most` splits."""
@@ -162,8 +216,8 @@ class MlaDecode:
         return self._descriptors[key]
 
 
-def _rows_descriptor(queries: Tensor, width: int) -> TensorDescriptor:
-    return _descriptor(queries.view(-1, width), [ROW_TILE, width])
+def _rows_descriptor(queries: Tensor, width: int, rows: int = ROW_TILE, columns: int | None = None) -> TensorDescriptor:
+    return _descriptor(queries.view(-1, width), [rows, columns or width])
 
 
 def _descriptor(tensor: Tensor, block: list[int], swizzle: int = 128) -> TensorDescriptor:

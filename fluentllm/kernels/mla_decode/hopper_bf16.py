@@ -13,31 +13,63 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_common import async_load, exp2, launch_dependents, next_piece, part_of, publish_sums, row_max, row_sum, write_piece
+from .hopper_common import (
+    PAGES_AT,
+    RECORD,
+    async_load,
+    exp2,
+    launch_dependents,
+    next_piece,
+    page_number,
+    part_of,
+    publish_sums,
+    row_max,
+    row_sum,
+    wait_for_inputs,
+    write_piece,
+)
+from .hopper_merge import clear_inert, count_piece, ends_of_part, merge_splits
 
 STAGES = 2
 
 
 @gluon.jit
-def _loader(q_desc, qr_desc, kv_desc, kr_desc, q, qr, k0, k1, kr, q_full, q_empty, k_full, k_empty, page_table, lengths, starts,
-            records, ROWS: gl.constexpr, GROUPS: gl.constexpr, TABLE_WIDTH, NUM_STAGES: gl.constexpr):  # fmt: skip
+def _loader(q_desc, qr_desc, kv_desc, kr_desc, q, qr, k0, k1, kr, q_full, q_empty, k_full, k_empty, mapped, page_table, lengths,
+            starts, records, ROWS: gl.constexpr, GROUPS: gl.constexpr, TABLE_WIDTH, PAGES: gl.constexpr, EARLY: gl.constexpr,
+            MAPS: gl.constexpr, NUM_STAGES: gl.constexpr):  # fmt: skip
+    if MAPS:
+        # Used on places outside their tensors, where they give zeros.
+        FAR: gl.constexpr = 1 << 30
+        mbarrier.expect(mapped, 64 * 1152 + 64 * 640)
+        async_load(q_desc, [FAR, 0], mapped, q)
+        async_load(qr_desc, [FAR, 0], mapped, qr)
+        async_load(kv_desc, [FAR, 0, 0], mapped, k0.index(0))
+        async_load(kr_desc, [FAR, 0, 0], mapped, kr.index(0))
+    wait_for_inputs(EARLY)
     _, begin, end, high, first, last, _ = part_of(records, GROUPS)
     group = gl.program_id(0) % GROUPS
     step = 0
     piece = 0
+    page = 0
+    if PAGES > 0:
+        page = gl.load(records + gl.program_id(0) // GROUPS * RECORD + PAGES_AT)
+    if MAPS:
+        mbarrier.wait(mapped, 0)
     for sequence in range(begin, end):
-        next_first, next_last, _ = next_piece(starts, lengths, sequence, end, high)
+        if PAGES == 0:
+            next_first, next_last, _ = next_piece(starts, lengths, sequence, end, high, False)
         if first < last:
             row = sequence * ROWS + group * 64
             table = page_table + sequence * TABLE_WIDTH
-            page = gl.load(table + first)
+            if PAGES == 0 or piece > 0:
+                page = gl.load(table + first)
             mbarrier.wait(q_empty, (piece & 1) ^ 1)
             mbarrier.expect(q_full, 64 * 1152)
             async_load(q_desc, [row, 0], q_full, q)
             async_load(qr_desc, [row, 0], q_full, qr)
             for index in range(first, last):
                 stage = step % NUM_STAGES
-                following = gl.load(table + gl.minimum(index + 1, last - 1))
+                following = page_number(records, table, piece, first, gl.minimum(index + 1, last - 1), GROUPS, PAGES)
                 mbarrier.wait(k_empty.index(stage), ((step // NUM_STAGES) & 1) ^ 1)
                 full = k_full.index(stage)
                 mbarrier.expect(full, 64 * 1152)
@@ -47,6 +79,8 @@ def _loader(q_desc, qr_desc, kv_desc, kr_desc, q, qr, k0, k1, kr, q_full, q_empt
                 page = following
                 step += 1
             piece += 1
+        if PAGES > 0:
+            next_first, next_last, _ = next_piece(starts, lengths, sequence, end, high, True)
         first = next_first
         last = next_last
 
@@ -54,7 +88,8 @@ def _loader(q_desc, qr_desc, kv_desc, kr_desc, q, qr, k0, k1, kr, q_full, q_empt
 @gluon.jit
 def _scores(lse, q, qr, k0, k1, kr, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full, p_empty, l_full, l_empty,
             lengths, starts, records, scale_log2, HEADS: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
-            NUM_STAGES: gl.constexpr):  # fmt: skip
+            NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+    wait_for_inputs(EARLY)
     part, begin, end, high, first, last, keys = part_of(records, GROUPS)
     group = gl.program_id(0) % GROUPS
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -64,7 +99,7 @@ def _scores(lse, q, qr, k0, k1, kr, p, alphas, inverse, q_full, q_empty, k_full,
     step = 0
     piece = 0
     for sequence in range(begin, end):
-        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high)
+        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
         if first < last:
             least = keys - ROWS // HEADS + 1
             visible = least + row // HEADS
@@ -105,17 +140,24 @@ def _scores(lse, q, qr, k0, k1, kr, p, alphas, inverse, q_full, q_empty, k_full,
 
 
 @gluon.jit
-def _values(out, partial, v, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths, starts, records,
-            HALF: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr):  # fmt: skip
+def _values(out, partial, lse, v, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths, starts, spans,
+            records, counters, count, parts, HALF: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+            NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr, MERGE: gl.constexpr):  # fmt: skip
+    wait_for_inputs(EARLY)
     part, begin, end, high, first, last, keys = part_of(records, GROUPS)
+    if MERGE:
+        first_a, splits_a, first_b, splits_b = ends_of_part(spans, begin, end, count)
+        clear_inert(out, lengths, count, parts, GROUPS, ROWS, HALF)
     group = gl.program_id(0) % GROUPS
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
     column = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(0, OUT))
     step = 0
     piece = 0
+    before_a = 0
+    before_b = 0
     for sequence in range(begin, end):
-        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high)
+        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
         if first < last:
             left = gl.zeros([64, 128], gl.float32, OUT)
             right = gl.zeros([64, 128], gl.float32, OUT)
@@ -135,17 +177,26 @@ def _values(out, partial, v, p, alphas, inverse, k_full, k_empty, p_full, p_empt
                 step += 1
             write_piece(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column,
                         piece, ROWS)  # fmt: skip
+            if MERGE:
+                before_b = count_piece(counters, sequence, first, last, keys, GROUPS, HALF)
+                if sequence == begin:
+                    before_a = before_b
             piece += 1
         first = next_first
         last = next_last
         keys = next_keys
+    if MERGE:
+        merge_splits(out, partial, lse, counters, part, begin, end, first_a, splits_a, first_b, splits_b, before_a, before_b,
+                     ROWS, GROUPS, HALF)  # fmt: skip
 
 
-@gluon.jit
-def decode_bf16(q_desc, qr_desc, kv_desc, kr_desc, out, partial, lse, page_table, lengths, starts, records, scale_log2,
-                table_width, HEADS: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr,
-                PDL: gl.constexpr):  # fmt: skip
-    """Grid: parts × groups programs, the groups of a part side by side so that they share its pages in L2."""
+@gluon.jit(do_not_specialize=["count", "parts"])
+def decode_bf16(q_desc, qr_desc, kv_desc, kr_desc, out, partial, lse, page_table, lengths, starts, spans, records, counters,
+                count, parts, scale_log2, table_width, HEADS: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+                NUM_STAGES: gl.constexpr, PDL: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr, MAPS: gl.constexpr,
+                MERGE: gl.constexpr):  # fmt: skip
+    """Grid: parts × groups programs, the groups of a part side by side so that they share its pages in L2. PAGES, EARLY, MAPS,
+    MERGE: of `switches`."""
     q = gl.allocate_shared_memory(gl.bfloat16, [64, 512], q_desc.layout)
     qr = gl.allocate_shared_memory(gl.bfloat16, [64, 64], qr_desc.layout)
     k0 = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES, 1, 64, 256], kv_desc.layout)
@@ -165,6 +216,8 @@ def decode_bf16(q_desc, qr_desc, kv_desc, kr_desc, out, partial, lse, page_table
     p_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
     k_full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BAR)
     k_empty = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BAR)
+    mapped = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    mbarrier.init(mapped, count=1)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=1)
     mbarrier.init(l_full, count=1)
@@ -179,13 +232,13 @@ def decode_bf16(q_desc, qr_desc, kv_desc, kr_desc, out, partial, lse, page_table
     gl.warp_specialize(
         [
             (_scores, (lse, q, qr, k0, k1, kr, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full, p_empty, l_full,
-                       l_empty, lengths, starts, records, scale_log2, HEADS, ROWS, GROUPS, NUM_STAGES)),
-            (_values, (out, partial, k0, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths,
-                       starts, records, 0, ROWS, GROUPS, NUM_STAGES)),
-            (_values, (out, partial, k1, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths,
-                       starts, records, 1, ROWS, GROUPS, NUM_STAGES)),
-            (_loader, (q_desc, qr_desc, kv_desc, kr_desc, q, qr, k0, k1, kr, q_full, q_empty, k_full, k_empty, page_table,
-                       lengths, starts, records, ROWS, GROUPS, table_width, NUM_STAGES)),
+                       l_empty, lengths, starts, records, scale_log2, HEADS, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY)),
+            (_values, (out, partial, lse, k0, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths,
+                       starts, spans, records, counters, count, parts, 0, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
+            (_values, (out, partial, lse, k1, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths,
+                       starts, spans, records, counters, count, parts, 1, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
+            (_loader, (q_desc, qr_desc, kv_desc, kr_desc, q, qr, k0, k1, kr, q_full, q_empty, k_full, k_empty, mapped,
+                       page_table, lengths, starts, records, ROWS, GROUPS, table_width, PAGES, EARLY, MAPS, NUM_STAGES)),
         ],
         [4, 4, 1],
         [168, 168, 24],

@@ -3,26 +3,58 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Triton 3.9 renamed it.
+# Triton 3.9 renamed them.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+RECORD: gl.constexpr = gl.constexpr(16)
+"""Of `plan.RECORD`."""
+PAGES_AT: gl.constexpr = gl.constexpr(8)
+"""Of `plan.PAGES_AT`."""
+
+
+@gluon.jit
+def wait_for_inputs(EARLY: gl.constexpr):
+    """Programmatic dependent launch: what the kernels in front wrote is there after this; nothing may be written before it."""
+    if EARLY:
+        gdc_wait()
 
 
 @gluon.jit
 def part_of(records, GROUPS: gl.constexpr):
     """This CTA's part: number, sequences [begin, end), its end on the axis of work, and its first piece."""
     part = gl.program_id(0) // GROUPS
-    record = records + part * 8
+    record = records + part * RECORD
     return (part, gl.load(record), gl.load(record + 1), gl.load(record + 2), gl.load(record + 3), gl.load(record + 4),
             gl.load(record + 5))  # fmt: skip
 
 
 @gluon.jit
-def next_piece(starts, lengths, sequence, end, high):
-    """First and last + 1 page, and keys, of the next sequence's piece: only a part's first piece starts inside its sequence."""
+def next_piece(starts, lengths, sequence, end, high, AHEAD: gl.constexpr):
+    """First and last + 1 page, and keys, of the next sequence's piece: only a part's first piece starts inside its sequence.
+    AHEAD: nothing is loaded where there is none, since it would be waited for at once."""
+    if AHEAD:
+        last = 0
+        keys = 0
+        if sequence + 1 < end:
+            keys = gl.load(lengths + sequence + 1)
+            last = gl.minimum((keys + 63) // 64, high - gl.load(starts + sequence + 1))
+        return 0, last, keys
     following = gl.minimum(sequence + 1, end - 1)
     keys = gl.load(lengths + following)
     return 0, gl.minimum((keys + 63) // 64, high - gl.load(starts + following)), keys
+
+
+@gluon.jit
+def page_number(records, table, piece, first, index, GROUPS: gl.constexpr, PAGES: gl.constexpr):
+    """Of page `index` of a sequence. PAGES: so many of a part's first piece are in its record."""
+    place = table + index
+    if PAGES > 0:  # noqa: SIM102 (the one is known when this is compiled, the other is not)
+        if (piece == 0) & (index - first < PAGES):
+            place = records + (gl.program_id(0) // GROUPS * RECORD + PAGES_AT + index - first)
+    return gl.load(place)
 
 
 @gluon.jit
@@ -46,14 +78,16 @@ def row_sum(x):
 @gluon.jit
 def publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS: gl.constexpr,
                  TILE: gl.constexpr):  # fmt: skip
-    """End of a piece in the partition that keeps the softmax: reciprocal sums for the partitions that hold the output,
-    and log-sum-exps (log2 units) for the combine if the sequence has other pieces."""
-    mbarrier.wait(l_empty, (piece & 1) ^ 1)
-    inverse.slice(0, TILE, dim=0).store(gl.where(total > 0, 1.0 / total, 0.0))
-    mbarrier.arrive(l_full, count=1)
+    """End of a piece in the partition that keeps the softmax: log-sum-exps (log2 units) for whoever merges, if the sequence
+    has other pieces, then reciprocal sums for the partitions that hold the output, which count this piece as finished."""
     if last - first < (keys + 63) // 64:
         slot = 2 * part + (first == 0).to(gl.int32)
         gl.store(lse + slot * ROWS + row, gl.where(total > 0, top + gl.log2(total), float("-inf")), mask=row < ROWS)
+    mbarrier.wait(l_empty, (piece & 1) ^ 1)
+    inverse.slice(0, TILE, dim=0).store(gl.where(total > 0, 1.0 / total, 0.0))
+    # All threads' log-sum-exps are written before the one that arrives says so.
+    barrier()
+    mbarrier.arrive(l_full, count=1)
 
 
 @gluon.jit
@@ -79,6 +113,4 @@ def write_piece(out, partial, left, right, inverse, l_full, l_empty, part, seque
 @gluon.jit
 def launch_dependents():
     """Programmatic dependent launch: the next kernel may be set up now; it waits for this one's end before it reads."""
-    thread = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r,r", [thread], dtype=gl.int32,
-                              is_pure=False, pack=1)  # fmt: skip
+    gdc_launch_dependents()

@@ -20,31 +20,74 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_common import async_load, exp2, launch_dependents, next_piece, part_of, publish_sums, row_max, row_sum, write_piece
+from .hopper_common import (
+    PAGES_AT,
+    RECORD,
+    async_load,
+    exp2,
+    launch_dependents,
+    next_piece,
+    page_number,
+    part_of,
+    publish_sums,
+    row_max,
+    row_sum,
+    wait_for_inputs,
+    write_piece,
+)
+from .hopper_merge import clear_inert, count_piece, ends_of_part, merge_splits
 
 STAGES = 3
 
 
 @gluon.jit
-def _loader(qr_desc, k8_desc, kr_desc, ks_desc, qr, k8, kr, ks, q_full, q_empty, k_full, k_empty,
-            page_table, lengths, starts, records, ROWS: gl.constexpr, GROUPS: gl.constexpr, TABLE_WIDTH,
-            NUM_STAGES: gl.constexpr):  # fmt: skip
+def fetch_maps(k8_desc, kr_desc, ks_desc, qr_desc, k8, kr, ks, qr, q_desc, q8, mapped, TILE: gl.constexpr, SWAP: gl.constexpr):
+    """Use all tensor maps on places outside their tensors, where they give zeros."""
+    FAR: gl.constexpr = 1 << 30
+    mbarrier.expect(mapped, 64 * 260 + TILE * (256 if SWAP else 128))
+    async_load(k8_desc, [FAR, 0, 0], mapped, k8.index(0))
+    async_load(kr_desc, [FAR, 0, 0], mapped, kr.index(0))
+    async_load(ks_desc, [FAR, 0], mapped, ks.index(0))
+    async_load(qr_desc, [FAR, 0], mapped, qr)
+    if SWAP:
+        async_load(q_desc, [FAR, 0], mapped, q8.index(0))
+
+
+@gluon.jit
+def loader(q_desc, qr_desc, k8_desc, kr_desc, ks_desc, q8, qr, k8, kr, ks, q_full, q_empty, k_full, k_empty, mapped,
+           page_table, lengths, starts, records, ROWS: gl.constexpr, GROUPS: gl.constexpr, TABLE_WIDTH, TILE: gl.constexpr,
+           SWAP: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr, MAPS: gl.constexpr,
+           NUM_STAGES: gl.constexpr):  # fmt: skip
+    """SWAP: the content of the queries comes this way too, by `q_desc` into `q8`; otherwise these are not used."""
+    if MAPS:
+        fetch_maps(k8_desc, kr_desc, ks_desc, qr_desc, k8, kr, ks, qr, q_desc, q8, mapped, TILE, SWAP)
+    wait_for_inputs(EARLY)
     _, begin, end, high, first, last, _ = part_of(records, GROUPS)
     group = gl.program_id(0) % GROUPS
     step = 0
     piece = 0
+    page = 0
+    if PAGES > 0:
+        page = gl.load(records + gl.program_id(0) // GROUPS * RECORD + PAGES_AT)
+    if MAPS:
+        mbarrier.wait(mapped, 0)
     for sequence in range(begin, end):
-        next_first, next_last, _ = next_piece(starts, lengths, sequence, end, high)
+        if PAGES == 0:
+            next_first, next_last, _ = next_piece(starts, lengths, sequence, end, high, False)
         if first < last:
             row = sequence * ROWS + group * 64
             table = page_table + sequence * TABLE_WIDTH
-            page = gl.load(table + first)
+            if PAGES == 0 or piece > 0:
+                page = gl.load(table + first)
             mbarrier.wait(q_empty, (piece & 1) ^ 1)
-            mbarrier.expect(q_full, 64 * 128)
+            mbarrier.expect(q_full, TILE * (640 if SWAP else 128))
             async_load(qr_desc, [row, 0], q_full, qr)
+            if SWAP:
+                for panel in gl.static_range(4):
+                    async_load(q_desc, [row, panel * 128], q_full, q8.index(panel))
             for index in range(first, last):
                 stage = step % NUM_STAGES
-                following = gl.load(table + gl.minimum(index + 1, last - 1))
+                following = page_number(records, table, piece, first, gl.minimum(index + 1, last - 1), GROUPS, PAGES)
                 mbarrier.wait(k_empty.index(stage), ((step // NUM_STAGES) & 1) ^ 1)
                 full = k_full.index(stage)
                 mbarrier.expect(full, 64 * 644)
@@ -55,6 +98,8 @@ def _loader(qr_desc, k8_desc, kr_desc, ks_desc, qr, k8, kr, ks, q_full, q_empty,
                 page = following
                 step += 1
             piece += 1
+        if PAGES > 0:
+            next_first, next_last, _ = next_piece(starts, lengths, sequence, end, high, True)
         first = next_first
         last = next_last
 
@@ -72,7 +117,7 @@ def _raw_scores(q0, q1, q2, q3, qr, k8, kr, stage, zero8, zeror):
 
 
 @gluon.jit
-def _softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total, p, alphas, p_full, p_empty, step,
+def softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total, p, alphas, p_full, p_empty, step,
                   TILE: gl.constexpr):  # fmt: skip
     """Online softmax of a page. `scale_bits` are those of a power of two (its exponent gives log2, its negation the
     reciprocal); a page never written has zeros there, which masked keys survive."""
@@ -105,7 +150,9 @@ def _softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total
 @gluon.jit
 def _scores(q8, q_scale, lse, qr, k8, kr, ks, spread, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full, p_empty,
             l_full, l_empty, lengths, starts, records, scale_log2, HEADS: gl.constexpr, ROWS: gl.constexpr,
-            GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
+            GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PAGES: gl.constexpr,
+            EARLY: gl.constexpr):  # fmt: skip
+    wait_for_inputs(EARLY)
     part, begin, end, high, first, last, keys = part_of(records, GROUPS)
     group = gl.program_id(0) % GROUPS
     S8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
@@ -124,7 +171,7 @@ def _scores(q8, q_scale, lse, qr, k8, kr, ks, spread, p, alphas, inverse, q_full
     step = 0
     piece = 0
     for sequence in range(begin, end):
-        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high)
+        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
         if first < last:
             factor = gl.load(q_scale + sequence * ROWS + row, mask=row < ROWS, other=0.0) * scale_log2
             least = keys - ROWS // HEADS + 1
@@ -147,7 +194,7 @@ def _scores(q8, q_scale, lse, qr, k8, kr, ks, spread, p, alphas, inverse, q_full
                 if TILE < 64:
                     spread.store(raw)
                     raw = spread.slice(0, TILE, dim=0).load(SOFT)
-                top, total = _softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total, p,
+                top, total = softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total, p,
                                            alphas, p_full, p_empty, step, TILE)  # fmt: skip
                 step += 1
             mbarrier.arrive(q_empty, count=1)
@@ -159,7 +206,7 @@ def _scores(q8, q_scale, lse, qr, k8, kr, ks, spread, p, alphas, inverse, q_full
 
 
 @gluon.jit
-def _convert(k8, v_left, v_right, stage, HALF: gl.constexpr, KEYS_FROM: gl.constexpr):
+def convert(k8, v_left, v_right, stage, HALF: gl.constexpr, KEYS_FROM: gl.constexpr):
     """Half a page's keys (32) of half the latent (2 × 128): E4M3 → FP16, exactly."""
     # Lanes so that neither the 16-byte reads of E4M3 nor the two 16-byte writes of FP16 meet in a bank of the 128-byte
     # swizzle: eight lanes are four chunks of a row and four of the row whose index differs in bits 0 and 2.
@@ -177,61 +224,87 @@ def _convert(k8, v_left, v_right, stage, HALF: gl.constexpr, KEYS_FROM: gl.const
 
 
 @gluon.jit
-def _values(out, partial, k8, v00, v01, v10, v11, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full,
-            l_empty, lengths, starts, records, HALF: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
-            NUM_STAGES: gl.constexpr):  # fmt: skip
+def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full,
+            l_empty, lengths, starts, spans, records, counters, count, parts, HALF: gl.constexpr, ROWS: gl.constexpr,
+            GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr, MERGE: gl.constexpr,
+            CONVERT: gl.constexpr):  # fmt: skip
+    wait_for_inputs(EARLY)
     part, begin, end, high, first, last, keys = part_of(records, GROUPS)
+    if MERGE:
+        first_a, splits_a, first_b, splits_b = ends_of_part(spans, begin, end, count)
+        clear_inert(out, lengths, count, parts, GROUPS, ROWS, HALF)
     group = gl.program_id(0) % GROUPS
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
     column = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(0, OUT))
     step = 0
     piece = 0
+    before_a = 0
+    before_b = 0
     for sequence in range(begin, end):
-        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high)
+        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
         if first < last:
             left = gl.zeros([64, 128], gl.float32, OUT)
             right = gl.zeros([64, 128], gl.float32, OUT)
             mbarrier.wait(k_full.index(step % NUM_STAGES), (step // NUM_STAGES) & 1)
-            _convert(k8, v00, v01, step % NUM_STAGES, HALF, 0)
+            convert(k8, v00, v01, step % NUM_STAGES, HALF, 0)
+            if CONVERT:
+                convert(k8, v10, v11, step % NUM_STAGES, HALF, 1)
             for index in range(first, last):
                 stage = step % NUM_STAGES
                 buffer = step % 2
+                if CONVERT:
+                    fence_async_shared()
+                    mbarrier.arrive(k_empty.index(stage), count=1)
                 mbarrier.wait(p_full.index(buffer), (step // 2) & 1)
                 alpha = alphas.index(buffer).load(gl.SliceLayout(1, OUT))
                 left = left * alpha[:, None]
                 right = right * alpha[:, None]
-                fence_async_shared()
+                if not CONVERT:
+                    fence_async_shared()
                 prob = p.index(buffer)
                 left = warpgroup_mma(prob.slice(0, 32, dim=1), v00, left, is_async=True)
                 right = warpgroup_mma(prob.slice(0, 32, dim=1), v01, right, is_async=True)
-                _convert(k8, v10, v11, stage, HALF, 1)
-                fence_async_shared()
+                if not CONVERT:
+                    convert(k8, v10, v11, stage, HALF, 1)
+                    fence_async_shared()
                 left = warpgroup_mma(prob.slice(32, 32, dim=1), v10, left, is_async=True)
                 right = warpgroup_mma(prob.slice(32, 32, dim=1), v11, right, is_async=True)
-                mbarrier.arrive(k_empty.index(stage), count=1)
+                if not CONVERT:
+                    mbarrier.arrive(k_empty.index(stage), count=1)
                 step += 1
                 # The first keys' V is free again; convert the next page's under the second product.
                 left, right = warpgroup_mma_wait(2, deps=[left, right])
                 if index + 1 < last:
                     mbarrier.wait(k_full.index(step % NUM_STAGES), (step // NUM_STAGES) & 1)
-                    _convert(k8, v00, v01, step % NUM_STAGES, HALF, 0)
+                    convert(k8, v00, v01, step % NUM_STAGES, HALF, 0)
                 left, right = warpgroup_mma_wait(0, deps=[left, right])
                 mbarrier.arrive(p_empty.index(buffer), count=1)
+                if CONVERT:  # noqa: SIM102 (the one is known when this is compiled, the other is not)
+                    if index + 1 < last:
+                        convert(k8, v10, v11, step % NUM_STAGES, HALF, 1)
             write_piece(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column,
                         piece, ROWS)  # fmt: skip
+            if MERGE:
+                before_b = count_piece(counters, sequence, first, last, keys, GROUPS, HALF)
+                if sequence == begin:
+                    before_a = before_b
             piece += 1
         first = next_first
         last = next_last
         keys = next_keys
+    if MERGE:
+        merge_splits(out, partial, lse, counters, part, begin, end, first_a, splits_a, first_b, splits_b, before_a, before_b,
+                     ROWS, GROUPS, HALF)  # fmt: skip
 
 
-@gluon.jit
-def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, lse, page_table, lengths, starts,
-               records, scale_log2, table_width, HEADS: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
-               NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+@gluon.jit(do_not_specialize=["count", "parts"])
+def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, lse, page_table, lengths, starts, spans,
+               records, counters, count, parts, scale_log2, table_width, HEADS: gl.constexpr, ROWS: gl.constexpr,
+               GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PDL: gl.constexpr, PAGES: gl.constexpr,
+               EARLY: gl.constexpr, MAPS: gl.constexpr, MERGE: gl.constexpr, CONVERT: gl.constexpr):  # fmt: skip
     """Grid: parts × groups programs, the groups of a part side by side so that they share its pages in L2. TILE: 16 or 32 if
-    ROWS is no more, else 64."""
+    ROWS is no more, else 64. PAGES, EARLY, MAPS, MERGE, CONVERT: of `switches`."""
     qr = gl.allocate_shared_memory(gl.bfloat16, [64, 64], qr_desc.layout)
     k8 = gl.allocate_shared_memory(gl.float8e4nv, [NUM_STAGES * 4, 1, 64, 128], k8_desc.layout)
     kr = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES, 1, 64, 64], kr_desc.layout)
@@ -263,6 +336,8 @@ def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, ls
     k_empty = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BAR)
     p_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     p_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    mapped = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    mbarrier.init(mapped, count=1)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=1)
     mbarrier.init(l_full, count=1)
@@ -278,13 +353,17 @@ def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, ls
     gl.warp_specialize(
         [
             (_scores, (q8, q_scale, lse, qr, k8, kr, ks, spread, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full,
-                       p_empty, l_full, l_empty, lengths, starts, records, scale_log2, HEADS, ROWS, GROUPS, NUM_STAGES, TILE)),
-            (_values, (out, partial, k8, v[0], v[1], v[2], v[3], p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full,
-                       l_empty, lengths, starts, records, 0, ROWS, GROUPS, NUM_STAGES)),
-            (_values, (out, partial, k8, v[4], v[5], v[6], v[7], p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full,
-                       l_empty, lengths, starts, records, 1, ROWS, GROUPS, NUM_STAGES)),
-            (_loader, (qr_desc, k8_desc, kr_desc, ks_desc, qr, k8, kr, ks, q_full, q_empty, k_full, k_empty,
-                       page_table, lengths, starts, records, ROWS, GROUPS, table_width, NUM_STAGES)),
+                       p_empty, l_full, l_empty, lengths, starts, records, scale_log2, HEADS, ROWS, GROUPS, NUM_STAGES, TILE,
+                       PAGES, EARLY)),
+            (_values, (out, partial, lse, k8, v[0], v[1], v[2], v[3], p, alphas, inverse, k_full, k_empty, p_full, p_empty,
+                       l_full, l_empty, lengths, starts, spans, records, counters, count, parts, 0, ROWS, GROUPS, NUM_STAGES,
+                       PAGES, EARLY, MERGE, CONVERT)),
+            (_values, (out, partial, lse, k8, v[4], v[5], v[6], v[7], p, alphas, inverse, k_full, k_empty, p_full, p_empty,
+                       l_full, l_empty, lengths, starts, spans, records, counters, count, parts, 1, ROWS, GROUPS, NUM_STAGES,
+                       PAGES, EARLY, MERGE, CONVERT)),
+            (loader, (qr_desc, qr_desc, k8_desc, kr_desc, ks_desc, qr, qr, k8, kr, ks, q_full, q_empty, k_full, k_empty, mapped,
+                      page_table, lengths, starts, records, ROWS, GROUPS, table_width, 64, False, PAGES, EARLY, MAPS,
+                      NUM_STAGES)),
         ],
         [4, 4, 1],
         [160, 160, 24],

@@ -8,6 +8,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ def compile_launch(launch: Launch, target: GPUTarget = HOPPER) -> Any:
     integers by 1 and by divisibility by 16, pointers taken as aligned. Raises what Triton raises."""
     signature, constants, attributes = specialise(launch)
     options = {name: value for name, value in launch.options.items() if name in OPTIONS}
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    kind = GluonASTSource if isinstance(launch.kernel, GluonJITFunction) else ASTSource
+    source = kind(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=options)
 
 
@@ -67,6 +70,8 @@ def _type(value: Any) -> str:
         return _POINTERS[value.dtype]
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{_POINTERS[value.base.dtype][1:]}[{','.join(map(str, value.block_shape))}]>"
+    if isinstance(value, GluonDescriptor):
+        return f"tensordesc<{_POINTERS[value.base.dtype][1:]}[{','.join(map(str, value.block_shape))}],{value.layout!r}>"
     if isinstance(value, bool):
         return "u1"
     if isinstance(value, int):

@@ -196,8 +196,8 @@ def held_product(
     launch(
         _held_kernel, (-(-rows // tile.rows) * -(-tokens // block),),
         out, x, weight, other, residual, norm, squares, squares_out, tokens, rows, depth, x.stride(0), weight.stride(0),
-        out.stride(0), 0 if other is None or other.ndim == 1 else other.stride(0), 0 if residual is None else residual.stride(0),
-        factor, parts, eps, 0 if norm is None else norm.shape[0],
+        out.stride(0), 0 if other is None or other.ndim == 1 else other.stride(0),
+        0 if residual is None else residual.stride(0), factor, parts, eps, 0 if norm is None else norm.shape[0],
         TOKENS=block, ROWS=tile.rows, DEPTH=tile.depth, PIECES=-(-depth // tile.depth), GATED=gated,
         PARTS=power_of_2(parts) if parts else 0, num_warps=tile.warps, **programmatic(x.device, "product"),
     )  # fmt: skip

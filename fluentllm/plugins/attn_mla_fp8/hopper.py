@@ -44,11 +44,12 @@ class HopperMlaFp8(FusedMLA):
         """In prefill: the layer whose tokens `mla_append` has laid out, and these, [pages · 64, 576]."""
         self._decodes: dict[tuple[int, int], MlaDecode] = {}
         self._lengths: Tensor | None = None
+        self._table: Tensor | None = None
 
     def begin(self, batch: Batch) -> None:
         self._tiles = self._workspace = self._known = None
         self._decodes = {}
-        self._lengths = batch.kv_lengths
+        self._lengths, self._table = batch.kv_lengths, batch.page_table
         if batch.first_key:
             raise NotImplementedError("The kernels of mla_fp8 see all keys of a sequence, from its first on.")
         if batch.query_length is None:
@@ -202,5 +203,5 @@ class HopperMlaFp8(FusedMLA):
         if key not in self._decodes:
             assert self._lengths is not None
             # Made with the plan of these lengths.
-            self._decodes[key] = MlaDecode.create(self._lengths, heads, query_length)
+            self._decodes[key] = MlaDecode.create(self._lengths, heads, query_length, page_table=self._table)
         return self._decodes[key]

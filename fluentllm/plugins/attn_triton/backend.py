@@ -53,6 +53,7 @@ class TritonAttention(PoolWrites):
         self._expanded: ExpandedPages | None = None
         self._mla: dict[tuple[int, int, int], MlaDecode] = {}
         self._mla_lengths: Tensor | None = None
+        self._mla_table: Tensor | None = None
 
     def begin(self, batch: Batch) -> None:
         if batch.first_key and self._kv.kind == "mla":
@@ -60,7 +61,7 @@ class TritonAttention(PoolWrites):
             raise NotImplementedError("MLA by kernels sees all keys of a sequence, from its first on.")
         self._plan = self._tiles = self._expanded = None
         self._mla = {}
-        self._mla_lengths = batch.kv_lengths
+        self._mla_lengths, self._mla_table = batch.kv_lengths, batch.page_table
         if batch.query_length is not None:
             if self._kv.kind == "gqa":
                 longest = batch.page_table.shape[1] * batch.page_size
@@ -187,5 +188,5 @@ class TritonAttention(PoolWrites):
         key = (self._mla_lengths.shape[0], heads, query_length)
         if key not in self._mla:
             # Made with the plan of these lengths.
-            self._mla[key] = MlaDecode.create(self._mla_lengths, heads, query_length)
+            self._mla[key] = MlaDecode.create(self._mla_lengths, heads, query_length, page_table=self._mla_table)
         return self._mla[key]

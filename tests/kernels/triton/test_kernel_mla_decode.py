@@ -42,10 +42,10 @@ def in_torch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> 
     if kernel is not decode_bf16:
         launch(kernel, grid, *args, **options)
         return
-    q, rope, cache, _, out, partial, lse, table, lengths, starts, records, scale_log2, _ = args
+    q, rope, cache, _, out, partial, lse, table, lengths, starts, spans, records, _, _, parts, scale_log2, _ = args
     rows, heads = options["ROWS"], options["HEADS"]
     queries = torch.cat((q.base, rope.base), 1).view(lengths.shape[0], rows, -1)
-    plan = DecodePlan(records.shape[0], lengths, starts, lengths, records)
+    plan = DecodePlan(parts, lengths, starts, spans, records)
     for piece in pieces(plan):
         keys = int(lengths[piece.sequence])
         tokens = gather_tokens(table[piece.sequence], keys)[piece.first * 64 : piece.last * 64]

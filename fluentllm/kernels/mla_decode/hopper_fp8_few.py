@@ -1,0 +1,226 @@
+"""MLA decode over the FP8 cache on Hopper for up to 32 rows, operands swapped: keys, and columns of the output, on the MMA's M.
+
+An MMA's M is 64 rows whether they are used or not, its N any multiple of 8: S^T = K Q^T and O^T = V^T P^T take a quarter of the
+time of `hopper_fp8` for 16 rows, and the output is spread over all warps, so scaling and storing it does too. V needs no
+transpose here either: 16-bit WGMMA also takes its first operand as it lies, columns first. Queries come by TMA.
+
+All of a page's V is converted before its probabilities are awaited: with few rows memory sets the pace, and the page is free
+again sooner, the last one's output ready earlier. Otherwise as `hopper_fp8`: its loader, softmax, conversion and order.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper_common import launch_dependents, next_piece, part_of, publish_sums, wait_for_inputs
+from .hopper_fp8 import convert, loader, softmax_page
+from .hopper_merge import clear_inert, count_piece, ends_of_part, merge_splits
+
+
+@gluon.jit
+def _raw_scores(q8, qr, k8, kr, stage, zero8, zeror):
+    """K Q^T of one page, [64 keys, rows], unscaled. Two accumulators: FP8 and BF16 products have different types of layout."""
+    s8 = zero8
+    for panel in gl.static_range(4):
+        keys = k8.index(stage * 4 + panel).reshape([64, 128])
+        s8 = warpgroup_mma(keys, q8.index(panel).permute((1, 0)), s8, use_acc=panel > 0, is_async=True)
+    sr = warpgroup_mma(kr.index(stage).reshape([64, 64]), qr.permute((1, 0)), zeror, use_acc=False, is_async=True)
+    s8, sr = warpgroup_mma_wait(0, deps=[s8, sr])
+    return s8 + gl.convert_layout(sr, zero8.type.layout)
+
+
+@gluon.jit
+def _scores(q_scale, lse, q8, qr, k8, kr, ks, spread, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full, p_empty,
+            l_full, l_empty, lengths, starts, records, scale_log2, HEADS: gl.constexpr, ROWS: gl.constexpr,
+            NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+    wait_for_inputs(EARLY)
+    part, begin, end, high, first, last, keys = part_of(records, 1)
+    S8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 32])
+    SR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    # Turned on the way through shared memory, so that a row's keys are in eight lanes of a warp.
+    SOFT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, TILE, gl.SliceLayout(1, SOFT))
+    key = gl.arange(0, 64, gl.SliceLayout(0, SOFT))
+    zero8 = gl.zeros([64, TILE], gl.float32, S8)
+    zeror = gl.zeros([64, TILE], gl.float32, SR)
+    step = 0
+    piece = 0
+    for sequence in range(begin, end):
+        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
+        if first < last:
+            factor = gl.load(q_scale + sequence * ROWS + row, mask=row < ROWS, other=0.0) * scale_log2
+            least = keys - ROWS // HEADS + 1
+            visible = least + row // HEADS
+            top = gl.full([TILE], -1.0e30, gl.float32, gl.SliceLayout(1, SOFT))
+            total = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, SOFT))
+            mbarrier.wait(q_full, piece & 1)
+            for index in range(first, last):
+                stage = step % NUM_STAGES
+                mbarrier.wait(k_full.index(stage), (step // NUM_STAGES) & 1)
+                raw = _raw_scores(q8, qr, k8, kr, stage, zero8, zeror)
+                bits = ks.index(stage).reshape([64]).load(gl.SliceLayout(0, SOFT)).to(gl.int32, bitcast=True)
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                spread.permute((1, 0)).store(raw)
+                raw = spread.load(SOFT)
+                top, total = softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total, p,
+                                          alphas, p_full, p_empty, step, TILE)  # fmt: skip
+                step += 1
+            mbarrier.arrive(q_empty, count=1)
+            publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS, TILE)
+            piece += 1
+        first = next_first
+        last = next_last
+        keys = next_keys
+
+
+@gluon.jit
+def _write_columns(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column, piece,
+                   ROWS: gl.constexpr):  # fmt: skip
+    """As `hopper_common.write_piece`, of [columns, rows]."""
+    mbarrier.wait(l_full, piece & 1)
+    factor = inverse.slice(0, row.shape[0], dim=0).load(row.type.layout)[None, :]
+    mbarrier.arrive(l_empty, count=1)
+    inside = (row < ROWS)[None, :]
+    if last - first == (keys + 63) // 64:
+        target = out + (sequence * ROWS + row).to(gl.int64)[None, :] * 512 + column[:, None]
+        gl.store(target, (left * factor).to(out.dtype.element_ty), mask=inside)
+        gl.store(target + 128, (right * factor).to(out.dtype.element_ty), mask=inside)
+    else:
+        slot = 2 * part + (first == 0).to(gl.int32)
+        place = partial + (slot * ROWS + row).to(gl.int64)[None, :] * 512 + column[:, None]
+        gl.store(place, left * factor, mask=inside)
+        gl.store(place + 128, right * factor, mask=inside)
+
+
+@gluon.jit
+def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full,
+            l_empty, lengths, starts, spans, records, counters, count, parts, HALF: gl.constexpr, ROWS: gl.constexpr,
+            NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr,
+            MERGE: gl.constexpr):  # fmt: skip
+    wait_for_inputs(EARLY)
+    part, begin, end, high, first, last, keys = part_of(records, 1)
+    if MERGE:
+        first_a, splits_a, first_b, splits_b = ends_of_part(spans, begin, end, count)
+        clear_inert(out, lengths, count, parts, 1, ROWS, HALF)
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    row = gl.arange(0, TILE, gl.SliceLayout(0, OUT))
+    column = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(1, OUT))
+    step = 0
+    piece = 0
+    before_a = 0
+    before_b = 0
+    for sequence in range(begin, end):
+        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
+        if first < last:
+            left = gl.zeros([128, TILE], gl.float32, OUT)
+            right = gl.zeros([128, TILE], gl.float32, OUT)
+            for _ in range(first, last):
+                stage = step % NUM_STAGES
+                buffer = step % 2
+                mbarrier.wait(k_full.index(stage), (step // NUM_STAGES) & 1)
+                convert(k8, v00, v01, stage, HALF, 0)
+                convert(k8, v10, v11, stage, HALF, 1)
+                fence_async_shared()
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                mbarrier.wait(p_full.index(buffer), (step // 2) & 1)
+                alpha = alphas.index(buffer).slice(0, TILE, dim=0).load(gl.SliceLayout(0, OUT))
+                left = left * alpha[None, :]
+                right = right * alpha[None, :]
+                early = p.index(buffer).slice(0, 32, dim=1).permute((1, 0))
+                late = p.index(buffer).slice(32, 32, dim=1).permute((1, 0))
+                left = warpgroup_mma(v00.permute((1, 0)), early, left, is_async=True)
+                right = warpgroup_mma(v01.permute((1, 0)), early, right, is_async=True)
+                left = warpgroup_mma(v10.permute((1, 0)), late, left, is_async=True)
+                right = warpgroup_mma(v11.permute((1, 0)), late, right, is_async=True)
+                left, right = warpgroup_mma_wait(0, deps=[left, right])
+                mbarrier.arrive(p_empty.index(buffer), count=1)
+                step += 1
+            _write_columns(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column,
+                           piece, ROWS)  # fmt: skip
+            if MERGE:
+                before_b = count_piece(counters, sequence, first, last, keys, 1, HALF)
+                if sequence == begin:
+                    before_a = before_b
+            piece += 1
+        first = next_first
+        last = next_last
+        keys = next_keys
+    if MERGE:
+        merge_splits(out, partial, lse, counters, part, begin, end, first_a, splits_a, first_b, splits_b, before_a, before_b,
+                     ROWS, 1, HALF)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["count", "parts"])
+def decode_fp8_few(q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, lse, page_table, lengths, starts, spans,
+                   records, counters, count, parts, scale_log2, table_width, HEADS: gl.constexpr, ROWS: gl.constexpr,
+                   NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PDL: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr,
+                   MAPS: gl.constexpr, MERGE: gl.constexpr):  # fmt: skip
+    """Grid: parts programs. TILE: 16 or 32, not less than ROWS. PAGES, EARLY, MAPS, MERGE: of `switches`."""
+    q8 = gl.allocate_shared_memory(gl.float8e4nv, [4, TILE, 128], q8_desc.layout)
+    qr = gl.allocate_shared_memory(gl.bfloat16, [TILE, 64], qr_desc.layout)
+    k8 = gl.allocate_shared_memory(gl.float8e4nv, [NUM_STAGES * 4, 1, 64, 128], k8_desc.layout)
+    kr = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES, 1, 64, 64], kr_desc.layout)
+    ks = gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, 64], ks_desc.layout)
+    F16: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    # V of 32 keys × 128 values each, in buffers of their own: the compiler puts barriers between accesses to one buffer.
+    v = (
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+    )
+    p = gl.allocate_shared_memory(gl.float16, [2, TILE, 64], F16)
+    # Swizzled so that neither the MMA's columns nor the rows meet in a bank.
+    spread = gl.allocate_shared_memory(gl.float32, [TILE, 64], gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    alphas = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT)
+    inverse = gl.allocate_shared_memory(gl.float32, [64], FLAT)
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    mapped = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    l_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    l_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    k_full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BAR)
+    k_empty = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BAR)
+    p_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    p_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    mbarrier.init(mapped, count=1)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=1)
+    mbarrier.init(l_full, count=1)
+    mbarrier.init(l_empty, count=2)
+    for i in gl.static_range(NUM_STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=3)
+    for i in gl.static_range(2):
+        mbarrier.init(p_full.index(i), count=1)
+        mbarrier.init(p_empty.index(i), count=2)
+    if PDL:
+        launch_dependents()
+    gl.warp_specialize(
+        [
+            (_scores, (q_scale, lse, q8, qr, k8, kr, ks, spread, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full,
+                       p_empty, l_full, l_empty, lengths, starts, records, scale_log2, HEADS, ROWS, NUM_STAGES, TILE, PAGES,
+                       EARLY)),
+            (_values, (out, partial, lse, k8, v[0], v[1], v[2], v[3], p, alphas, inverse, k_full, k_empty, p_full, p_empty,
+                       l_full, l_empty, lengths, starts, spans, records, counters, count, parts, 0, ROWS, NUM_STAGES, TILE,
+                       PAGES, EARLY, MERGE)),
+            (_values, (out, partial, lse, k8, v[4], v[5], v[6], v[7], p, alphas, inverse, k_full, k_empty, p_full, p_empty,
+                       l_full, l_empty, lengths, starts, spans, records, counters, count, parts, 1, ROWS, NUM_STAGES, TILE,
+                       PAGES, EARLY, MERGE)),
+            (loader, (q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, q8, qr, k8, kr, ks, q_full, q_empty, k_full, k_empty, mapped,
+                      page_table, lengths, starts, records, ROWS, 1, table_width, TILE, True, PAGES, EARLY, MAPS, NUM_STAGES)),
+        ],
+        [4, 4, 1],
+        [160, 160, 24],
+    )  # fmt: skip

@@ -1,0 +1,27 @@
+"""Ways of the Hopper decode that can be taken or left, each beside its plain form.
+
+Read at every launch, or when a plan is made. All are off until they are measured: `benchmarks/kernels/mla_decode.py --variants`
+times each, benchmarks/kernels/NOTES.md has what is expected of them.
+"""
+
+PAGES_IN_RECORD = False
+"""The plan's record holds the ids of the first pages, so the first of them is asked for one load after the start, not three.
+Read when a plan is made, which must be given the page table."""
+MERGE_TOGETHER = False
+"""The CTAs of a sequence wait for each other at their end and merge its splits, a share each; no combine is launched. They wait
+actively, so all of the grid must be on the chip at once: `MlaDecode` sees to it that there are no more CTAs than
+multiprocessors. Two such kernels must not run beside each other, as two processes that share a GPU by MPS would let them.
+
+Not "the last to finish merges": one multiprocessor reads four splits of 16 rows (128 KB) from L2 in 2 µs, which is what the
+combine takes; together they take a quarter each. And how many splits there are is known on the device alone, so a limit of
+eight would leave the combine's launch where it is."""
+SWAP_OPERANDS = False
+"""FP8 cache, up to 32 rows: keys and columns of the output on the MMA's M, rows on its N (`hopper_fp8_few`)."""
+CONVERT_EARLY = False
+"""FP8 cache, 33 to 64 rows: all of a page's V is converted before its probabilities are awaited, and the page released. (With
+operands swapped it always is.)"""
+LAUNCH_EARLY = False
+"""Programmatic dependent launch of the decode: barriers and partitions are set up while the kernel in front ends."""
+FETCH_MAPS = False
+"""Each tensor map is used once, on a place outside its tensor, before anything is known: it is there when the first page's
+number is."""
