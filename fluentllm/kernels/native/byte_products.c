@@ -9,7 +9,7 @@
 #ifdef BYTES
 #define MOST 32639.0f /* 127 · 256 + 127, so that both bytes stay in range */
 
-/* A group of activations; WORKSPACE bytes of it. */
+/* A group of activations; 76 bytes, as pack.py knows. */
 typedef struct {
     int32_t high[GROUP / 4], low[GROUP / 4]; /* four bytes each, in order */
     float step, sum;                         /* s, and s · Σ v */
@@ -82,19 +82,25 @@ INLINE void tile8(const int rows, const Activations *a, const uint8_t *w, float 
     for (int t = 0; t < rows; t++) store(y + t * outputs, total[t]);
 }
 
-/* As in products.c; workspace: room for [rows, columns / 32] of Activations. */
+/* As in products.c; workspace: room for [rows, columns / 32] of Activations. Of many rows BLOCK go through all tiles before the
+ * next do, so that they stay in the cache. */
+#define BLOCK 256
 #define PRODUCT(name, tile, bytes) \
     void name(const float *x, const uint8_t *tiles, float *y, void *workspace, long rows, long columns, long outputs) { \
         const long groups = columns / GROUP; \
         Activations *split_x = workspace; \
+        _Pragma("omp parallel for schedule(static) if (rows > ROWS)") \
         for (long i = 0; i < rows * groups; i++) split(x + i * GROUP, split_x + i); \
-        _Pragma("omp parallel for schedule(static)") \
-        for (long n = 0; n < outputs / TILE; n++) { \
-            const uint8_t *w = tiles + n * groups * bytes; \
-            for (long t = 0; t < rows; t += ROWS) { \
-                const Activations *a = split_x + t * groups; \
-                float *b = y + t * outputs + n * TILE; \
-                BY_ROWS(rows - t, tile, a, w, b, groups, outputs) \
+        for (long first = 0; first < rows; first += BLOCK) { \
+            const long end = rows - first < BLOCK ? rows : first + BLOCK; \
+            _Pragma("omp parallel for schedule(static)") \
+            for (long n = 0; n < outputs / TILE; n++) { \
+                const uint8_t *w = tiles + n * groups * bytes; \
+                for (long t = first; t < end; t += ROWS) { \
+                    const Activations *a = split_x + t * groups; \
+                    float *b = y + t * outputs + n * TILE; \
+                    BY_ROWS(end - t, tile, a, w, b, groups, outputs) \
+                } \
             } \
         } \
     }

@@ -29,6 +29,7 @@ class TiledWeight:
         self._groups = self.in_features // GROUP
         self._has_zero = zero is not None
         self._tiles = _tiles(q, scale, zero)
+        self.multiplies_bytes = library.multiplies_bytes
         self._product = library.product4 if self._has_zero else library.product8
         self._weights = self._tiles.data_ptr()
         self.nbytes = self._tiles.nbytes
