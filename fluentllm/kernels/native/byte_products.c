@@ -7,6 +7,8 @@
 #include "vectors.h"
 
 #ifdef BYTES
+const int fluent_multiplies_bytes = 1;
+
 #define MOST 32639.0f /* 127 · 256 + 127, so that both bytes stay in range */
 
 /* A group of activations; 76 bytes, as pack.py knows. */
@@ -105,6 +107,6 @@ INLINE void tile8(const int rows, const Activations *a, const uint8_t *w, float 
         } \
     }
 
-PRODUCT(fluent_byte_product4, tile4, GROUP4)
-PRODUCT(fluent_byte_product8, tile8, GROUP8)
+PRODUCT(fluent_product4, tile4, GROUP4)
+PRODUCT(fluent_product8, tile8, GROUP8)
 #endif

@@ -53,15 +53,14 @@ class Library:
     """The functions of one compiled library."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `OSError`, and `AttributeError` if a function is not in it."""
+        """Raises `OSError`, `AttributeError` if a function is not in it, and `ValueError` if a value is not."""
         # What takes long lets other Python threads run; for what takes microseconds that costs more than it gives.
         long, short = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
         product = (*(_POINTER,) * 4, *(_LONG,) * 3)
-        self.multiplies_bytes = hasattr(long, "fluent_byte_product4")
-        """Do products of tiles round activations to 16 bits (byte_products.c)? Else they are float32's."""
-        kind = "byte_product" if self.multiplies_bytes else "product"
-        self.product4 = _function(long, f"fluent_{kind}4", *product)
-        self.product8 = _function(long, f"fluent_{kind}8", *product)
+        self.multiplies_bytes = bool(ctypes.c_int.in_dll(long, "fluent_multiplies_bytes").value)
+        """Do products of tiles round activations to 16 bits (byte_products.c)? Else they are float32's (products.c)."""
+        self.product4 = _function(long, "fluent_product4", *product)
+        self.product8 = _function(long, "fluent_product8", *product)
         self.decode_attention = _function(long, "fluent_decode_attention", *(_POINTER,) * 10, result=ctypes.c_int)
         self.rms_norm = _function(short, "fluent_rms_norm", *(_POINTER,) * 4, _LONG, _LONG, _FLOAT)
         self.silu_mul = _function(short, "fluent_silu_mul", _POINTER, _POINTER, _LONG, _LONG)
@@ -102,7 +101,7 @@ def load(folder: Path, target: str = "native") -> Library:
     ctypes.CDLL(openmp, ctypes.RTLD_GLOBAL)
     try:
         return Library(path)
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, ValueError) as error:
         raise NotAvailable(f"{path} cannot be loaded: {error}") from None
 
 

@@ -9,6 +9,9 @@
  */
 #include "vectors.h"
 
+#ifndef BYTES
+const int fluent_multiplies_bytes = 0;
+
 #define FOUR_BITS(dwords, place) to_floats((ints)((dwords) >> (place) & 15))
 #define BYTE(dwords, j) to_floats((ints)((dwords) << (24 - 8 * (j)) >> 24))
 
@@ -107,3 +110,4 @@ INLINE void tile8(const int rows, const float *x, const float *sums, const uint8
 
 PRODUCT(fluent_product4, tile4, GROUP4)
 PRODUCT(fluent_product8, tile8, GROUP8)
+#endif
