@@ -238,6 +238,8 @@ def _with_copy(few: Weight, values: Callable[[], Tensor]) -> Weight:
 
     The borders were measured with benchmarks/cpu/ops.py.
     """
+    if isinstance(few, TiledWeight) and few.multiplies_bytes:
+        return few  # fastest for any number of rows
     size = few.out_features * few.in_features
     if has_vnni():
         return TwoWeights(few, lambda: SplitInt8Weight(*quantise_int8(values())), size, 8)
@@ -247,7 +249,7 @@ def _with_copy(few: Weight, values: Callable[[], Tensor]) -> Weight:
 
 
 def _border(few: Weight) -> int:
-    """Rows from which on FBGEMM's float16 is faster."""
+    """Rows up to which `few` is faster than FBGEMM's float16."""
     if isinstance(few, TiledWeight):
         return 24
     return 3 if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2") else 12

@@ -21,12 +21,30 @@ from fluentllm.kernels.native.pack import TiledWeight
 from fluentllm.kernels.plain import PlainOps
 from fluentllm.kernels.quantise import dequantise_blocks
 
-ROWS = (0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 40, 70)
+ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 40, 70)
 
 
-@pytest.fixture(scope="module")
-def library() -> Library:
-    return native_library()
+BUILDS = {"native": "", "x86-64-v3": "avx2 f16c", "x86-64-v4": "avx512f avx512bw avx512dq avx512vl avx512cd"}
+"""What other CPUs get, and the flags of a CPU that can run it: with AVX2, with AVX-512 without products of bytes."""
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    if request.param == "native":
+        return native_library()
+    missing = set(BUILDS[request.param].split()) - set(cpu_flags())
+    if missing:
+        pytest.skip(f"this CPU lacks {', '.join(sorted(missing))}")
+    try:
+        return native.load(tmp_path_factory.mktemp("kernels"), request.param)
+    except NotAvailable as reason:
+        pytest.skip(str(reason))
+
+
+def cpu_flags() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +63,17 @@ def blocks(kind: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
     return parts
 
 
+def as_multiplied(library: Library, x: torch.Tensor) -> torch.Tensor:
+    """x [rows, columns] as the library's products take it: in integers of 16 bits, a step for each 32, or as it is."""
+    if not library.multiplies_bytes:
+        return x
+    groups = x.unflatten(1, (-1, 32))
+    largest = groups.abs().amax(-1, keepdim=True)
+    most = torch.tensor(32639.0)  # a number would be multiplied with the reciprocal, which rounds twice
+    integers = (groups * (most / largest.clamp(min=1e-30))).round() * (largest > 1e-30)
+    return (integers.double() * (largest / most)).flatten(1)
+
+
 @pytest.mark.parametrize("kind", ["q4_1", "q8_0"])
 @pytest.mark.parametrize("shape", [(16, 32), (48, 64), (80, 576), (272, 1536)])
 def test_blocks_keep_their_values_and_products_are_exact_to_rounding(
@@ -59,12 +88,28 @@ def test_blocks_keep_their_values_and_products_are_exact_to_rounding(
     torch.testing.assert_close(packed.dequantised(), exact, rtol=0, atol=0)
     bias = torch.randn(shape[0])
     for rows in ROWS:
-        x = torch.randn(rows, shape[1])
-        expected = (x.double() @ exact.double().T + bias).float()
+        x = torch.randn(rows, shape[1]) * torch.logspace(-2, 2, shape[1])
+        taken = as_multiplied(library, x).double()
+        expected = (taken @ exact.double().T + bias).float()
         found = packed.product(x, bias)
         assert found.shape == expected.shape
-        if rows:
-            assert (found - expected).abs().max() <= 3e-6 * expected.abs().max()
+        # Rounding is relative to the sizes that are added up. Of these there are up to 1,536 + 48 · 2, in groups.
+        sizes = taken.abs() @ exact.double().abs().T + bias.abs()
+        assert ((found - expected).abs() <= 2e-6 * sizes).all()
+
+
+@pytest.mark.parametrize("kind", ["q4_1", "q8_0"])
+def test_products_of_values_far_from_one(library: Library, kind: str) -> None:
+    """Zeros give zero, sizes carry over, and what is not a number stays so, in its row only."""
+    parts = blocks(kind, 32, 96)
+    packed = weights.pack_blocks(kind, parts, "packed", library=library)
+    assert packed is not None
+    x = torch.randn(7, 96) * torch.tensor([1, 1e-20, 1e20, 0, 1, 1, 1]).unsqueeze(1)
+    x[4, 40], x[5, 95], x[6, 0] = float("nan"), float("inf"), -float("inf")
+    found = packed.product(x, None)
+    expected = x[:4].double() @ dequantise_blocks(kind, parts).double().T
+    assert ((found[:4] - expected).abs() <= 1e-3 * expected.abs().amax(1, keepdim=True)).all()
+    assert not found[4:].isfinite().any()
 
 
 @pytest.mark.parametrize(("precision", "error"), [("int4", 0.15), ("int8", 2e-2)])
@@ -78,7 +123,7 @@ def test_floats_are_packed_to_tiles(library: Library, precision: str, error: flo
         assert found.dtype is dtype
         expected = x.float() @ matrix.T
         assert (found.float() - expected).abs().max() <= error * expected.abs().max()
-        rounded = x.float() @ packed.dequantised().T
+        rounded = as_multiplied(library, x.float()).float() @ packed.dequantised().T
         assert (found.float() - rounded).abs().max() <= (1e-2 if dtype is torch.bfloat16 else 3e-6) * rounded.abs().max()
 
 
@@ -88,14 +133,16 @@ def test_widths_that_make_no_tiles_go_to_torch(library: Library) -> None:
 
 
 def test_many_rows_take_the_copy(library: Library) -> None:
+    """Where one is faster: products of bytes need none."""
     parts = blocks("q4_1", 64, 64)
     packed = weights.pack_blocks("q4_1", parts, "packed", twice=True, library=library)
     COPIES.wait()
     exact = dequantise_blocks("q4_1", parts)
-    for rows in (*ROWS, 200):
+    assert packed is not None
+    assert not (library.multiplies_bytes and weights.copy_bytes(packed))
+    for rows in (*ROWS, 200, 256, 257, 520):
         x = torch.randn(rows, 64)
         expected = x @ exact.T
-        assert packed is not None
         if rows:
             assert (packed.product(x, None) - expected).abs().max() <= 1e-2 * expected.abs().max()
 

@@ -24,11 +24,11 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-_SOURCES = ("products.c", "rows.c", "vectors.h")
+_SOURCES = ("products.c", "byte_products.c", "rows.c", "vectors.h")
 # Sums may be taken in any order, as vectors want it; infinities and NaN stay what they are. Not -ffast-math: linked into a
 # library, it changes how the whole process rounds.
 _FLAGS = (
-    *("-std=gnu11", "-O3", "-march=native", "-fPIC", "-fopenmp"),
+    *("-std=gnu11", "-O3", "-fPIC", "-fopenmp"),
     *("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
 )
 _NEEDED = frozenset(("avx2", "fma", "f16c"))
@@ -53,10 +53,12 @@ class Library:
     """The functions of one compiled library."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `OSError`, and `AttributeError` if a function is not in it."""
+        """Raises `OSError`, `AttributeError` if a function is not in it, and `ValueError` if a value is not."""
         # What takes long lets other Python threads run; for what takes microseconds that costs more than it gives.
         long, short = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
         product = (*(_POINTER,) * 4, *(_LONG,) * 3)
+        self.multiplies_bytes = bool(ctypes.c_int.in_dll(long, "fluent_multiplies_bytes").value)
+        """Do products of tiles round activations to 16 bits (byte_products.c)? Else they are float32's (products.c)."""
         self.product4 = _function(long, "fluent_product4", *product)
         self.product8 = _function(long, "fluent_product8", *product)
         self.decode_attention = _function(long, "fluent_decode_attention", *(_POINTER,) * 10, result=ctypes.c_int)
@@ -76,28 +78,30 @@ class NotAvailable(Exception):
 
 
 @cache
-def load(folder: Path) -> Library:
-    """The library, compiled into `folder` unless it is there. Raises `NotAvailable`."""
+def load(folder: Path, target: str = "native") -> Library:
+    """The library, compiled into `folder` unless it is there. `target`: the compiler's `-march`, for tests of what other CPUs
+    get. Raises `NotAvailable`."""
     cpu = _cpu()
     compiler = find_compiler()
     openmp = _openmp_of_torch()
     here = Path(__file__).parent
     sources = {name: (here / name).read_bytes() for name in _SOURCES}
     version = _run([compiler, "--version"])
-    key = hashlib.sha256("\0".join((*_FLAGS, version, cpu)).encode())
+    flags = (*_FLAGS, f"-march={target}")
+    key = hashlib.sha256("\0".join((*flags, version, cpu)).encode())
     for text in sources.values():
         key.update(text)
     path = folder / f"kernels-{key.hexdigest()[:24]}.so"
     try:
         if not path.exists():
-            _compile(compiler, here, path)
+            _compile([compiler, *flags], here, path)
     except OSError as error:
         raise NotAvailable(f"{folder} cannot be written: {error}") from None
     # Global, so that the library finds in it what its own `-fopenmp` left open.
     ctypes.CDLL(openmp, ctypes.RTLD_GLOBAL)
     try:
         return Library(path)
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, ValueError) as error:
         raise NotAvailable(f"{path} cannot be loaded: {error}") from None
 
 
@@ -137,17 +141,17 @@ def _openmp_of_torch() -> str:
     raise NotAvailable("torch was built without OpenMP")
 
 
-def _compile(compiler: str, here: Path, path: Path) -> None:
+def _compile(command: list[str], here: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         objects = []
         for source in (name for name in _SOURCES if name.endswith(".c")):
             objects.append(str(Path(folder, source).with_suffix(".o")))
-            _run([compiler, *_FLAGS, "-c", str(here / source), "-o", objects[-1]])
+            _run([*command, "-c", str(here / source), "-o", objects[-1]])
         # Without -fopenmp, which would bring a runtime of its own.
         library = Path(folder, path.name)
-        _run([compiler, "-shared", "-o", str(library), *objects, "-lm"])
+        _run([command[0], "-shared", "-o", str(library), *objects, "-lm"])
         library.replace(path)
     log.info("compiled the C kernels for this CPU in %.1f s", time.perf_counter() - started)
 

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 TILE = 16
 """Rows of the matrix side by side in a tile."""
+_WORKSPACE = 76
+"""Bytes that a product needs for each group of activations: `Activations` of byte_products.c; products.c needs fewer."""
 
 
 class TiledWeight:
-    """Groups of 32 along the row, their scales in float16: value = q · scale (+ zero). Sums and activations are float32, and
-    the values are the checkpoint's own."""
+    """Groups of 32 along the row, their scales in float16: value = q · scale (+ zero), the checkpoint's own values. Activations
+    are float32, or, where the CPU multiplies bytes, integers of 16 bits with a step for each 32 of them; sums are float32."""
 
     def __init__(self, library: Library, q: Tensor, scale: Tensor, zero: Tensor | None) -> None:
         """q [out, in]: uint8 0 … 15 where there is a `zero`, else int8; scale, zero [out, in / 32]. out is a multiple of 16."""
@@ -27,6 +29,7 @@ class TiledWeight:
         self._groups = self.in_features // GROUP
         self._has_zero = zero is not None
         self._tiles = _tiles(q, scale, zero)
+        self.multiplies_bytes = library.multiplies_bytes
         self._product = library.product4 if self._has_zero else library.product8
         self._weights = self._tiles.data_ptr()
         self.nbytes = self._tiles.nbytes
@@ -36,12 +39,12 @@ class TiledWeight:
         wide = x if x.dtype is torch.float32 else x.float()
         wide = wide.contiguous()
         out = torch.empty(rows, self.out_features)
-        sums = torch.empty(rows, self._groups)
+        workspace = torch.empty(rows * self._groups * _WORKSPACE, dtype=torch.uint8)
         self._product(
             wide.data_ptr(),
             self._weights,
             out.data_ptr(),
-            sums.data_ptr(),
+            workspace.data_ptr(),
             rows,
             self.in_features,
             self.out_features,
@@ -71,10 +74,11 @@ def _tiles(q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         by_group = values.to(torch.float16).view(tiles, TILE, groups).transpose(1, 2).contiguous()
         return by_group.view(torch.uint8)
 
-    bytes_ = q.view(torch.uint8).view(tiles, TILE, groups, GROUP).permute(0, 2, 3, 1)
+    # [tiles, groups, GROUP / 4, TILE, 4]
+    bytes_ = q.view(torch.uint8).view(tiles, TILE, groups, -1, 4).permute(0, 2, 3, 1, 4)
     if zero is None:
         return torch.cat((halves(scale), bytes_.flatten(2)), -1)
-    nibbles = bytes_[:, :, : GROUP // 2] | bytes_[:, :, GROUP // 2 :] << 4
+    nibbles = bytes_[:, :, : GROUP // 8] | bytes_[:, :, GROUP // 8 :] << 4
     return torch.cat((halves(scale), halves(zero), nibbles.flatten(2)), -1)
 
 
@@ -87,8 +91,8 @@ def _untiled(tiled: Tensor, has_zero: bool) -> tuple[Tensor, Tensor, Tensor | No
         return values.transpose(1, 2).reshape(tiles * TILE, groups)
 
     if not has_zero:
-        q = tiled[:, :, 2 * TILE :].contiguous().view(torch.int8).view(tiles, groups, GROUP, TILE)
-        return q.permute(0, 3, 1, 2).reshape(tiles * TILE, -1), floats(0), None
-    nibbles = tiled[:, :, 4 * TILE :].view(tiles, groups, GROUP // 2, TILE)
+        q = tiled[:, :, 2 * TILE :].contiguous().view(torch.int8).view(tiles, groups, GROUP // 4, TILE, 4)
+        return q.permute(0, 3, 1, 2, 4).reshape(tiles * TILE, -1), floats(0), None
+    nibbles = tiled[:, :, 4 * TILE :].view(tiles, groups, GROUP // 8, TILE, 4)
     q = torch.cat((nibbles & 15, nibbles >> 4), 2)
-    return q.permute(0, 3, 1, 2).reshape(tiles * TILE, -1), floats(0), floats(2 * TILE)
+    return q.permute(0, 3, 1, 2, 4).reshape(tiles * TILE, -1), floats(0), floats(2 * TILE)

@@ -49,13 +49,13 @@ void fluent_silu_mul(const float *gate_up, float *out, long rows, long size) {
 
 /* x [rows, heads, size], `stride` values from row to row → out, contiguous; cos and sin [rows, size]; pairs (i, i + size / 2). */
 void fluent_rotary(
-    const float *x, const float *cosines, const float *sines, float *out, long rows, long heads, long size, long stride) {
+    const float *x, const float *cosines, const float *sines, float *restrict out, long rows, long heads, long size, long stride) {
     const long half = size / 2;
     for (long t = 0; t < rows; t++) {
         const float *c = cosines + t * size, *s = sines + t * size;
         for (long h = 0; h < heads; h++) {
             const float *a = x + t * stride + h * size, *b = a + half;
-            float *y = out + (t * heads + h) * size;
+            float *restrict y = out + (t * heads + h) * size;
             for (long i = 0; i < half; i++) {
                 y[i] = a[i] * c[i] + b[i] * s[i];
                 y[half + i] = b[i] * c[half + i] + a[i] * s[half + i];
@@ -73,24 +73,31 @@ typedef struct {
     float scale;
 } Shape;
 
+/* Asks for `values` floats from p on, which are read soon. */
+static inline __attribute__((always_inline)) void fetch(const float *p, const long values) {
+    for (long i = 0; i < values; i += 16) __builtin_prefetch(p + i);
+}
+
 /* One row's query heads of `count` key-value heads. `size` is a constant where it can be, so that sums stay in registers.
  * queries, key, value, out: those of the first head, key and value in pool row 0; scores: room for count × group × keys.
- * Page by page for all heads, because a page is read from memory once and then lies in the cache. */
+ * Page by page for all heads, because a page is read from memory once and then lies in the cache; what is computed on one page
+ * hides the reading of the next. */
 static inline __attribute__((always_inline)) void attend(
     const Shape *shape, const long size, const long count, const float *queries, const float *key, const float *value,
     const int32_t *table, long keys, float *scores, float *out) {
     const long group = shape->heads / shape->kv_heads, row_size = shape->kv_heads * size, page_size = shape->page_size;
-    const long heads = count * group;
-    for (long first = 0; first < keys; first += page_size) {
-        const float *page = key + table[first / page_size] * page_size * row_size;
-        const long filled = keys - first < page_size ? keys - first : page_size;
-        for (long h = 0; h < heads; h++) {
-            const float *query = queries + h * size, *x = page + h / group * size;
-            float *s = scores + h * keys + first;
-            for (long j = 0; j < filled; j++) {
+    const long heads = count * group, pages = (keys + page_size - 1) / page_size;
+    for (long n = 0; n < pages; n++) {
+        const long first = n * page_size, filled = keys - first < page_size ? keys - first : page_size;
+        const float *page = key + table[n] * page_size * row_size;
+        const float *next = n + 1 < pages ? key + table[n + 1] * page_size * row_size : value + table[0] * page_size * row_size;
+        for (long j = 0; j < filled; j++) {
+            fetch(next + j * row_size, count * size);
+            for (long h = 0; h < heads; h++) {
+                const float *query = queries + h * size, *x = page + j * row_size + h / group * size;
                 float dot = 0;
-                for (long i = 0; i < size; i++) dot += query[i] * x[j * row_size + i];
-                s[j] = dot * shape->scale;
+                for (long i = 0; i < size; i++) dot += query[i] * x[i];
+                scores[h * keys + first + j] = dot * shape->scale;
             }
         }
     }
@@ -106,11 +113,14 @@ static inline __attribute__((always_inline)) void attend(
         for (long j = 0; j < keys; j++) s[j] /= sum;
     }
     memset(out, 0, heads * size * sizeof(float));
-    for (long first = 0; first < keys; first += page_size) {
-        const float *page = value + table[first / page_size] * page_size * row_size;
-        const long filled = keys - first < page_size ? keys - first : page_size;
+    for (long n = 0; n < pages; n++) {
+        const long first = n * page_size, filled = keys - first < page_size ? keys - first : page_size;
+        const float *page = value + table[n] * page_size * row_size;
+        const float *next = n + 1 < pages ? value + table[n + 1] * page_size * row_size : page;
         for (long h = 0; h < heads; h++) {
             const float *s = scores + h * keys + first, *x = page + h / group * size;
+            /* The heads that share values share the asking. */
+            for (long j = h % group; j < filled; j += group) fetch(next + j * row_size + h / group * size, size);
             float *y = out + h * size, total[size];
             for (long i = 0; i < size; i++) total[i] = y[i];
             for (long j = 0; j < filled; j++)
