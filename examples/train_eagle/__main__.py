@@ -55,7 +55,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--generate-batch", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=24576, help="of a training step")
-    parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--draft-vocab", type=int, default=8192)
     parser.add_argument("--inner", type=int, default=2304, help="inner size of the head's MLP")
     parser.add_argument("--shard-mb", type=float, default=14.0, help="largest file of weights")

@@ -21,6 +21,8 @@ DEPTHS = 3
 """How often the head reads its own output in training: as many drafts as are usual."""
 DECAY = 0.8
 """Weight of a depth's loss beside that of the depth before."""
+MUON = 4.0
+"""Muon's rate beside AdamW's. Its steps are scaled to the size of AdamW's; it bears larger ones, which AdamW does not."""
 STRIDE = 64
 """Rows of a sequence are padded to a multiple of this."""
 Answer = tuple[list[int], int]
@@ -68,13 +70,12 @@ def batch_of(some: list[Answer], known: Tensor) -> Batch:
 
 
 def optimizers(head: Head, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layer's matrices; AdamW for the output matrix, whose rows are tokens, and for norms. Muon's steps are scaled
-    to the size of AdamW's, so one rate serves both."""
+    """Muon for the layer's matrices; AdamW for the output matrix, whose rows are tokens, and for norms."""
     layer = [p for name, p in head.named_parameters() if p.dim() == 2 and not name.startswith("lm_head")]
     rest = [p for name, p in head.named_parameters() if p.dim() != 2 or name.startswith("lm_head")]
     fused = rest[0].device.type == "cuda"
     return [
-        torch.optim.Muon(layer, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(layer, lr=MUON * rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.05, fused=fused),
     ]
 
@@ -83,6 +84,8 @@ def fit(head: Head, target: Target, answers: list[Answer], budget: Budget, token
     """Steps of `tokens` rows each."""
     device = target.device
     steppers = optimizers(head, rate)
+    for group in (group for stepper in steppers for group in stepper.param_groups):
+        group["initial_lr"] = group["lr"]
     known = head.t2d.cpu()
     vectors = target.head[head.kept].float()
     began, epoch, rows = time.monotonic(), 0, 0
@@ -102,7 +105,7 @@ def fit(head: Head, target: Target, answers: list[Answer], budget: Budget, token
             loss = sum(DECAY**depth * one for depth, one in enumerate(by_depth))
             for stepper in steppers:
                 for group in stepper.param_groups:
-                    group["lr"] = rate * budget.rate()
+                    group["lr"] = group["initial_lr"] * budget.rate()
                 stepper.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
