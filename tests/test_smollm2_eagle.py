@@ -41,7 +41,7 @@ def test_its_drafts_are_the_trained_networks(monkeypatch: pytest.MonkeyPatch) ->
     """The text is the target's own, and as many drafts are right as by the network that was trained."""
     monkeypatch.syspath_prepend(str(ROOT))
     from examples.drafting import mean_accepted_length
-    from examples.train_eagle.__main__ import encode, shape_of
+    from examples.train_eagle.__main__ import encode
     from examples.train_eagle.head import load
     from examples.train_eagle.target import Target
 
@@ -51,7 +51,7 @@ def test_its_drafts_are_the_trained_networks(monkeypatch: pytest.MonkeyPatch) ->
         pytest.skip(f"the default model is not here: {error}")
     target = Target(path, torch.device("cpu"), torch.float32)
     folder = DEFAULTS["smollm2"].drafts["eagle"]
-    head = load(shape_of(target, 8192), folder)
+    head = load(folder)
     tokenizer = load_tokenizer(path)
     asked = encode(tokenizer, (ROOT / "examples/train_eagle/heldout.txt").read_text().splitlines()[:PROMPTS])
     with LLM("smollm2", settings=SETTINGS) as llm:
@@ -63,7 +63,7 @@ def test_its_drafts_are_the_trained_networks(monkeypatch: pytest.MonkeyPatch) ->
         states, final = target.states(tokens)
         assert told == (final[0, len(prompt) - 1 : -1] @ target.head.T).argmax(-1).tolist()
         words = F.embedding(tokens, target.embedding)
-        rows = head(words, states, 3, first_row=False)
+        rows = head(words, states, 3)
         matches = torch.stack([head.kept[head.lm_head(row[0]).argmax(-1)][:-1] == tokens[0, 1:] for row in rows])
         expected.append(mean_accepted_length(matches.unsqueeze(0), [len(prompt)], [tokens.shape[1]]))
         count = len(told) - 1

@@ -2,6 +2,10 @@
 
 One decoder layer, whose q, k and v read the normed embedding beside the normed state. At depth 1 the state is `fc` of the
 target's three; deeper it is the layer's own output. It has a small vocabulary: the target's most frequent tokens.
+
+The target's channels differ in size by a factor of hundreds (its late states are ten times its early ones, and a few channels
+twenty times the others). So while it is trained, `fc` reads each in units of its root mean square; what is written has that in
+`fc.weight`.
 """
 
 from __future__ import annotations
@@ -97,6 +101,7 @@ class Layer(nn.Module):
 class Head(nn.Module):
     d2t: Tensor
     t2d: Tensor
+    units: Tensor
 
     def __init__(self, s: Shape, kept: Tensor) -> None:
         """kept [draft_vocab] int64, rising: the target's tokens that it knows."""
@@ -108,6 +113,8 @@ class Head(nn.Module):
         self.lm_head = nn.Linear(s.hidden, s.draft_vocab, bias=False)
         self.register_buffer("d2t", kept - torch.arange(s.draft_vocab, device=kept.device))
         self.register_buffer("t2d", torch.zeros(s.vocab, dtype=torch.bool, device=kept.device).index_fill(0, kept, True))
+        self.register_buffer("units", torch.ones(3 * s.hidden, device=kept.device), persistent=False)
+        """What the target's states are divided by, [3 · hidden]."""
 
     @property
     def kept(self) -> Tensor:
@@ -120,20 +127,26 @@ class Head(nn.Module):
         vectors = target.head[self.kept].float()
         self.lm_head.weight.copy_(vectors * (self.lm_head.weight.std() / vectors.std()))
 
-    def forward(self, words: Tensor, states: Tensor, depths: int, *, first_row: bool = True) -> list[Tensor]:
-        """words [B, T, hidden] embeddings; states [B, T, 3 · hidden] the target's → logits of each depth's rows, before the
-        head: [B, T, hidden] each. Without `first_row` the first token, which has no state before it, has no row."""
+    @torch.no_grad()
+    def measure_units(self, states: Tensor) -> None:
+        """states [N, 3 · hidden] of ordinary rows: now `fc` reads them in units of their size, and computes the same."""
+        units = states.float().square().mean(0).sqrt().clamp_min(1e-6)
+        self.fc.weight.mul_(units / self.units)
+        self.units.copy_(units)
+
+    def forward(self, words: Tensor, states: Tensor, depths: int) -> list[Tensor]:
+        """words [B, T, hidden] embeddings; states [B, T, 3 · hidden] the target's → each depth's rows as the head reads them:
+        [B, T, hidden] each. The first token, which has no state before it, has no row."""
         rows = rotary(words.shape[1], self.s.size, self.s.theta, words.device)
-        at = back_by_one(self.fc(states).float())
-        if not first_row:
-            words, at = words[:, 1:], at[:, 1:]
-            rows = rows[0][1:], rows[1][1:]
+        rows = rows[0][1:], rows[1][1:]
+        at = self.fc(states[:, :-1] / self.units).float()
+        words = words[:, 1:]
         before: list[tuple[Tensor, Tensor]] = []
         found = []
         for depth in range(depths):
             at = self.midlayer(words, back_by_one(at) if depth else at, rows, before)
-            found.append(self.norm(at))
-        return found if first_row else [F.pad(state, (0, 0, 1, 0)) for state in found]
+            found.append(F.pad(self.norm(at), (0, 0, 1, 0)))
+        return found
 
 
 def config(s: Shape, target: Target) -> dict[str, object]:
@@ -169,7 +182,7 @@ def save(head: Head, target: Target, folder: Path, shard_bytes: int) -> int:
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for name, tensor in head.state_dict().items():
-        kept = tensor.detach().cpu()
+        kept = (tensor / head.units if name == "fc.weight" else tensor).detach().cpu()
         kept = (kept.to(torch.bfloat16) if kept.is_floating_point() else kept).contiguous()
         if shards[-1] and size + kept.nbytes > shard_bytes:
             shards.append({})
@@ -189,11 +202,24 @@ def save(head: Head, target: Target, folder: Path, shard_bytes: int) -> int:
     return total
 
 
-def load(shape: Shape, folder: Path) -> Head:
+def load(folder: Path) -> Head:
     """What `save` wrote, in float32."""
     stored: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         stored |= load_file(str(file))
+    known = json.loads((folder / "config.json").read_text())
+    shape = Shape(
+        vocab=known["vocab_size"],
+        draft_vocab=known["draft_vocab_size"],
+        hidden=known["hidden_size"],
+        inner=known["intermediate_size"],
+        heads=known["num_attention_heads"],
+        kv_heads=known["num_key_value_heads"],
+        size=known["head_dim"],
+        theta=known["rope_theta"],
+        eps=known["rms_norm_eps"],
+        max_position=known["max_position_embeddings"],
+    )
     head = Head(shape, torch.arange(shape.draft_vocab))
     head.load_state_dict(stored)
     return head.float().eval()

@@ -1,7 +1,8 @@
 """Chat prompts made here: forms of request × topics, and requests about passages of Python's own documentation strings.
 
 Everything is written for this file or is of the standard library (PSF licence) of the Python that runs it. Topics, people
-and passages are split by a hash, so that a prompt held out is about something that no other prompt is about.
+and passages are split by a hash, so that a prompt held out is about something that no other prompt is about. What
+`heldout.txt` names is held out too, and so is a prompt that has most of the words of one of its lines in a row.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import random
+import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -19,8 +21,39 @@ from .topics import ACTIVITIES, COUNTRIES, FORMS, HEARD, NAMES, PLACES, THINGS, 
 HELD_OUT_OF_256 = 24
 
 
+@cache
 def held_out(key: str) -> bool:
-    return hashlib.sha256(key.encode()).digest()[0] < HELD_OUT_OF_256
+    """Whether a topic, a person, a file or a whole prompt belongs to the part held out."""
+    return hashlib.sha256(key.encode()).digest()[0] < HELD_OUT_OF_256 or f" {' '.join(_words_of(key))} " in _written()[0]
+
+
+def resembles_held_out(text: str) -> bool:
+    """Whether three quarters of the words of a line of `heldout.txt` are in `text`, one behind the other."""
+    words = _words_of(text)
+    for size, runs in _written()[1].items():
+        if any(tuple(words[i : i + size]) in runs for i in range(len(words) - size + 1)):
+            return True
+    return False
+
+
+def written() -> list[str]:
+    """The prompts of `heldout.txt`."""
+    return (Path(__file__).parent / "heldout.txt").read_text().splitlines()
+
+
+def _words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+@cache
+def _written() -> tuple[str, dict[int, set[tuple[str, ...]]]]:
+    """All words of `heldout.txt`, and the runs of them that no other prompt may have, by their length."""
+    lines = [_words_of(line) for line in written()]
+    runs: dict[int, set[tuple[str, ...]]] = {}
+    for words in lines:
+        size = -(-len(words) * 3 // 4)
+        runs.setdefault(size, set()).update(tuple(words[i : i + size]) for i in range(len(words) - size + 1))
+    return " | ".join(f" {' '.join(words)} " for words in lines), runs
 
 
 def prompts(count: int, seed: int, *, held: bool) -> list[str]:
@@ -42,7 +75,7 @@ def prompts(count: int, seed: int, *, held: bool) -> list[str]:
         tries += 1
         [maker] = rng.choices([maker for maker, _ in makers], [weight for _, weight in makers])
         text = maker()
-        if held_out(text) == held:  # some forms name no topic
+        if held_out(text) == held and not resembles_held_out(text):  # some forms name no topic
             found[text] = None
     return list(found)
 

@@ -8,6 +8,7 @@ safetensors. The text is the standard library of the Python that runs it; the sa
 again, not the same bits (the budget is minutes). `--tiny` is a quick run of the whole on a CPU, for tests.
 
 The MTP layer is trained jointly: at depths 1 … 3 it learns the model's own distribution for the token that it drafts.
+`--start FOLDER` trains only the MTP layers of models that are there further (`drafts.py`), which takes a minute or two each.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 from ..drafting import Budget, mean_accepted_length
 from .checkpoint import load, save
 from .data import Crops, encode, sources, train_tokenizer
+from .drafts import continuations, fit_drafts
 from .model import Longcat, Shape
 
 DEPTHS = 3
@@ -37,7 +39,7 @@ NGRAM = replace(NANO, dense=128, ngram_ratio=0.25)
 TINY = {"hidden": 64, "layers": 1, "heads": 2, "kv_lora": 32, "nope": 16, "rope": 8, "value": 16, "dense": 64, "vocab": 512}
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the two models")
     parser.add_argument("--minutes", type=float, default=4.0, help="for both models together")
@@ -46,11 +48,19 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="folder of finished models, whose MTP layer alone is trained further")
+    parser.add_argument("--sequences", type=int, default=20000, help="with --start: most sequences to train on")
     parser.add_argument("--only", choices=("longcat-nano", "longcat-nano-ngram"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="a very small model on little text")
     args = parser.parse_args()
+    if args.tiny:
+        args.batch, args.length = 4, 128
+    return args
 
+
+def main() -> None:
+    args = options()
     started = time.monotonic()
     device = torch.device(args.device)
     train_texts, held_texts = sources(40 if args.tiny else None)
@@ -60,9 +70,13 @@ def main() -> None:
     shapes = {"longcat-nano": NANO, "longcat-nano-ngram": NGRAM}
     if args.tiny:
         shapes = {name: replace(shape, **TINY) for name, shape in shapes.items()}
-        args.batch, args.length = 4, 128
+    if args.only:
+        shapes = {args.only: shapes[args.only]}
     vocab = next(iter(shapes.values())).vocab
-    tokenizer = train_tokenizer(train_texts, vocab)
+    if args.start:
+        tokenizer = Tokenizer.from_file(str(args.start / next(iter(shapes)) / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(train_texts, vocab)
     train, held = encode(tokenizer, train_texts), encode(tokenizer, held_texts)
     bytes_a_token = sum(len(text.encode()) for text in held_texts) / sum(map(len, held))
     print(
@@ -71,16 +85,20 @@ def main() -> None:
         f"{bytes_a_token:.2f} bytes a token; {time.monotonic() - started:.0f} s",
         flush=True,
     )
-    if args.only:
-        shapes = {args.only: shapes[args.only]}
     left = args.minutes - (time.monotonic() - started) / 60
     for name, shape in shapes.items():
         # A sixth of the time is for measuring afterwards.
-        budget = Budget(max(0.05, left / len(shapes) * 5 / 6), args.steps)
+        minutes = max(0.05, left / len(shapes) * 5 / 6)
         torch.manual_seed(args.seed)
-        model = Longcat(shape).to(device)
         crops = Crops(train, shape.eos, device, args.seed)
-        fit(model, crops, budget, args.batch, args.length, args.rate)
+        if args.start:
+            model = load(shape, args.start / name).to(device)
+            before = accepted_length(model, held, 4 if args.tiny else 64)
+            print(f"{name}: mean accepted length at K = {DEPTHS}, greedy, before: {before:.2f}", flush=True)
+            further(model, crops, minutes, args)
+        else:
+            model = Longcat(shape).to(device)
+            fit(model, crops, Budget(minutes, args.steps), args.batch, args.length, args.rate)
         stored = save(model, tokenizer, args.out / name)
         loaded = load(shape, args.out / name).to(device)
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {stored / 1e6:.2f} MB")
@@ -89,6 +107,16 @@ def main() -> None:
         print(f"{name}: mean accepted length at K = {DEPTHS}, greedy: {length:.2f}", flush=True)
         show(loaded, tokenizer)
     print(f"all: {time.monotonic() - started:.0f} s")
+
+
+def further(model: Longcat, crops: Crops, minutes: float, args: argparse.Namespace) -> None:
+    """The MTP layer alone: a third of the time for the model's continuations, in sequences as they are measured."""
+    began = time.monotonic()
+    length, batch = (32, 4) if args.tiny else (192, 256)
+    sequences = continuations(model, crops, batch, length, began + minutes * 20, args.sequences)
+    print(f"{len(sequences)} sequences of {length} tokens; {time.monotonic() - began:.0f} s", flush=True)
+    budget = Budget(minutes - (time.monotonic() - began) / 60, args.steps)
+    fit_drafts(model, sequences, budget, args.batch, args.rate, DEPTHS, args.seed)
 
 
 def fit(model: Longcat, crops: Crops, budget: Budget, batch: int, length: int, rate: float) -> None:

@@ -15,6 +15,7 @@ import torch
 from driver import Driver
 from expert_oracle import Drafter
 from oracle import load_ours, relative_error
+from safetensors.torch import load_file
 
 from fluentllm import LLM, SamplingOptions
 
@@ -82,6 +83,19 @@ def test_it_generates_with_its_own_drafts(trained: tuple[Path, str], name: str) 
         tokens[method] = [answer.tokens for answer in answers]
         assert method == "none" or sum(answer.drafted for answer in answers) > 0
     assert tokens["none"] == tokens["mtp"]
+
+
+def test_further_training_changes_the_draft_layer_alone(trained: tuple[Path, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "examples.train_nano", "--out", str(tmp_path), "--tiny", "--steps", "3", "--device", "cpu"]
+    command += ["--start", str(trained[0]), "--only", NAMES[1]]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    before, after = (load_file(folder / NAMES[1] / "model.safetensors") for folder in (trained[0], tmp_path))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "model.mtp.layers.0.eh_proj.weight" in changed
+    assert all(name.startswith("model.mtp.") for name in changed)
+    assert (trained[0] / NAMES[1] / "tokenizer.json").read_text() == (tmp_path / NAMES[1] / "tokenizer.json").read_text()
 
 
 def test_it_reports_what_it_is_worth(trained: tuple[Path, str], name: str) -> None:
