@@ -27,6 +27,9 @@ WEIGHT = 0.2
 """Of a new measurement in a running mean."""
 RATE = 0.3
 """Of an error that is corrected at once."""
+OUTLIER = 0.5
+"""A pass that took less than so much of what was expected tells that those before waited for something else, such as a
+compiler: nothing makes a pass faster than it is. All of that error is corrected at once."""
 LEAST = 16
 """Tokens: a prompt gets on, whatever it costs others."""
 PASS_TOKENS, CONTEXT = 256, 16384
@@ -87,8 +90,9 @@ class Cost:
         if self._rates is not None:
             if seconds <= HOST_BOUND * launching and error >= 0:
                 return
-            # One that waited for a compiler must not count for more than one that took twice as long as it should.
-            error = RATE * min(error, expected)
+            if seconds > OUTLIER * expected:
+                # One that waited for a compiler must not count for more than one that took twice as long as it should.
+                error = RATE * min(error, expected)
         if error < 0:
             scales = [scale if rate > 0 else 0.0 for rate, scale in zip(rates, scales, strict=True)]
         size = sum(scale * scale for scale in scales)
@@ -186,7 +190,8 @@ class PrefillBudget:
 
 
 def _mean(known: float | None, new: float) -> float:
-    return new if known is None else known + WEIGHT * (new - known)
+    """Running, but for what shows that those before were none (`OUTLIER`)."""
+    return new if known is None or new < OUTLIER * known else known + WEIGHT * (new - known)
 
 
 def _bucket(sequences: int) -> int:

@@ -73,6 +73,19 @@ def test_one_launch_that_waited_for_a_compiler_is_no_floor() -> None:
     assert most(budget) == pytest.approx(3 * cost(8, 0) / 1e-5, rel=0.1)
 
 
+def test_first_steps_that_waited_for_a_compiler_are_soon_forgotten() -> None:
+    """Of steps with and without a prompt: one more of each, and chunks are what they would have been."""
+    budget, slow = PrefillBudget(8192, 4.0), 0.8
+    step(budget, 8, 0, cost(8, 0) + slow)
+    step(budget, 8, 1024, cost(8, 1024) + slow)
+    step(budget, 8, 0, cost(8, 0))
+    step(budget, 8, 1024, cost(8, 1024))
+    known = PrefillBudget(8192, 4.0)
+    step(known, 8, 0, cost(8, 0))
+    step(known, 8, 1024, cost(8, 1024))
+    assert most(budget) == pytest.approx(most(known), rel=0.1)
+
+
 def test_a_pass_that_takes_long_whatever_it_holds_is_not_cut_to_crumbs() -> None:
     """Experts: a pass of few tokens reads nearly all of them, which takes longer than three steps of one sequence."""
     budget, alone = PrefillBudget(8192, 4.0), 0.003

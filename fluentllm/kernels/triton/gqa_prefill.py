@@ -91,7 +91,7 @@ def _attend(acc, total, highest, queries, more_queries, position, page, k_pages,
     return acc, total, higher
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile_count"])
 def _prefill_kernel(
     out, q, k_pages, v_pages, page_table, tiles, tile_count, score_scale, value_scale,
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,

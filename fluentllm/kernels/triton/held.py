@@ -74,7 +74,7 @@ def held_pieces(w, n, N, K, w_row, DEPTH: tl.constexpr, PIECES: tl.constexpr):
         k = i * DEPTH + tl.arange(0, DEPTH // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
         at = w + (n.to(tl.int64) * w_row)[:, None, None] + k[None, :, :]
         tile = tl.load(at, mask=(n < N)[:, None, None] & (k < K)[None, :, :], other=0.0, eviction_policy="evict_first")
-        held = held + (tile,)  # noqa: RUF005 (Triton's tuples know no unpacking)
+        held = held + (tile,)
     return held
 
 
@@ -85,7 +85,7 @@ def held_row(x, m, M, K, x_row, DEPTH: tl.constexpr, PIECES: tl.constexpr):
     end = tl.where(m < M, K, 0)
     for i in tl.static_range(PIECES):
         k = i * DEPTH + tl.arange(0, DEPTH // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-        read = read + (tl.load(x + m * x_row + k, mask=k < end, other=0.0),)  # noqa: RUF005
+        read = read + (tl.load(x + m * x_row + k, mask=k < end, other=0.0),)
     return read
 
 
@@ -132,14 +132,14 @@ def _held_kernel(out, x, w, other, residual, norm, squares, squares_out, M, N, K
     for t in tl.static_range(TOKENS):
         m = (first + t).to(tl.int64)
         there = n < tl.where(m < M, N, 0)
-        rows = rows + (held_row(x, m, M, K, x_row, DEPTH, PIECES),)  # noqa: RUF005
+        rows = rows + (held_row(x, m, M, K, x_row, DEPTH, PIECES),)
         if other is not None:
-            rests = rests + (tl.load(other + m * other_row + n, mask=there, other=0.0),)  # noqa: RUF005
+            rests = rests + (tl.load(other + m * other_row + n, mask=there, other=0.0),)
         if residual is not None:
-            befores = befores + (tl.load(residual + m * residual_row + n, mask=there, other=0.0),)  # noqa: RUF005
+            befores = befores + (tl.load(residual + m * residual_row + n, mask=there, other=0.0),)
         if PARTS > 0:
             part = tl.arange(0, PARTS)
-            founds = founds + (tl.load(squares + part * M + m, mask=part < tl.where(m < M, parts, 0), other=0.0),)  # noqa: RUF005
+            founds = founds + (tl.load(squares + part * M + m, mask=part < tl.where(m < M, parts, 0), other=0.0),)
     start_next(PDL, LOADED)
     sums = _sums(held, rows, PIECES, TOKENS)
     if GATED:

@@ -63,11 +63,11 @@ def _down_kernel(out, h, w, x, shared, weights, ids, residual, norm, squares, to
         expert = tl.load(ids + token * TOP_K + i).to(tl.int64)
         factor = tl.load(weights + token * TOP_K + i).to(tl.float32)
         kept += tl.where(expert < EXPERTS, 0.0, factor)
-        factors = factors + (factor,)  # noqa: RUF005
+        factors = factors + (factor,)
         # Of a zero expert nothing is read: nobody wrote its h.
-        ends = ends + (tl.where(expert < EXPERTS, tokens * TOP_K, 0),)  # noqa: RUF005
+        ends = ends + (tl.where(expert < EXPERTS, tokens * TOP_K, 0),)
         rows = tl.where(expert < EXPERTS, HIDDEN, 0)
-        held = held + (held_pieces(w + expert * w_expert, n, rows, INNER, w_row, DEPTH, pieces),)  # noqa: RUF005
+        held = held + (held_pieces(w + expert * w_expert, n, rows, INNER, w_row, DEPTH, pieces),)
     wait_for_inputs(PDL)
     acc = tl.zeros([ROWS, DEPTH // VECTOR], tl.float32)
     for i in tl.static_range(TOP_K):

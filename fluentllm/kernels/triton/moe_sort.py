@@ -37,7 +37,7 @@ class ExpertTiles:
     """Of a full tile."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "tiles"])
 def _sort_kernel(order, offsets, tile_experts, tile_firsts, ids, pairs, tiles, EXPERTS: tl.constexpr, BINS: tl.constexpr,
                  ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     expert = tl.program_id(0)
