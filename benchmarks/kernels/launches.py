@@ -66,8 +66,8 @@ class Variant:
     """Tiles from `linear_tiles.MEASURED`, else the rule's."""
     most_tokens: int = linear_tiles.MOST_TOKENS
     """0: all products are torch's."""
-    append_in_decode: bool = True
-    """Grouped heads are rotated and appended by decode itself, else by a launch in front."""
+    most_appended: int = triton_attention.MOST_APPENDED
+    """Up to so many tokens grouped heads are rotated and appended by decode itself, else by a launch in front."""
     held_tokens: int = held.MOST_TOKENS
     """Up to so many tokens weights are held in registers; 0: never."""
     held_weights: int = held.WEIGHTS
@@ -92,8 +92,9 @@ VARIANTS = [
     Variant("keys not held", hold_keys=False),
     Variant("few experts late", few_experts_early=False),
     Variant("norms apart", defer_norms=False),
-    Variant("append apart", append_in_decode=False),
-    Variant("norms and append apart", defer_norms=False, append_in_decode=False),
+    Variant("append apart", most_appended=0),
+    Variant("append inside", most_appended=1 << 20),
+    Variant("norms and append apart", defer_norms=False, most_appended=0),
     Variant("experts early", experts_early=True),
     Variant("product late", early=False),
     Variant("product late, loaded", product=2, early=False),
@@ -150,7 +151,7 @@ def applied(variant: Variant) -> Iterator[None]:
         put(held, "MOST_TOKENS", variant.held_tokens)
         put(held, "WEIGHTS", variant.held_weights)
         put(deferred_norm, "DEFER", variant.defer_norms)
-        put(triton_attention, "APPEND_IN_DECODE", variant.append_in_decode)
+        put(triton_attention, "MOST_APPENDED", variant.most_appended)
         put(mla_absorb, "MOST_TOKENS", variant.mla_tokens)
         put(expand, "MERGE_INSIDE", variant.mla_merge_inside)
         for name in variant.mla_switches:

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from fluentllm.kernels.mla_decode.decode import MlaDecode
     from fluentllm.kernels.triton.qkv_product import QkvProduct
 
-APPEND_IN_DECODE = True
-"""Grouped heads: decode norms, rotates and appends by itself; False: by a launch in front (benchmarks/kernels/launches.py)."""
+MOST_APPENDED = 8
+"""Up to so many tokens grouped heads' decode norms, rotates and appends by itself; more by a launch in front. On one H100 with
+Qwen3-0.6B's shape a step of one token is 2 % shorter this way, one of 32 tokens 6 % longer: each program norms its own queries,
+and a launch is hidden there (benchmarks/kernels/launches.py)."""
 FLOAT32_TILE = 16
 """Rows of a prefill tile in float32, which is multiplied without tensor cores."""
 
@@ -84,7 +86,7 @@ class TritonAttention(PoolWrites):
     # ------------------------------------------------------------------------------------------------------------------ gqa
     def _attend_product(self, layer: int, product: QkvProduct, batch: Batch, scale: float) -> Tensor:
         fits = from_product_fits(self._kv.head_dim, self._kv.v_head_dim)
-        if self._plan is None or not (fits and APPEND_IN_DECODE):
+        if self._plan is None or not fits or product.qkv.shape[0] > MOST_APPENDED:
             return super()._attend_product(layer, product, batch, scale)
         return self._attend(layer, product, batch, scale)
 
