@@ -9,7 +9,7 @@ import torch
 from engine.harness import write_tiny_llama
 
 from fluentllm.bench.costs import Load, of_launch, of_product
-from fluentllm.bench.step import lines, measure
+from fluentllm.bench.step import advances, lines, measure
 from fluentllm.core import config
 from fluentllm.core.kv.formats import token_bytes
 from fluentllm.core.types import KVSpec, ModelSpec
@@ -91,3 +91,13 @@ def test_a_step_of_a_real_engine(tmp_path: Path, device: str) -> None:
     printed = "\n".join(lines(figures))
     assert figures["kernels"][0]["name"][:50] in printed
     assert "sum " in printed
+
+
+def test_kernels_that_overlap_are_charged_with_what_they_add() -> None:
+    """The second is set up while the first runs, the third begins after a gap."""
+    spans = [(1.0, 3.0, "first"), (1.5, 4.0, "second"), (5.0, 6.0, "third"), (1.2, 3.5, "inside")]
+    found = list(advances(spans))
+    assert [name for name, _ in found] == ["first", "inside", "second", "third"]
+    assert [seconds for _, seconds in found] == pytest.approx([2.0, 0.5, 0.5, 2.0])
+    assert sum(seconds for _, seconds in found) == pytest.approx(6.0 - 1.0)
+    assert list(advances([])) == []

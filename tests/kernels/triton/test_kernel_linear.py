@@ -41,7 +41,7 @@ TILES = [
 
 
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize(("tokens", "rows", "depth"), [(1, 48, 80), (5, 70, 200), (19, 16, 64), (0, 32, 32)])
+@pytest.mark.parametrize(("tokens", "rows", "depth"), [(1, 48, 80), (2, 33, 72), (5, 70, 200), (19, 16, 64), (0, 32, 32)])
 def test_linear(tokens: int, rows: int, depth: int, tile: Tile | None, device: torch.device, rng: torch.Generator) -> None:
     x = torch.randn(tokens, depth + 8, generator=rng).to(torch.bfloat16)[:, :depth]
     weight = torch.randn(rows, depth, generator=rng).to(torch.bfloat16) * depth**-0.5
@@ -58,9 +58,10 @@ def test_linear(tokens: int, rows: int, depth: int, tile: Tile | None, device: t
         assert_close(biased.cpu().float(), expected + other.flatten()[:rows].float(), rtol=2e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 6])
 @pytest.mark.parametrize("tile", TILES)
-def test_gate_and_up(tile: Tile | None, device: torch.device, rng: torch.Generator) -> None:
-    tokens, inner, depth = 6, 72, 96
+def test_gate_and_up(tile: Tile | None, tokens: int, device: torch.device, rng: torch.Generator) -> None:
+    inner, depth = 72, 96
     x = torch.randn(tokens, depth, generator=rng).to(torch.bfloat16)
     weight = torch.randn(2 * inner, depth, generator=rng).to(torch.bfloat16) * depth**-0.5
     gate, up = F.linear(x.float(), weight.float()).chunk(2, -1)
