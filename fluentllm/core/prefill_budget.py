@@ -114,7 +114,7 @@ class Allowance:
     @property
     def open(self) -> bool:
         """Is it worth while to begin another prompt?"""
-        return self._tokens > 0 and (not self._begun or self._fitting(0) >= LEAST)
+        return self._tokens > 0 and (not self._begun or self._fitting(0) >= min(self._tokens, LEAST))
 
     def take(self, start: int, wanted: int) -> int:
         """Tokens of a chunk behind `start`, at most `wanted`; the first gets LEAST at least, others may get none."""

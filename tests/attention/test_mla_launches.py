@@ -59,7 +59,8 @@ FEW = ["_absorb_kernel"], ["_absorb_norms", "_quantise_query"]
 @pytest.mark.parametrize(
     ("longest", "sequences", "rows", "before", "behind"),
     [
-        (512, 1, 1, FEW, ["_merge_and_expand"]),
+        (256, 1, 1, FEW, ["_merge_and_expand"]),
+        (1024, 1, 1, FEW, ["combine_splits", "_merge_and_expand"]),
         (65536, 1, 1, FEW, ["combine_splits", "_merge_and_expand"]),
         (65536, 16, 4, FEW, ["combine_splits", "_merge_and_expand"]),
         (65536, 65, 1, BEFORE, ["combine_splits"]),
