@@ -18,6 +18,7 @@ from .hopper_common import (
     RECORD,
     async_load,
     exp2,
+    handshakes,
     launch_dependents,
     next_piece,
     page_number,
@@ -207,26 +208,12 @@ def decode_bf16(q_desc, qr_desc, kv_desc, kr_desc, out, partial, lse, page_table
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     alphas = gl.allocate_shared_memory(gl.float32, [64], FLAT)
     inverse = gl.allocate_shared_memory(gl.float32, [64], FLAT)
+    mapped, q_full, q_empty, l_full, l_empty, k_full, k_empty = handshakes(NUM_STAGES)
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    l_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    l_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
     p_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
     p_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    k_full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BAR)
-    k_empty = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BAR)
-    mapped = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    mbarrier.init(mapped, count=1)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=1)
-    mbarrier.init(l_full, count=1)
-    mbarrier.init(l_empty, count=2)
     mbarrier.init(p_full, count=1)
     mbarrier.init(p_empty, count=2)
-    for i in gl.static_range(NUM_STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=3)
     if PDL:
         launch_dependents()
     gl.warp_specialize(

@@ -23,6 +23,58 @@ def wait_for_inputs(EARLY: gl.constexpr):
 
 
 @gluon.jit
+def handshakes(NUM_STAGES: gl.constexpr):
+    """Barriers between the partitions of a decode: the loader, the softmax, and the two that hold the output. → one for the
+    tensor maps' first use; two each, there and free again, for queries, reciprocal sums, and each stage's page."""
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    l_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    l_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    k_full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BAR)
+    k_empty = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BAR)
+    mapped = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    mbarrier.init(mapped, count=1)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=1)
+    mbarrier.init(l_full, count=1)
+    mbarrier.init(l_empty, count=2)
+    for i in gl.static_range(NUM_STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=3)
+    return mapped, q_full, q_empty, l_full, l_empty, k_full, k_empty
+
+
+@gluon.jit
+def half_page_buffers():
+    """V of 32 keys × 128 values, float16, as the two partitions that hold the output convert it: four of each. Buffers of their
+    own: the compiler puts barriers between accesses to one buffer."""
+    F16: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return (
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
+    )
+
+
+@gluon.jit
+def probability_handshakes():
+    """Barriers of the two buffers of probabilities: there, and free again."""
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    p_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    p_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    for i in gl.static_range(2):
+        mbarrier.init(p_full.index(i), count=1)
+        mbarrier.init(p_empty.index(i), count=2)
+    return p_full, p_empty
+
+
+@gluon.jit
 def part_of(records, GROUPS: gl.constexpr):
     """This CTA's part: number, sequences [begin, end), its end on the axis of work, and its first piece."""
     part = gl.program_id(0) // GROUPS

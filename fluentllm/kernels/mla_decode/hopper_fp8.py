@@ -25,10 +25,13 @@ from .hopper_common import (
     RECORD,
     async_load,
     exp2,
+    half_page_buffers,
+    handshakes,
     launch_dependents,
     next_piece,
     page_number,
     part_of,
+    probability_handshakes,
     publish_sums,
     row_max,
     row_sum,
@@ -310,44 +313,15 @@ def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, ls
     kr = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES, 1, 64, 64], kr_desc.layout)
     ks = gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, 64], ks_desc.layout)
     F16: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    # V of 32 keys × 128 values each, in buffers of their own: the compiler puts barriers between accesses to one buffer.
-    v = (
-        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
-        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
-        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
-        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
-        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
-        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
-        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
-        gl.allocate_shared_memory(gl.float16, [32, 128], F16),
-    )
+    v = half_page_buffers()
     p = gl.allocate_shared_memory(gl.float16, [2, 64, 64], F16)
     SPREAD: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     spread = gl.allocate_shared_memory(gl.float32, [64, 64] if TILE < 64 else [1, 4], SPREAD)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     alphas = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT)
     inverse = gl.allocate_shared_memory(gl.float32, [64], FLAT)
-    BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    l_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    l_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    k_full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BAR)
-    k_empty = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BAR)
-    p_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    p_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    mapped = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    mbarrier.init(mapped, count=1)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=1)
-    mbarrier.init(l_full, count=1)
-    mbarrier.init(l_empty, count=2)
-    for i in gl.static_range(NUM_STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=3)
-    for i in gl.static_range(2):
-        mbarrier.init(p_full.index(i), count=1)
-        mbarrier.init(p_empty.index(i), count=2)
+    mapped, q_full, q_empty, l_full, l_empty, k_full, k_empty = handshakes(NUM_STAGES)
+    p_full, p_empty = probability_handshakes()
     if PDL:
         launch_dependents()
     gl.warp_specialize(
