@@ -24,7 +24,6 @@ from fluentllm.bench.offline import latency
 from fluentllm.core.config import load
 from fluentllm.kernels.mla_decode import expand, switches
 from fluentllm.kernels.triton import (
-    carveout,
     deferred_norm,
     gqa_decode,
     gqa_plan,
@@ -32,7 +31,6 @@ from fluentllm.kernels.triton import (
     linear,
     linear_tiles,
     mla_absorb,
-    relaunch,
 )
 from fluentllm.kernels.triton.launch import EARLY, START_NEXT
 from fluentllm.local import LocalEngine
@@ -57,8 +55,6 @@ class Variant:
     experts_early: bool = EARLY["experts"]
     """May experts' products?"""
     few_experts_early: bool = EARLY["few experts"]
-    share: int = carveout.SHARE
-    """Of a multiprocessor's memory that kernels want as shared memory."""
     hold_keys: bool = gqa_decode.HOLD
     merge_inside: bool = False
     prefetch: int = 0
@@ -88,7 +84,6 @@ VARIANTS = [
     Variant("not held", held_tokens=0),
     Variant("held 32", held_weights=32),
     Variant("held 128", held_weights=128),
-    Variant("memory divided by the driver", share=carveout.BY_DRIVER),
     Variant("keys not held", hold_keys=False),
     Variant("few experts late", few_experts_early=False),
     Variant("norms apart", defer_norms=False),
@@ -131,14 +126,7 @@ def applied(variant: Variant) -> Iterator[None]:
         undo.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
 
-    def divide() -> None:
-        for function in relaunch.functions():
-            carveout.divide(function)
-
     with ExitStack() as undo:
-        undo.callback(divide)
-        put(carveout, "SHARE", variant.share)
-        divide()
         undo.callback(START_NEXT.update, dict(START_NEXT))
         undo.callback(EARLY.update, dict(EARLY))
         EARLY.update(product=variant.early, experts=variant.experts_early)

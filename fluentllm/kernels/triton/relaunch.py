@@ -19,8 +19,6 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .carveout import divide
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -61,11 +59,6 @@ def relaunch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options:
     stream = driver.active.get_current_stream(device)
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     kind.run(x, y, z, stream, kind.function, kind.metadata, None, None, None, *values, *kind.constants)
-
-
-def functions() -> list[int]:
-    """The CUfunctions of all kinds so far."""
-    return [kind.function for kind in _kinds.values()]
 
 
 def key_of(args: list[Any], options: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -130,5 +123,4 @@ def _remember(key: tuple[Any, ...], kernel: Any, compiled: Any, args: tuple[Any,
     rest = kernel.params[len(args) :]
     constants = all(parameter.is_constexpr and parameter.name in options for parameter in rest)
     if constants and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
-        divide(compiled.function)
         _kinds[key] = _Kind(kernel, compiled, tuple(options[parameter.name] for parameter in rest))
