@@ -62,11 +62,6 @@ def _add_2(a0, a1, b0, b1):
 
 
 @triton.jit
-def _add_4(a0, a1, a2, a3, b0, b1, b2, b3):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
-
-
-@triton.jit
 def held_pieces(w, n, N, K, w_row, DEPTH: tl.constexpr, PIECES: tl.constexpr):
     """W[n, …] in pieces [ROWS, DEPTH / VECTOR, VECTOR]."""
     held = ()
@@ -100,15 +95,11 @@ def held_partial(held, row, PIECES: tl.constexpr):
 
 @triton.jit
 def _sums(held, rows, PIECES: tl.constexpr, TOKENS: tl.constexpr):
-    """W x[t] for each token: TOKENS sums [ROWS], reduced together, so that warps meet once."""
+    """W x[t] for each of one or two tokens: TOKENS sums [ROWS], reduced together, so that warps meet once."""
     if TOKENS == 1:
         sums = (tl.sum(held_partial(held, rows[0], PIECES), 1),)
-    elif TOKENS == 2:
-        sums = tl.reduce((held_partial(held, rows[0], PIECES), held_partial(held, rows[1], PIECES)), 1, _add_2)
     else:
-        four = (held_partial(held, rows[0], PIECES), held_partial(held, rows[1], PIECES), held_partial(held, rows[2], PIECES),
-                held_partial(held, rows[3], PIECES))  # fmt: skip
-        sums = tl.reduce(four, 1, _add_4)
+        sums = tl.reduce((held_partial(held, rows[0], PIECES), held_partial(held, rows[1], PIECES)), 1, _add_2)
     return sums
 
 
@@ -192,7 +183,7 @@ def held_product(
     tokens, depth = x.shape
     rows = out.shape[1]
     parts = 0 if squares is None else squares.shape[0]
-    block = min(4, power_of_2(tokens))
+    block = min(2, tokens)
     launch(
         _held_kernel, (-(-rows // tile.rows) * -(-tokens // block),),
         out, x, weight, other, residual, norm, squares, squares_out, tokens, rows, depth, x.stride(0), weight.stride(0),
