@@ -183,7 +183,7 @@ def held_product(
     tokens, depth = x.shape
     rows = out.shape[1]
     parts = 0 if squares is None else squares.shape[0]
-    block = min(2, tokens)
+    block = 2 if tokens > 1 else 1
     launch(
         _held_kernel, (-(-rows // tile.rows) * -(-tokens // block),),
         out, x, weight, other, residual, norm, squares, squares_out, tokens, rows, depth, x.stride(0), weight.stride(0),

@@ -128,8 +128,8 @@ MEASURED: dict[tuple[int, int, int, bool], dict[int, LinearTile]] = {
         32: LinearTile(32, 64, 128, 1, 4, 4),
     },
 }
-"""(rows, depth, bytes of an element, gated) → {most tokens: tile}. Filled from benchmarks/kernels/gemm.py; one and two tokens are
-`held`'s."""
+"""(rows, depth, bytes of an element, gated) → {most tokens: tile}. Filled from benchmarks/kernels/gemm.py; one and two
+tokens are `held`'s."""
 
 
 def linear_tile(tokens: int, rows: int, depth: int, width: int, gated: bool) -> Tile:
