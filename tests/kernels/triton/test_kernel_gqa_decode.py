@@ -7,7 +7,7 @@ import torch
 from paged import Paged, random_paged
 
 from fluentllm.kernels.attention_reference import gqa_reference
-from fluentllm.kernels.triton import gqa_plan
+from fluentllm.kernels.triton import gqa_decode as decode_module, gqa_plan
 from fluentllm.kernels.triton.gqa_decode import gqa_decode, query_tiles
 from fluentllm.kernels.triton.gqa_plan import gqa_plan_reference, plan_gqa
 from fluentllm.kernels.triton.kv_append import rotate_and_append
@@ -116,6 +116,36 @@ def test_from_the_product_is_append_then_decode(
     for one, other in zip(*pages, strict=True):
         ones, others = (part.view(-1, kv_heads, dim)[written].float() for part in (one, other))
         torch.testing.assert_close(others, ones, rtol=0.13 if kv_dtype.itemsize == 1 else 1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("from_product", [False, True])
+def test_keys_that_are_held_are_those_that_are_read_later(
+    from_product: bool, rows: int, device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last block of a run before the wait or in the loop: whole, cut, with some or all of the new tokens, and none."""
+    heads, kv_heads, dim = 4, 2, 64
+    lengths = [rows, 64, 64 + rows - 1, 300, 0]
+    paged = random_paged(lengths, rng, device, kv_heads=kv_heads, dim=dim, page_size=16, dtype=torch.bfloat16)
+    tokens = len(lengths) * rows
+    q = torch.randn(tokens, heads, dim, generator=rng).to(device, torch.bfloat16)
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, generator=rng).to(device, torch.bfloat16)
+    cos, sin = (torch.randn(tokens, 1, dim, generator=rng).to(device, torch.bfloat16) for _ in range(2))
+    places = [
+        int(paged.table[i, position // 16]) * 16 + position % 16 if length else 0
+        for i, length in enumerate(lengths)
+        for position in range(length - rows, length)
+    ]
+    given = QkvProduct(qkv, cos, sin, torch.tensor(places, device=device), heads) if from_product else q
+    plan = plan_gqa(paged.lengths, kv_heads=kv_heads, longest=512)
+    found = []
+    for hold in (False, True):
+        monkeypatch.setattr(decode_module, "HOLD", hold)
+        k, v = paged.k.clone(), paged.v.clone()
+        out = gqa_decode(given, k, v, paged.table, paged.lengths, plan, rows, dim**-0.5)
+        found.append((out.float(), k[1:], v[1:]))  # page 0 is where the inert sequence's rows go
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=2e-2)
+    torch.testing.assert_close(found[1][1:], found[0][1:], rtol=0, atol=0)
 
 
 def test_heads_of_two_tiles_cannot_come_from_the_product(device: torch.device) -> None:
