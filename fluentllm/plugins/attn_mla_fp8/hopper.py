@@ -51,8 +51,7 @@ class HopperMlaFp8(MlaOnly, FusedMLA):
         self._tiles = self._workspace = self._known = None
         self._decodes = {}
         self._lengths, self._table = batch.kv_lengths, batch.page_table
-        if batch.first_key:
-            raise NotImplementedError("The kernels of mla_fp8 see all keys of a sequence, from its first on.")
+        batch.refuse_first_key()
         if batch.query_length is None:
             assert batch.query_lengths is not None
             assert batch.kv_lengths_host is not None
