@@ -56,3 +56,8 @@ class Batch:
     proposers."""
     features: int = 0
     """Host side. Bits of `Feature`: what the pass's requests need, so that proposers compute no more than that either."""
+
+    def refuse_first_key(self) -> None:
+        """For MLA by kernels, which see all keys: only draft layers lack a first key, and all of those have grouped heads."""
+        if self.first_key:
+            raise NotImplementedError("MLA by kernels sees all keys of a sequence, from its first on.")

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dynamo.common.backend import EngineConfig, LLMEngine, LlmRegistration, WorkerConfig
@@ -45,7 +44,9 @@ class FluentWorker(LLMEngine):  # type: ignore[misc]
 
     @classmethod
     async def from_args(cls, argv: list[str] | None = None) -> tuple[FluentWorker, WorkerConfig]:
-        raise NotImplementedError("made by `run`")
+        """Never called: what `fluent dynamo` was given has been read when `run` hands Dynamo a factory instead. Dynamo makes no
+        engine of a class that lacks it."""
+        raise TypeError("A FluentWorker is made of settings, not of arguments: start it by `fluent dynamo`, or `run`.")
 
     async def start(self, worker_id: int) -> EngineConfig:
         self._local = local = await asyncio.to_thread(LocalEngine, self._settings)
@@ -156,4 +157,4 @@ def run(settings: Settings, *, namespace: str, pull: bool, discovery: str) -> No
     async def make(argv: list[str] | None) -> tuple[FluentWorker, WorkerConfig]:
         return FluentWorker(settings, pull=pull), config
 
-    run_worker(FluentWorker, engine_factory=partial(make))
+    run_worker(FluentWorker, engine_factory=make)

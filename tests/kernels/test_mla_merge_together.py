@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from mla_splits import decoded
 
 from fluentllm.kernels.mla_decode.plan import new_plan
 from fluentllm.kernels.mla_decode.replay import combine_reference, pieces
@@ -27,22 +28,10 @@ def test_every_value_has_one_share(splits: int, rows: int) -> None:
     assert (seen == 1).all()
 
 
-def decoded(lengths: list[int], parts: int, rows: int, rng: torch.Generator):
-    """(plan, partial, lse, out) as the decode of this plan leaves them, NaN wherever it writes nothing."""
-    groups = -(-rows // 64)
-    plan = new_plan(torch.tensor(lengths, dtype=torch.int32), parts, cells=groups * 2)
-    out = torch.full((len(lengths), rows, 512), torch.nan)
-    partial, lse = torch.full((2 * parts, rows, 512), torch.nan), torch.full((2 * parts, rows), torch.nan)
-    for piece in pieces(plan):
-        values = torch.randn(rows, 512, generator=rng)
-        if piece.last - piece.first == -(-lengths[piece.sequence] // 64):
-            out[piece.sequence] = values
-        else:
-            partial[piece.slot] = values
-            lse[piece.slot] = torch.randn(rows, generator=rng) * 3
-            # Some rows of a split see no key of it.
-            blind = torch.rand(rows, generator=rng) < 0.1
-            lse[piece.slot][blind], partial[piece.slot][blind] = -torch.inf, 0.0
+def planned(lengths: list[int], parts: int, rows: int, rng: torch.Generator):
+    """(plan, partial, lse, out) with counters for programs that merge together."""
+    plan = new_plan(torch.tensor(lengths, dtype=torch.int32), parts, cells=-(-rows // 64) * 2)
+    out, partial, lse = decoded(plan, rows, rng)
     return plan, partial, lse, out
 
 
@@ -53,7 +42,7 @@ def test_programs_in_any_order(lengths: list[int], parts: int, rows: int, order:
     rng = torch.Generator().manual_seed(order.randrange(1 << 30))
     counters = [0] * (len(lengths) * -(-rows // 64) * 2)
     for _ in range(3):
-        plan, partial, lse, out = decoded(lengths, parts, rows, rng)
+        plan, partial, lse, out = planned(lengths, parts, rows, rng)
         expected = out.clone()
         combine_reference(plan, expected, partial, lse)
         merge_together(plan, counters, out, (partial, lse), order.randrange)
@@ -62,7 +51,7 @@ def test_programs_in_any_order(lengths: list[int], parts: int, rows: int, order:
 
 def test_a_program_that_never_comes_is_noticed() -> None:
     """The replay would see programs that wait for each other."""
-    plan, partial, lse, out = decoded([3000], 6, 3, torch.Generator().manual_seed(1))
+    plan, partial, lse, out = planned([3000], 6, 3, torch.Generator().manual_seed(1))
     plan.records[2, 3] = plan.records[2, 4]  # its piece is gone
     with pytest.raises((RuntimeError, KeyError)):
         merge_together(plan, [0, 0], out, (partial, lse), lambda n: n - 1)

@@ -20,6 +20,7 @@ from fluentllm.kernels.triton.gqa_prefill import PrefillTiles, gqa_prefill, pref
 from fluentllm.kernels.triton.mla_absorb import absorbs
 from fluentllm.kernels.triton.mla_rows import rotate_queries
 
+from .mla_only import MlaOnly
 from .prefix import Workspace, plan_workspace
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from fluentllm.core.protocols import AttentionContext, MlaProducts
 
 
-class HopperMlaFp8(FusedMLA):
+class HopperMlaFp8(MlaOnly, FusedMLA):
     """`core.protocols.AttentionBackend`. Decode is absorbed; prefill is expanded, over its own tokens as they are and earlier
     ones out of the cache."""
 
@@ -50,16 +51,12 @@ class HopperMlaFp8(FusedMLA):
         self._tiles = self._workspace = self._known = None
         self._decodes = {}
         self._lengths, self._table = batch.kv_lengths, batch.page_table
-        if batch.first_key:
-            raise NotImplementedError("The kernels of mla_fp8 see all keys of a sequence, from its first on.")
+        batch.refuse_first_key()
         if batch.query_length is None:
             assert batch.query_lengths is not None
             assert batch.kv_lengths_host is not None
             self._tiles = prefill_tiles(batch.query_lengths, batch.kv_lengths_host, batch.kv_lengths.device)
             self._workspace = plan_workspace(batch)
-
-    def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
-        raise NotImplementedError("This backend is for MLA.")
 
     def mla(
         self,

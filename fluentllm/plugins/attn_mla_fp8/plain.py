@@ -16,6 +16,8 @@ from fluentllm.kernels.mla_decode.reference import (
     quantised_query,
 )
 
+from .mla_only import MlaOnly
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -36,7 +38,7 @@ class Span(NamedTuple):
         return self.keys - (self.rows.stop - self.rows.start)
 
 
-class PlainMlaFp8:
+class PlainMlaFp8(MlaOnly):
     """`core.protocols.AttentionBackend`. Decode is absorbed, with quantised queries; prefill is expanded, over its own tokens
     as they are and earlier ones out of the cache."""
 
@@ -55,9 +57,6 @@ class PlainMlaFp8:
         self._spans = [
             Span(slice(start, stop), number, keys) for number, (start, stop, keys) in enumerate(ranges) if stop > start
         ]
-
-    def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
-        raise NotImplementedError("This backend is for MLA.")
 
     def mla(
         self,

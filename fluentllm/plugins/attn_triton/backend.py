@@ -58,9 +58,8 @@ class TritonAttention(PoolWrites):
         self._mla_table: Tensor | None = None
 
     def begin(self, batch: Batch) -> None:
-        if batch.first_key and self._kv.kind == "mla":
-            # Only draft layers lack a first key, and all of those have grouped heads.
-            raise NotImplementedError("MLA by kernels sees all keys of a sequence, from its first on.")
+        if self._kv.kind == "mla":
+            batch.refuse_first_key()
         self._plan = self._tiles = self._expanded = None
         self._mla = {}
         self._mla_lengths, self._mla_table = batch.kv_lengths, batch.page_table

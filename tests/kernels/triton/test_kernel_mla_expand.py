@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from mla_splits import decoded
 
 from fluentllm.kernels.mla_decode import expand
 from fluentllm.kernels.mla_decode.combine import combine_splits
 from fluentllm.kernels.mla_decode.expand import ALL, expand_tile, merge_and_expand, shares
-from fluentllm.kernels.mla_decode.plan import DecodePlan, new_plan
-from fluentllm.kernels.mla_decode.replay import combine_reference, pieces
+from fluentllm.kernels.mla_decode.plan import new_plan
+from fluentllm.kernels.mla_decode.replay import combine_reference
 from fluentllm.kernels.triton.launch import launch
 
 CASES = [
@@ -22,25 +22,6 @@ CASES = [
     ([5, 0, 256], 5, 64, 1, 16),
     ([0, 0], 5, 2, 1, 16),
 ]
-
-
-def decoded(plan: DecodePlan, rows: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, partial, lse) as a decode leaves them for this plan, NaN wherever it writes nothing."""
-    lengths = plan.lengths.tolist()
-    out = torch.full((len(lengths), rows, 512), torch.nan)
-    partial = torch.full((2 * plan.parts, rows, 512), torch.nan)
-    lse = torch.full((2 * plan.parts, rows), torch.nan)
-    for piece in pieces(plan):
-        values = torch.randn(rows, 512, generator=rng)
-        if piece.last - piece.first == -(-lengths[piece.sequence] // 64):
-            out[piece.sequence] = values
-        else:
-            partial[piece.slot] = values
-            lse[piece.slot] = torch.randn(rows, generator=rng) * 3
-            # Some rows of a split see no key of it.
-            lse[piece.slot][torch.rand(rows, generator=rng) < 0.1] = -torch.inf
-            partial[piece.slot][lse[piece.slot].isinf()] = 0.0
-    return out, partial, lse
 
 
 @pytest.mark.parametrize(("lengths", "parts", "heads", "queries", "value"), CASES)
