@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dynamo.common.backend import EngineConfig, LLMEngine, LlmRegistration, WorkerConfig
@@ -157,4 +158,4 @@ def run(settings: Settings, *, namespace: str, pull: bool, discovery: str) -> No
     async def make(argv: list[str] | None) -> tuple[FluentWorker, WorkerConfig]:
         return FluentWorker(settings, pull=pull), config
 
-    run_worker(FluentWorker, engine_factory=make)
+    run_worker(FluentWorker, engine_factory=partial(make))
