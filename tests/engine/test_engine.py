@@ -231,3 +231,24 @@ async def test_observers_see_every_request_step_and_page(tiny: Harness) -> None:
     assert sum(len(slot.tokens) for _, result in witness.steps for slot in result.slots) == 6
     assert [event.kind for event in witness.kv] == ["stored", "cleared"]
     assert witness.kv[0].tokens == prompt(1, 40)[:32]
+
+
+async def test_chunks_of_a_prompt_share_steps_with_others_that_decode(exact: Harness) -> None:
+    """Chunked prefill mixed with decode: the long prompt takes several steps, and the running request gets a token in each."""
+    async with exact.engine(**{"scheduler.prefill_tokens": 16}) as running:
+        plans: list[StepPlan] = []
+        launch = running.engine.executor.launch
+
+        def noted(plan: StepPlan) -> Any:
+            plans.append(plan)
+            return launch(plan)
+
+        running.engine.executor.launch = noted  # type: ignore[method-assign]
+        first = running.submit(prompt(1, 8), max_tokens=40, ignore_eos=True)
+        await running.first(first)
+        second = running.submit(prompt(2, 70), max_tokens=4, ignore_eos=True)
+        assert len(await running.rest(second)) == 4
+        await running.rest(first)
+    mixed = [plan for plan in plans if plan.prefill and plan.decode]
+    assert len(mixed) >= 4
+    assert [chunk.count for plan in mixed for chunk in plan.prefill][:4] == [16, 16, 16, 16]
