@@ -54,7 +54,8 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 def inverse_frequencies(rope: Mapping[str, Any], dim: int, max_position: int) -> tuple[Tensor, float]:
     """`rope` from `rope_parameters` → ([dim / 2] float32, factor on cosines and sines).
 
-    dynamic (NTK) equals default up to `max_position_embeddings`; a longer context is refused (`assembly.choices.max_model_len`).
+    dynamic (NTK) equals default up to `max_position_embeddings`;
+    longer contexts are refused by `assembly.choices.max_model_len`.
     """
     kind = rope["rope_type"]
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
