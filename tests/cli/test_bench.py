@@ -12,8 +12,11 @@ import pytest
 from engine.harness import write_tiny_llama
 from processes.server import Server
 
+from fluentllm.bench import offline
 from fluentllm.bench.online import Load, Sample, summary
 from fluentllm.bench.report import percentiles
+from fluentllm.core import config
+from fluentllm.local import LocalEngine
 
 from .conftest import Fluent
 
@@ -169,3 +172,26 @@ def test_percentiles() -> None:
     assert found == {"mean": statistics.fmean(values), "p50": 51, "p90": 91, "p99": 100}
     assert percentiles([3.0]) == {"mean": 3, "p50": 3, "p90": 3, "p99": 3}
     assert percentiles([]) == {"mean": 0, "p50": 0, "p90": 0, "p99": 0}
+
+
+def test_latency_is_the_difference_of_two_medians_over_fresh_prompts(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TPOT = (time for steps + 1 new tokens − time for 1) / steps, after a round that does not count."""
+    ran: list[tuple[list[list[int]], list[int], float]] = []
+    run = offline._run
+
+    async def noted(client: Any, prompts: list[list[int]], new: list[int], *rest: Any) -> Any:
+        result = await run(client, prompts, new, *rest)
+        ran.append((prompts, new, result[0]))
+        return result
+
+    monkeypatch.setattr(offline, "_run", noted)
+    given = {"model.name": model, "model.load_format": "dummy", "engine.device": "cpu", "engine.threads": 1}
+    with LocalEngine(config.load(None, given, {}).settings) as local:
+        [row] = offline.latency(local, [2], 40, 24, rounds=3, tell=lambda _: None)
+    assert [new for _, new, _ in ran] == [[1, 1], [25, 25]] * 4
+    firsts, alls = ([seconds for _, _, seconds in ran[start::2]] for start in (2, 3))
+    assert row["prefill_s"] == statistics.median(firsts)
+    assert row["tpot_ms"] == pytest.approx((statistics.median(alls) - statistics.median(firsts)) / 24 * 1e3)
+    prompts = [tuple(prompt) for given_prompts, _, _ in ran for prompt in given_prompts]
+    assert {len(prompt) for prompt in prompts} == {40}
+    assert len({prompt[:16] for prompt in prompts}) == len(prompts) == 16
