@@ -242,7 +242,7 @@ async def test_ranks_that_answer_at_the_wrong_port_are_not_used() -> None:
         stats = decode.handoffs.stats()
         # Tried when the peer was named, and again for the request if the first try was over by then.
         assert 1 <= stats["connections_failed"] <= 2
-        assert stats["groups_received"] == 0
+        assert "groups_received" not in stats
     finally:
         for rank in (decode, *prefill):
             rank.handoffs.close()
