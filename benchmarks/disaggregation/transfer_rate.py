@@ -1,6 +1,6 @@
 """Rate of a KV transport against a plain NIXL loop over the same descriptors, in the same run, between two processes.
 
-    python benchmarks/disaggregation/transfer_rate.py [--repeat 15] [--json FILE]
+    python benchmarks/disaggregation/transfer_rate.py [--repeat 15] [--device cuda] [--json FILE]
 
 The plain loop makes one NIXL transfer of all rows with its notification and polls it every 50 µs; ours submits the same rows
 to `kv_nixl` and waits for its events. The two take turns, on the same memory and to the same process, which polls the same way
@@ -86,8 +86,8 @@ class Plain:
 
     def __init__(self, name: str, memory: torch.Tensor, settings: NixlSettings) -> None:
         self.wire = NixlWire("127.0.0.1", settings)
-        self.base = memory.data_ptr()
-        self.metadata = self.wire.open(name, 1, [memory], [Region(self.base, memory.numel(), 0)])
+        self.memory, self.base = memory, memory.data_ptr()
+        self.metadata = self.wire.open(name, 1, [memory], [Region(self.base, memory.numel(), memory.device.index or 0)])
         self.agent = self.wire._agent
 
     def connect(self, address: bytes, base: int) -> None:
@@ -107,10 +107,11 @@ class Plain:
         ours, theirs = np.zeros((len(rows), 3), dtype=np.uint64), np.zeros((len(rows), 3), dtype=np.uint64)
         ours[:, 0], ours[:, 1] = rows[:, 0] + self.base, rows[:, 2]
         theirs[:, 0], theirs[:, 1] = rows[:, 1] + self.remote, rows[:, 2]
+        kind = "VRAM" if self.memory.is_cuda else "DRAM"
         handle = self.agent.initialize_xfer(
             "WRITE",
-            self.agent.get_xfer_descs(ours, "DRAM"),
-            self.agent.get_xfer_descs(theirs, "DRAM"),
+            self.agent.get_xfer_descs(ours, kind),
+            self.agent.get_xfer_descs(theirs, kind),
             self.peer,
             b"written",
         )
@@ -125,11 +126,11 @@ class Plain:
         return seconds
 
 
-def target(descriptor: str, settings: str) -> None:
+def target(descriptor: str, settings: str, device: str) -> None:
     """The receiving process: answers every notification, in either way at a time."""
     torch.set_num_threads(1)
     config = msgspec.json.decode(settings, type=NixlSettings)
-    memory = torch.zeros(sum(region.size for region in LAYOUT.tensors()), dtype=torch.uint8)
+    memory = torch.zeros(sum(region.size for region in LAYOUT.tensors()), dtype=torch.uint8, device=device)
     ours, plain = Ours("target", memory, config), Plain("plain-target", memory, config)
     with socket.socket(fileno=int(descriptor)) as control:
         write_frame(control, [ours.transport.metadata(), plain.metadata, plain.base])
@@ -154,7 +155,9 @@ def target(descriptor: str, settings: str) -> None:
                     plain.agent.send_notif(plain.peer, b"answer")
             elif command == "zero":
                 memory.zero_()
-            write_frame(control, memory.numpy()[:count].tobytes() if command == "read" else True)
+                if memory.is_cuda:
+                    torch.cuda.synchronize()
+            write_frame(control, memory[:count].cpu().numpy().tobytes() if command == "read" else True)
     ours.transport.close()
     plain.wire.close()
 
@@ -183,16 +186,24 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=15)
     parser.add_argument("--only", default="", help="shapes whose name has this in it")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", default="cpu", help="of both ends' memory: cpu, cuda, cuda:N")
     parser.add_argument("--kernel-copies", action="store_true", help="let both copy through the kernel (CMA)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = NixlSettings(kernel_copies=options.kernel_copies)
     control, theirs = socket.socketpair()
     with theirs:
-        command = [sys.executable, __file__, "target", str(theirs.fileno()), msgspec.json.encode(config).decode()]
+        command = [
+            sys.executable,
+            __file__,
+            "target",
+            str(theirs.fileno()),
+            msgspec.json.encode(config).decode(),
+            options.device,
+        ]
         child = subprocess.Popen(command, pass_fds=[theirs.fileno()])
     size = sum(region.size for region in LAYOUT.tensors())
-    memory = torch.randint(-(2**62), 2**62, (size // 8,)).view(torch.uint8)
+    memory = torch.randint(-(2**62), 2**62, (size // 8,)).view(torch.uint8).to(options.device)
     ours, plain = Ours("source", memory, config), Plain("plain-source", memory, config)
     address, plain_address, base = read_frame(control)
     write_frame(control, [ours.transport.metadata(), plain.metadata, plain.base])
@@ -220,7 +231,7 @@ def main() -> int:
         read_frame(control)
         measure("ours", rows, 1)
         write_frame(control, ["read", size])
-        arrived, source = np.frombuffer(read_frame(control), dtype=np.uint8), memory.numpy()
+        arrived, source = np.frombuffer(read_frame(control), dtype=np.uint8), memory.cpu().numpy()
         expected = np.zeros(size, dtype=np.uint8)
         for start, offset, length in rows.tolist():
             expected[offset : offset + length] = source[start : start + length]
@@ -241,7 +252,7 @@ def main() -> int:
     ours.transport.close()
     plain.wire.close()
     if options.json:
-        write_report(options.json, {"results": results, "kernel_copies": options.kernel_copies})
+        write_report(options.json, {"results": results, "kernel_copies": options.kernel_copies, "device": options.device})
     return int(min(result["share"] for result in results) < TARGET)
 
 

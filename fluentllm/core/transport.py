@@ -169,8 +169,8 @@ class KVTransport(Protocol):
     @property
     def revokes(self) -> bool:
         """Whether `register` and `close` stop what peers write into the memory that was registered before, even peers that
-        are alive and do not cooperate. Where this is False (a peer on this machine copies through the kernel) only the end
-        of either process does, and quarantined pages stay so until their writer answers."""
+        are alive and do not cooperate. Where this is False (a peer on this machine copies through the kernel, or from GPU to
+        GPU) only the end of either process does, and quarantined pages stay so until their writer answers."""
         ...
 
     @property

@@ -75,8 +75,12 @@ class LocalEnd:
         return b"".join(tensor.cpu().numpy().tobytes() for tensor in self._previous)
 
     def fill(self, value: int) -> None:
+        import torch
+
         for tensor in self._tensors:
             tensor.fill_(value)
+        if self._tensors[0].is_cuda:
+            torch.cuda.synchronize(self._tensors[0].device)  # the peer writes in no order with our stream
 
     def connect(self, metadata: bytes) -> int:
         peer = self._transport.connect(metadata)

@@ -16,11 +16,11 @@ KEY = "only for tests, 0123456789abcdef"
 API_KEY = "the-router's"
 
 
-def start(folder: Path, role: str, transport: str, *arguments: str) -> Server:
+def start(folder: Path, role: str, transport: str, *arguments: str, config: dict[str, object] | None = None) -> Server:
     folder.mkdir(parents=True, exist_ok=True)
     settings = [f"plugins.kv_layerwise.key={KEY}", f"disaggregation.transport={transport}", "engine.deterministic=true"]
     options = [word for setting in settings for word in ("--set", setting)]
-    return Server(folder / "tiny", "--role", role, "--api-key", API_KEY, *options, *arguments, temporary=folder)
+    return Server(folder / "tiny", "--role", role, "--api-key", API_KEY, *options, *arguments, temporary=folder, config=config)
 
 
 def door(server: Server) -> str:
@@ -57,12 +57,16 @@ class Router:
 
 
 @contextmanager
-def cluster(folder: Path, transport: str, *arguments: str) -> Iterator[tuple[Server, Server]]:
-    """One of each."""
+def cluster(
+    folder: Path, transport: str, *arguments: str, config: dict[str, object] | None = None
+) -> Iterator[tuple[Server, Server]]:
+    """One of each. config: of another model than the tiny Llama."""
     with ExitStack() as stack:
-        prefill = start(folder / "prefill", "prefill", transport, "--set", "plugins.kv_layerwise.port=0", *arguments)
+        prefill = start(
+            folder / "prefill", "prefill", transport, "--set", "plugins.kv_layerwise.port=0", *arguments, config=config
+        )
         stack.callback(prefill.end)
         peers = f'plugins.kv_layerwise.peers=["{door(prefill)}"]'
-        decode = start(folder / "decode", "decode", transport, "--set", peers, *arguments)
+        decode = start(folder / "decode", "decode", transport, "--set", peers, *arguments, config=config)
         stack.callback(decode.end)
         yield prefill, decode

@@ -37,18 +37,18 @@ FLUENT = (sys.executable, "-c", "from fluentllm.cli import main; main()")
 START_TIMEOUT = 60.0
 
 
-def write_tiny_llama(folder: Path) -> Path:
+def write_tiny_llama(folder: Path, config: dict[str, object] | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
+    (folder / "config.json").write_text(json.dumps(config or TINY_LLAMA))
     return folder
 
 
 class Server:
     """Started, and waited for until it has printed its banner."""
 
-    def __init__(self, folder: Path, *arguments: str, temporary: Path) -> None:
-        """`temporary`: where the runtime folder shall be made."""
-        model = write_tiny_llama(folder)
+    def __init__(self, folder: Path, *arguments: str, temporary: Path, config: dict[str, object] | None = None) -> None:
+        """`temporary`: where the runtime folder shall be made. config: of another model."""
+        model = write_tiny_llama(folder, config)
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("FLUENT_", "XDG_RUNTIME"))}
         fixed = ("--load-format", "dummy", "--port", "0", "--threads", "1", "--kv-memory", "64MiB")
         self.temporary = temporary

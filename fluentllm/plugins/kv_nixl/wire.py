@@ -1,8 +1,9 @@
 """One NIXL agent with its UCX backend; a new one for each registration.
 
 Deregistering alone stops no peer: UCX's shared-memory and TCP transports write to any address that the peer asks for. Ending
-the agent does, for all of them but copies through the kernel (CMA), which need no help from the process written to; those
-are off unless asked for.
+the agent does, for all of them but those that need no help from the process written to: copies through the kernel (CMA),
+which are off unless asked for, and copies between two processes' memory on GPUs (CUDA IPC), which is how KV moves within a
+machine. So memory on GPUs cannot be revoked, unless UCX_TLS leaves `cuda_ipc` out.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from . import NixlSettings
 
 KERNEL_COPIES = ("cma", "knem", "xpmem")
+UNASSISTED = {
+    "DRAM": ({*KERNEL_COPIES}, {"all", "shm", "sm"}),
+    "VRAM": ({*KERNEL_COPIES, "cuda_ipc"}, {"all", "shm", "sm", "cuda"}),
+}
+"""By memory: UCX's transports that write without the other process, and its names for groups that have one of them."""
 _variables = threading.Lock()
 
 
@@ -54,13 +60,18 @@ class NixlWire:
     def revokes(self) -> bool:
         chosen = os.environ.get("UCX_TLS") or self._variables["UCX_TLS"]
         names = set(chosen.lstrip("^").split(","))
+        unassisted, groups = UNASSISTED[self._memory]
         if chosen.startswith("^"):
-            return names >= set(KERNEL_COPIES)
-        return not names & {*KERNEL_COPIES, "all", "shm", "sm"}
+            return names >= unassisted
+        return not names & (unassisted | groups)
 
     def open(self, name: str, epoch: int, tensors: Sequence[Tensor], regions: Sequence[Region]) -> bytes:
         self._memory = "DRAM" if tensors[0].device.type == "cpu" else "VRAM"
         self._device = regions[0].device
+        if self._memory == "VRAM":
+            import torch
+
+            torch.cuda.set_device(tensors[0].device)  # UCX copies in the context of the thread that drives it: this one
         config = self._nixl.nixl_agent_config(enable_prog_thread=False, enable_listen_thread=False, backends=[])
         try:
             with _environment(self._variables):
