@@ -24,7 +24,7 @@ from .costs import HOW, PRODUCTS, Cost, Load, ceilings, of_launch, of_product
 
 if TYPE_CHECKING:
     from ..core.executor import Executor, Pending
-    from ..core.types import StepPlan
+    from ..core.types import ModelInfo, StepPlan
     from ..local import LocalEngine
 
 WARM_STEPS = 6
@@ -74,11 +74,17 @@ def measure(local: LocalEngine, batch: int, context: int, steps: int) -> dict[st
     device = torch.device(local.engine.info.device)
     on_gpu = device.type == "cuda"
     looks = 2 if on_gpu else 1
-    budget = WARM_STEPS + looks * (steps + WARM_STEPS) + 40
+    # Tokens: a step gives each sequence one and up to all that were drafted; a few steps more run before a look ends.
+    budget = (WARM_STEPS + looks * (steps + WARM_STEPS) + 40) * _rows(local.engine.info)
     _check_fits(local, batch, context + budget)
     served, eager, length = local.call(_run(local, batch, context, steps, budget, on_gpu))
     rates = ceilings(device)
     return _table(served, eager or served, rates, {"batch": batch, "ctx": context, "mean_kv_length": length, "on_gpu": on_gpu})
+
+
+def _rows(info: ModelInfo) -> int:
+    """Tokens of a sequence in a step: one, and those drafted for it at most."""
+    return 1 + (info.speculative.max_k if info.speculative is not None else 0)
 
 
 async def _run(
@@ -86,7 +92,7 @@ async def _run(
 ) -> tuple[Look, Look | None, float]:
     rng = random.Random()
     engine, client = local.engine, local.generation.client
-    counts = [0] * batch
+    counts, rows = [0] * batch, _rows(engine.info)
 
     async def follow(number: int) -> None:
         prompt = rng.choices(range(engine.info.spec.vocab_size), k=context)
@@ -94,9 +100,9 @@ async def _run(
         async for output in client.submit(Request(id=f"step-{number}", prompt=prompt, params=params)):
             counts[number] += len(output.tokens)
 
-    async def advanced(by: int) -> None:
-        """Until every sequence has that many more tokens."""
-        goals = [count + by for count in counts]
+    async def advanced(steps: int) -> None:
+        """Until every sequence has gone at least so many steps on."""
+        goals = [count + steps * rows for count in counts]
         while any(count < goal for count, goal in zip(counts, goals, strict=True)):
             if any(task.done() for task in tasks):
                 raise ConfigError("The sequences ended before they were measured.", fix="Measure fewer --steps.")
@@ -106,7 +112,7 @@ async def _run(
     try:
         await advanced(1 + WARM_STEPS)
         length = context + sum(counts) / batch + steps / 2
-        load = Load(engine.info.spec, batch, 1, length, token_bytes(engine.info.spec.kv, engine.info.kv_dtype))
+        load = Load(engine.info.spec, batch, rows, length, token_bytes(engine.info.spec.kv, engine.info.kv_dtype))
         served = await _look(engine.executor, steps, advanced, load, on_gpu, shapes=not on_gpu)
         eager = None
         if on_gpu:

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -61,12 +60,14 @@ class Executor:
         self._launcher = ThreadPoolExecutor(1, "fluent-launch", initializer=_initialise_thread, initargs=(self.device, threads))
         # Reading back waits for the device, so on a GPU it must not keep the next step from being launched.
         self._reader = ThreadPoolExecutor(1, "fluent-read", initializer=_initialise_thread, initargs=(self.device, threads))
+        # Each makes its stream now: the device refuses that while a program is captured on the other's.
+        for pool in (self._launcher, self._reader):
+            pool.submit(int).result()
 
     def launch(self, plan: StepPlan) -> Future[StepResult]:
         """Enqueue a step. The future fails with what the step raised."""
         future: Future[StepResult] = Future()
-        submitted = self._launcher.submit(self._guard(future, self._launch), plan, future)
-        submitted.add_done_callback(partial(_pass_on, future))
+        self._launcher.submit(self._guard(future, self._launch), plan, future)
         return future
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
@@ -109,8 +110,7 @@ class Executor:
         if self.device.type == "cpu":
             self._read(done, pending, rows, clock, future)
         else:
-            submitted = self._reader.submit(self._guard(future, self._read), done, pending, rows, clock, future)
-            submitted.add_done_callback(partial(_pass_on, future))
+            self._reader.submit(self._guard(future, self._read), done, pending, rows, clock, future)
 
     def _apply(self, plan: StepPlan) -> None:
         """Admissions and page grants, before the programs of the same step, on their stream."""
@@ -140,13 +140,6 @@ class Executor:
         result.seconds = clock.seconds()
         result.slots = [slot for program in pending for slot in program.read(rows)]
         future.set_result(result)
-
-
-def _pass_on(future: Future[StepResult], submitted: Future[None]) -> None:
-    """A thread that could not start fails what was submitted to it, and so what waits for its result."""
-    error = submitted.exception()
-    if error is not None and not future.done():
-        future.set_exception(error)
 
 
 class _HostClock:

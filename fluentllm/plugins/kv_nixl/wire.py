@@ -31,6 +31,8 @@ UNASSISTED = {
     "VRAM": ({*KERNEL_COPIES, "cuda_ipc"}, {"all", "shm", "sm", "cuda"}),
 }
 """By memory: UCX's transports that write without the other process, and its names for groups that have one of them."""
+CHUNK_BYTES = {"DRAM": 32 * 2**20, "VRAM": 256 * 2**20}
+"""What takes a few milliseconds: one GPU copies at hundreds of GB/s, and the end of a chunk is seen after a nap."""
 _variables = threading.Lock()
 
 
@@ -38,7 +40,6 @@ class NixlWire:
     """A `Wire`. A connection is the name of the peer's agent."""
 
     kind = "nixl"
-    chunk_bytes = 32 * 1024 * 1024
     chunk_rows = 4096
     window = 3
 
@@ -55,6 +56,10 @@ class NixlWire:
         self._memory = "DRAM"
         self._device = 0
         self._tensors: Sequence[Tensor] = ()
+
+    @property
+    def chunk_bytes(self) -> int:
+        return CHUNK_BYTES[self._memory]
 
     @property
     def revokes(self) -> bool:
