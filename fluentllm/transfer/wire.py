@@ -61,11 +61,14 @@ class Wire(Protocol):
     is gone, and another `TransportError` where the operation failed for a reason of its own."""
 
     kind: str
-    chunk_bytes: int
-    """The most that one `post` is given, so that cancelling waits for no more."""
     chunk_rows: int
     window: int
     """Posts under way to one peer."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The most that one `post` is given, with `chunk_rows`, so that cancelling waits for no more."""
+        ...
 
     @property
     def revokes(self) -> bool:
