@@ -95,22 +95,22 @@ class Executor:
         self._apply(plan)
         began = time.perf_counter()
         pending = self.programs.run(plan)
-        launching = time.perf_counter() - began if self.device.type == "cuda" else 0.0
+        launched = time.perf_counter()
         self._kept.append(pending)
         done = StepResult(
             step=plan.step,
             slots=[],
             seconds=0.0,
-            launching=launching,
+            launching=launched - began if self.device.type == "cuda" else 0.0,
             verified=self.programs.verified,
             drafting_error=self.programs.drafting_error,
         )
         rows = self._rows
         clock.stop()
         if self.device.type == "cpu":
-            self._read(done, pending, rows, clock, future)
+            self._read(done, pending, rows, clock, launched, future)
         else:
-            self._reader.submit(self._guard(future, self._read), done, pending, rows, clock, future)
+            self._reader.submit(self._guard(future, self._read), done, pending, rows, clock, launched, future)
 
     def _apply(self, plan: StepPlan) -> None:
         """Admissions and page grants, before the programs of the same step, on their stream."""
@@ -134,10 +134,12 @@ class Executor:
         pending: list[Pending],
         rows: SlotRows,
         clock: _HostClock | _DeviceClock,
+        launched: float,
         future: Future[StepResult],
     ) -> None:
         """Fill in what the device has brought."""
         result.seconds = clock.seconds()
+        result.behind = time.perf_counter() - launched if result.launching else 0.0
         result.slots = [slot for program in pending for slot in program.read(rows)]
         future.set_result(result)
 

@@ -6,16 +6,22 @@ in front of it, which it reads once, or expands (MLA). All are learned from the 
 the error (normalised least mean squares), so what steps do not tell apart stays as it was learned: along one long prompt,
 tokens get dearer while chunks shrink and take the same time, which must not be taken for time that does not depend on tokens.
 
+Where the host launches a pass more slowly than the device runs it, the step's time is the host's. It tells of the device
+only that it was no slower: chunks that were cut because of it would take as long, be cut again, and end as crumbs. Whether
+a step was the host's is seen by how long the device still worked when all was launched. Such steps tell in turn what
+launching takes.
+
 With r times d(B) allowed, the time beyond d(B) is at most (r - 1) · d(B), but never cut below two things that smaller chunks
-would not spare: what the host takes to launch a pass kernel by kernel, while the device still works on the step before; and
-twice c + e · s, for half of such a step would be for nothing. (Passes that all were launched more slowly than they ran tell no
-c.)
+would not spare: what the host takes to launch a pass kernel by kernel; and where c + e · s is more than that, twice as much,
+for half of such a step would be for nothing. (Less is not told apart: small chunks are the host's. As long as all passes
+were, c is not known at all.)
 """
 
 from __future__ import annotations
 
 from collections import deque
 from math import sqrt
+from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,12 +40,12 @@ LEAST = 16
 """Tokens: a prompt gets on, whatever it costs others."""
 PASS_TOKENS, CONTEXT = 256, 16384
 """Scales: errors of a chunk of PASS_TOKENS are c's as much as a's; of one behind CONTEXT tokens, a's as much as b's."""
-LAUNCHES = 32
-"""Passes of which the one that was launched fastest counts: others wait for a compiler, a capture or a full queue."""
+LAUNCHES = 9
+"""Passes whose median is what launching takes: some wait for a compiler or a capture."""
 PROBE, PROBES = 0.5, 4
 """Every PROBES-th bounded chunk holds so much of what fits: chunks of different sizes tell what does not depend on size."""
-HOST_BOUND = 1.1
-"""Steps below so many times the launching time tell nothing of the device but that it was no slower."""
+HOST_BOUND = 0.1
+"""A pass that kept the device for less than so much of its step once it was launched ran as fast as it was launched."""
 
 
 class Cost:
@@ -48,7 +54,9 @@ class Cost:
     def __init__(self) -> None:
         self._rates: list[float] | None = None
         """Of PASS_TOKENS; of a token; of a token behind CONTEXT others; of PASS_TOKENS for CONTEXT others in front."""
-        self.shortest = float("inf")
+        self.told = False
+        """Has a pass been as slow as the device?"""
+        self._shortest = float("inf")
         """Of any pass."""
 
     @property
@@ -75,20 +83,23 @@ class Cost:
         root = sqrt(linear * linear + 4 * half * seconds)
         return 2 * seconds / (linear + root) if linear + root > 0 else float("inf")
 
-    def learn(self, chunks: Iterable[PrefillChunk], seconds: float, launching: float) -> None:
-        """What a pass took beyond decoding, and what launching takes the host."""
+    def learn(self, chunks: Iterable[PrefillChunk], seconds: float, *, at_most: bool) -> None:
+        """What a pass took the device beyond decoding, or no more than."""
         tokens = context = before = 0.0
         for chunk in chunks:
             tokens += chunk.count
             context += chunk.count * (chunk.start + chunk.count / 2) / CONTEXT
             before += chunk.start * PASS_TOKENS / CONTEXT
-        self.shortest = min(self.shortest, seconds)
+        self._shortest = min(self._shortest, seconds)
+        self.told |= not at_most
         scales = [PASS_TOKENS, tokens, context, before]
+        if self._rates is None and at_most:
+            scales[0] = 0.0  # of what the device did not take, nothing is known to be fixed
         rates = self._rates or [0.0] * len(scales)
         expected = sum(rate * scale for rate, scale in zip(rates, scales, strict=True))
         error = seconds - expected
         if self._rates is not None:
-            if seconds <= HOST_BOUND * launching and error >= 0:
+            if at_most and error >= 0:
                 return
             if seconds > OUTLIER * expected:
                 # One that waited for a compiler must not count for more than one that took twice as long as it should.
@@ -97,7 +108,7 @@ class Cost:
             scales = [scale if rate > 0 else 0.0 for rate, scale in zip(rates, scales, strict=True)]
         size = sum(scale * scale for scale in scales)
         rates = [max(0.0, rate + error * scale / size) for rate, scale in zip(rates, scales, strict=True)] if size else rates
-        rates[0] = min(rates[0], self.shortest / PASS_TOKENS)
+        rates[0] = min(rates[0], self._shortest / PASS_TOKENS)
         self._rates = rates
 
 
@@ -155,13 +166,13 @@ class PrefillBudget:
 
     @property
     def launching(self) -> float:
-        """Seconds that the host takes to launch a pass, if nothing holds it up."""
-        return min(self._launching, default=0.0)
+        """Seconds that the host takes to launch a pass."""
+        return median(self._launching) if self._launching else 0.0
 
     def floor(self, start: int) -> float:
         """Seconds that a step with prompt tokens behind `start` may add, whatever the ratio."""
-        told = self._cost.shortest > HOST_BOUND * self.launching
-        return max(self.launching, 2 * (self._cost.fixed(start) - (0.0 if told else self._cost.fixed(0))))
+        known = self._cost.fixed(start) - (0.0 if self._cost.told else self._cost.fixed(0))
+        return 2 * known if known > self.launching else self.launching
 
     def allow(self, decoding: int) -> Allowance:
         """For a step in which `decoding` sequences decode."""
@@ -182,11 +193,12 @@ class PrefillBudget:
         if not plan.prefill:
             self._decode[bucket] = _mean(self._decode.get(bucket), result.seconds)
             return
-        if result.launching > 0:
-            self._launching.append(result.launching)
         alone = self._decode.get(bucket) if plan.decode else 0.0
+        by_host = result.launching > 0 and result.behind - (alone or 0.0) < HOST_BOUND * result.seconds
+        if by_host or 0 < result.launching < self.launching:  # else it may have waited for room in the device's queue
+            self._launching.append(result.launching)
         if alone is not None:
-            self._cost.learn(plan.prefill, max(0.0, result.seconds - alone), self.launching)
+            self._cost.learn(plan.prefill, max(0.0, result.seconds - alone), at_most=by_host)
 
 
 def _mean(known: float | None, new: float) -> float:

@@ -134,6 +134,8 @@ class StepResult(Struct, kw_only=True):
     """From the program's start to its end on the device."""
     launching: float = 0.0
     """Seconds that the host took to launch it; 0 where the host computes it."""
+    behind: float = 0.0
+    """Seconds from then until the device had done it."""
     verified: int = 0
     """Drafts of each slot that the decode program computed: `Drafting.verify`, or none where no slot had any and the program
     was not captured."""
