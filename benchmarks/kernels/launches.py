@@ -102,6 +102,8 @@ VARIANTS = [
     Variant("merge inside, product loaded", merge_inside=True, product=2),
     Variant("prefetch 8, product loaded", prefetch=8, product=2),
     Variant("tiles by rule", measured=False),
+    Variant("products to 64", most_tokens=64),
+    Variant("products to 128", most_tokens=128),
     Variant("torch's products", most_tokens=0),
     Variant("torch's products, all loaded", most_tokens=0, product=2, small=2),
     Variant("torch's products, merge inside", most_tokens=0, merge_inside=True),

@@ -109,10 +109,10 @@ def check_combine() -> None:
     out, partial, lse = decode_pieces(split, content, aligned, scale, case.planes, case.table, SCALE)
     expected = out.clone()
     combine_reference(split, expected, partial, lse)
-    for columns, splits in ((64, 64), (512, 2)):
+    for columns, splits, each in ((64, 64, 1), (512, 2, 1), (512, 2, 2), (512, 8, 4)):
         merged = out.clone()
-        combine_splits[(4, 512 // columns, 4)](
-            merged, partial, lse, split.spans, ROWS=4, COLUMNS=columns, SPLITS=splits, MOST=1, PDL=0
+        combine_splits[(4 // each, 512 // columns, 4)](
+            merged, partial, lse, split.spans, ROWS=4, EACH=each, COLUMNS=columns, SPLITS=splits, MOST=1, PDL=0
         )
         assert relative_error(merged, expected) < 1e-6
     assert relative_error(expected.view(4, 2, 2, 512), case.emulated()) < 2e-3

@@ -24,6 +24,10 @@ ROW_TILE = 64
 """Query rows (heads × query length) of one CTA."""
 MOST_SWAPPED = 32
 """Rows up to which operands may be swapped."""
+MOST_EACH = 16
+"""Rows that one program of the combine merges at most."""
+FEW_PROGRAMS = 512
+"""Programs of the combine that fill the chip."""
 
 
 def parts_for(rows: int, device: torch.device) -> int:
@@ -192,10 +196,14 @@ class MlaDecode:
         sequences = self.plan.lengths.shape[0]
         # Few rows come with many splits: narrow programs, many splits in flight. Many rows: the other way round.
         columns, splits = (64, 64) if self.rows * sequences < 256 else (512, 8)
+        # Of many sequences most have one part and nothing to merge; starting a program for each row would take longer.
+        each = 1
+        while each < MOST_EACH and self.rows % (2 * each) == 0 and self.rows * sequences >= 2 * each * FEW_PROGRAMS:
+            each *= 2
         launch(
-            combine_splits, (self.rows, LATENT // columns, sequences),
+            combine_splits, (self.rows // each, LATENT // columns, sequences),
             out, self.partial, self.lse, self.plan.spans,
-            ROWS=self.rows, COLUMNS=columns, SPLITS=splits, MOST=most, num_warps=4, **programmatic(out.device),
+            ROWS=self.rows, EACH=each, COLUMNS=columns, SPLITS=splits, MOST=most, num_warps=4, **programmatic(out.device),
         )  # fmt: skip
         return out
 

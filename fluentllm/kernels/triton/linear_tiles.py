@@ -38,22 +38,32 @@ MEASURED: dict[tuple[int, int, int, bool], dict[int, LinearTile]] = {
     (4096, 1024, 2, False): {
         8: LinearTile(8, 64, 128, 1, 5, 4),
         32: LinearTile(32, 64, 128, 1, 4, 4),
+        64: LinearTile(64, 64, 64, 1, 6, 4),
+        128: LinearTile(64, 64, 64, 1, 6, 4),
     },
     (1024, 2048, 2, False): {
         8: LinearTile(8, 32, 128, 8, 8, 4),
         32: LinearTile(32, 32, 128, 8, 6, 4),
+        64: LinearTile(64, 32, 256, 4, 4, 4),
+        128: LinearTile(64, 64, 128, 4, 3, 4),
     },
     (3072, 1024, 2, True): {
         8: LinearTile(8, 32, 256, 1, 5, 4),
         32: LinearTile(32, 64, 128, 1, 5, 4),
+        64: LinearTile(64, 64, 128, 1, 4, 4),
+        128: LinearTile(64, 64, 128, 1, 4, 4),
     },
     (1024, 3072, 2, False): {
         8: LinearTile(8, 32, 128, 8, 8, 4),
         32: LinearTile(32, 32, 128, 8, 6, 4),
+        64: LinearTile(64, 32, 256, 4, 4, 4),
+        128: LinearTile(64, 64, 128, 4, 3, 4),
     },
     (151936, 1024, 2, False): {
         8: LinearTile(8, 32, 128, 1, 8, 4),
         32: LinearTile(32, 64, 128, 1, 4, 4),
+        64: LinearTile(64, 64, 128, 1, 3, 4),
+        128: LinearTile(128, 64, 64, 1, 4, 4),
     },
     (6144, 4096, 2, False): {
         8: LinearTile(8, 32, 256, 1, 4, 4),
@@ -78,30 +88,44 @@ MEASURED: dict[tuple[int, int, int, bool], dict[int, LinearTile]] = {
     (2112, 2048, 2, False): {
         8: LinearTile(8, 64, 64, 4, 8, 4),
         32: LinearTile(32, 64, 128, 4, 4, 4),
+        64: LinearTile(64, 64, 128, 4, 3, 4),
+        128: LinearTile(64, 64, 128, 2, 3, 4),
     },
     (3072, 1536, 2, False): {
         8: LinearTile(8, 64, 128, 1, 5, 4),
         32: LinearTile(32, 64, 64, 1, 8, 4),
+        64: LinearTile(64, 64, 64, 1, 6, 4),
+        128: LinearTile(128, 64, 128, 1, 4, 4),
     },
     (2048, 2048, 2, False): {
         8: LinearTile(8, 64, 128, 2, 5, 4),
         32: LinearTile(32, 32, 128, 4, 6, 4),
+        64: LinearTile(64, 32, 256, 2, 4, 4),
+        128: LinearTile(64, 64, 128, 2, 3, 4),
     },
     (2816, 2048, 2, True): {
         8: LinearTile(8, 32, 128, 1, 5, 4),
         32: LinearTile(32, 64, 128, 1, 5, 4),
+        64: LinearTile(64, 64, 128, 1, 4, 4),
+        128: LinearTile(64, 64, 128, 1, 4, 4),
     },
     (2048, 2816, 2, False): {
         8: LinearTile(8, 128, 64, 4, 6, 4),
         32: LinearTile(32, 64, 128, 4, 4, 4),
+        64: LinearTile(64, 64, 128, 4, 3, 4),
+        128: LinearTile(64, 64, 128, 2, 3, 4),
     },
     (10944, 2048, 2, True): {
         8: LinearTile(8, 32, 128, 1, 5, 4),
         32: LinearTile(32, 64, 128, 1, 5, 4),
+        64: LinearTile(64, 32, 128, 1, 3, 4),
+        128: LinearTile(128, 64, 64, 1, 3, 4),
     },
     (102400, 2048, 2, False): {
         8: LinearTile(8, 32, 256, 1, 4, 4),
         32: LinearTile(32, 64, 128, 1, 4, 4),
+        64: LinearTile(64, 64, 128, 1, 3, 4),
+        128: LinearTile(128, 64, 128, 1, 4, 4),
     },
     (2112, 3072, 2, False): {
         8: LinearTile(8, 64, 128, 4, 5, 4),
