@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 META = torch.device("meta")
+FAR = 4096
+"""Tokens in front of a chunk whose keys are shared by several programs."""
 MOST_THREADS = 16
 
 
@@ -128,7 +130,7 @@ def fill(model: Model) -> None:
 
 
 def _steps(largest: Largest) -> list[Callable[[Target], object]]:
-    """A short prompt, one sequence; then all sizes, the largest prompt, what sampling needs."""
+    """A short prompt, one sequence; then all sizes, the largest prompt, a chunk far into one, what sampling needs."""
     plain, sampled = 0, Feature.SAMPLING
     filtered = sampled | Feature.FILTER
     most, drafts = largest.sequences, largest.drafts
@@ -140,6 +142,7 @@ def _steps(largest: Largest) -> list[Callable[[Target], object]]:
     chunk = min(largest.prefill_tokens, largest.context - 1)
     prompts = [[n for n in lengths if n < largest.context] for lengths in ([33], [100, 7], [256, 256], [1024], [chunk])]
     steps += [_prefill(lengths, plain, largest) for lengths in prompts if lengths]
+    steps += [_prefill([64], plain, largest, behind=min(FAR, largest.context - 65))] if largest.context > 65 else []
     return [*steps, _decode(most, EVERY_FEATURE, 0), _prefill([16] * min(most, 16), EVERY_FEATURE, largest)]
 
 
@@ -150,10 +153,10 @@ def _decode(batch: int, features: int, drafts: int) -> Callable[[Target], object
     return lambda target: decode(slots, Drafting(drafts, drafts), features, target)
 
 
-def _prefill(lengths: list[int], features: int, largest: Largest) -> Callable[[Target], object]:
+def _prefill(lengths: list[int], features: int, largest: Largest, behind: int = 0) -> Callable[[Target], object]:
     from .step.prefill import prefill
 
-    chunks = [PrefillChunk(min(slot, largest.sequences - 1), 0, count, True) for slot, count in enumerate(lengths)]
+    chunks = [PrefillChunk(min(slot, largest.sequences - 1), behind, count, True) for slot, count in enumerate(lengths)]
     return lambda target: prefill(chunks, largest.drafts, features, target)
 
 

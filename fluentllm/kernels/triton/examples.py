@@ -105,10 +105,14 @@ def prefill_attention() -> None:
     ):
         tiles = prefill_tiles((300, 5), (300, 1000), torch.device("meta"), rows=rows)
         cache = _empty(1000, page, kv_heads, dim, dtype=kv_dtype)
-        gqa_prefill(_empty(305, heads, dim, dtype=dtype), cache, cache, _ints(2, 64), tiles, dim**-0.5)
+        for splits in (1, 3):
+            q = _empty(305, heads, dim, dtype=dtype)
+            gqa_prefill(q, cache, cache, _ints(2, 64), tiles, dim**-0.5, splits=splits)
     # MLA in expanded form.
     tiles = prefill_tiles((300, 5), (300, 1000), torch.device("meta"))
-    gqa_prefill(_empty(305, 16, 192), _empty(21, 64, 16, 192), _empty(21, 64, 16, 128), _ints(2, 16), tiles, 192**-0.5)
+    q, keys, values = _empty(305, 16, 192), _empty(21, 64, 16, 192), _empty(21, 64, 16, 128)
+    for splits in (1, 3):
+        gqa_prefill(q, keys, values, _ints(2, 16), tiles, 192**-0.5, splits=splits)
 
 
 def keys_and_values() -> None:

@@ -2,6 +2,9 @@
 
 FlashAttention-2's loop (arXiv:2307.08691): one program for a tile of query rows of one head. The list of tiles is made on
 the host, where a prefill's lengths are known; tiles with the most keys come first, so that none is left over at the end.
+
+A short chunk behind a long context has few tiles, each with a long loop. Where tiles do not fill the chip, several programs
+share the keys of each and leave what they found to a merging kernel, as in decode.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .language import dot
-from .launch import launch, power_of_2, split_width
+from .launch import launch, multiprocessors, power_of_2, split_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHARED_BYTES = 160 * 1024
+LEAST_RUN = 512
+"""Keys of a program that shares a tile: merging costs about as much as reading a few blocks of keys."""
+MOST_SPLITS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,8 @@ class PrefillTiles:
     """[4, tiles] int32: sequence, first row of the tile in the batch, rows, position of its first row."""
     rows: int
     """Of a full tile."""
+    longest: int
+    """Keys of the tile that has the most."""
 
 
 def prefill_tiles(
@@ -46,10 +54,11 @@ def prefill_tiles(
             tiles.append((sequence, start + first, min(rows, count - first), keys - count + first))
         start += count
     tiles.sort(key=lambda tile: tile[2] + tile[3], reverse=True)
+    longest = tiles[0][2] + tiles[0][3] if tiles else 0
     table = torch.tensor(tiles, dtype=torch.int32).view(-1, 4).T.contiguous()
     if device.type == "cuda":
         table = table.pin_memory()
-    return PrefillTiles(table.to(device, non_blocking=True), rows)
+    return PrefillTiles(table.to(device, non_blocking=True), rows, longest)
 
 
 @triton.jit
@@ -91,14 +100,16 @@ def _attend(acc, total, highest, queries, more_queries, position, page, k_pages,
     return acc, total, higher
 
 
-@triton.jit(do_not_specialize=["tile_count"])
+@triton.jit(do_not_specialize=["tile_count", "splits", "total_rows"])
 def _prefill_kernel(
-    out, q, k_pages, v_pages, page_table, tiles, tile_count, score_scale, value_scale,
+    out, lse, q, k_pages, v_pages, page_table, tiles, tile_count, splits, total_rows, score_scale, value_scale,
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_V: tl.constexpr, FIRST_KEY: tl.constexpr = 0,
+    BLOCK_V: tl.constexpr, FIRST_KEY: tl.constexpr = 0, SPLIT: tl.constexpr = False,
 ):  # fmt: skip
+    """out [T, H, Dv]; or, if SPLIT, [splits, T, H, Dv] float32 and lse [splits, T, H] float32 in log2 units: programs of a
+    tile have a run of its keys each."""
     head = tl.program_id(0)
     tile = tl.program_id(1)
     sequence = tl.load(tiles + tile)
@@ -123,12 +134,15 @@ def _prefill_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     table = page_table + sequence.to(tl.int64) * table_row
     last = first_position + count
-    seen_by_all = (first_position + 1) // BLOCK_N * BLOCK_N
+    run = tl.cdiv(tl.cdiv(last, splits), BLOCK_N) * BLOCK_N
+    begin = tl.program_id(2) * run
+    end = tl.minimum(begin + run, last)
+    seen_by_all = tl.minimum((first_position + 1) // BLOCK_N * BLOCK_N, end)
     kv_head = head // GROUP
     # Page numbers are fetched one block ahead, so that loads of keys wait for no other load.
     n = tl.arange(0, BLOCK_N)
-    next_page = tl.load(table + n // PAGE, mask=n < last, other=0)
-    for base in range(0, seen_by_all, BLOCK_N):
+    next_page = tl.load(table + (begin + n) // PAGE, mask=begin + n < last, other=0)
+    for base in range(begin, seen_by_all, BLOCK_N):
         page = next_page.to(tl.int64)
         ahead = base + BLOCK_N + n
         next_page = tl.load(table + ahead // PAGE, mask=ahead < last, other=0)
@@ -137,7 +151,7 @@ def _prefill_kernel(
             k_page, k_slot, k_head, v_page, v_slot, v_head, d, dv, DIM, VALUE_DIM, PAGE, BLOCK_M, BLOCK_N,
             BLOCK_D, BLOCK_E, False, FIRST_KEY,
         )  # fmt: skip
-    for base in range(seen_by_all, last, BLOCK_N):
+    for base in range(tl.maximum(begin, seen_by_all), end, BLOCK_N):
         page = next_page.to(tl.int64)
         ahead = base + BLOCK_N + n
         next_page = tl.load(table + ahead // PAGE, mask=ahead < last, other=0)
@@ -147,8 +161,48 @@ def _prefill_kernel(
             BLOCK_D, BLOCK_E, True, FIRST_KEY,
         )  # fmt: skip
     result = acc * (value_scale / tl.where(total > 0, total, 1.0))[:, None]
+    if SPLIT:
+        row += tl.program_id(2).to(tl.int64) * total_rows
+        seen = tl.where(total > 0, highest + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+        tl.store(lse + row * HEADS + head, seen, mask=valid)
     at = out + ((row * HEADS + head) * VALUE_DIM)[:, None] + dv[None, :]
     tl.store(at, result.to(out.dtype.element_ty), mask=valid[:, None] & (dv < VALUE_DIM)[None, :])
+
+
+@triton.jit(do_not_specialize=["splits", "cells"])
+def _merge_runs_kernel(out, partial, lse, splits, cells, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, RUNS: tl.constexpr):
+    """out [cells, Dv] of partial [splits, cells, Dv] and lse [splits, cells], float32; a cell is a row's head."""
+    cell = tl.program_id(0).to(tl.int64)
+    dv = tl.arange(0, BLOCK_V)
+    index = tl.arange(0, RUNS)
+    # Finite, so that the difference of two is never NaN; a run without a key that the row sees weighs nothing.
+    top = -1.0e30
+    total = 0.0
+    acc = tl.zeros([BLOCK_V], tl.float32)
+    for base in range(0, splits, RUNS):
+        at = (base + index).to(tl.int64) * cells + cell
+        inside = base + index < splits
+        seen = tl.load(lse + at, mask=inside, other=float("-inf"))
+        values = tl.load(
+            partial + (at * VALUE_DIM)[:, None] + dv[None, :], mask=inside[:, None] & (dv < VALUE_DIM)[None, :], other=0.0
+        )
+        higher = tl.maximum(top, tl.max(seen, 0))
+        fade = tl.exp2(top - higher)
+        weight = tl.exp2(seen - higher)
+        total = total * fade + tl.sum(weight, 0)
+        acc = acc * fade + tl.sum(weight[:, None] * values, 0)
+        top = higher
+    result = acc / tl.where(total > 0, total, 1.0)
+    tl.store(out + cell * VALUE_DIM + dv, result.to(out.dtype.element_ty), mask=dv < VALUE_DIM)
+
+
+def prefill_splits(programs: int, longest: int, device: torch.device) -> int:
+    """Programs that share the keys of a tile, where `programs` are one for each tile and head, and the longest loop has
+    `longest` keys."""
+    fill = multiprocessors(device)
+    if programs == 0 or programs >= fill:
+        return 1
+    return max(1, min(2 * fill // programs, longest // LEAST_RUN, MOST_SPLITS))
 
 
 def gqa_prefill(
@@ -162,10 +216,11 @@ def gqa_prefill(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     first_key: int = 0,
+    splits: int | None = None,
 ) -> Tensor:
     """q [T, H, D] (last dimension contiguous), k_pages [P, page, Hkv, D], v_pages [P, page, Hkv, Dv], page_table [N, W] int32 →
     [T, H, Dv] in q's dtype; the chunk's own KV is in the pages already. Scales and `first_key` as in
-    `gqa_decode`.
+    `gqa_decode`. splits: programs that share a tile's keys; None: `prefill_splits`.
 
     Reference: `kernels.attention_reference.gqa_reference`.
     """
@@ -177,12 +232,23 @@ def gqa_prefill(
     queries = block_m * (block_d + block_e) * q.element_size()
     while block_n > 16 and queries + block_n * stage > SHARED_BYTES:
         block_n //= 2
+    count = tiles.table.shape[1]
+    splits = prefill_splits(heads * count, tiles.longest, q.device) if splits is None else splits
+    into, lse = out, None
+    if splits > 1:
+        into = torch.empty(splits, tokens, heads, value_dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(splits, tokens, heads, dtype=torch.float32, device=q.device)
     launch(
-        _prefill_kernel, (heads, tiles.table.shape[1]), out, q, k_pages, v_pages, page_table, tiles.table,
-        tiles.table.shape[1], scale * k_scale * math.log2(math.e), v_scale,
+        _prefill_kernel, (heads, count, splits), into, lse, q, k_pages, v_pages, page_table, tiles.table,
+        count, splits, tokens, scale * k_scale * math.log2(math.e), v_scale,
         q.stride(0), q.stride(1), *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         GROUP=heads // kv_heads, HEADS=heads, DIM=dim, VALUE_DIM=value_dim, PAGE=page, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_V=block_v, FIRST_KEY=first_key,
+        BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_V=block_v, FIRST_KEY=first_key, SPLIT=splits > 1,
         num_warps=8 if block_m >= 128 else 4, num_stages=1 + max(1, min(2, (SHARED_BYTES - queries) // (block_n * stage))),
     )  # fmt: skip
+    if splits > 1:
+        launch(
+            _merge_runs_kernel, (tokens * heads,), out, into, lse, splits, tokens * heads,
+            VALUE_DIM=value_dim, BLOCK_V=block_v, RUNS=8, num_warps=4,
+        )  # fmt: skip
     return out

@@ -7,7 +7,7 @@ import torch
 from paged import random_paged
 
 from fluentllm.kernels.attention_reference import gqa_reference
-from fluentllm.kernels.triton.gqa_prefill import gqa_prefill, prefill_tiles
+from fluentllm.kernels.triton.gqa_prefill import LEAST_RUN, MOST_SPLITS, gqa_prefill, prefill_splits, prefill_tiles
 from fluentllm.kernels.triton.launch import split_width
 
 
@@ -21,17 +21,18 @@ from fluentllm.kernels.triton.launch import split_width
         ([(20, 9)], 2, 2, 192, 16, 16, torch.float32),
     ],
 )
+@pytest.mark.parametrize("splits", [1, 2, 11])
 def test_ragged_chunks(
     chunks: list[tuple[int, int]], heads: int, kv_heads: int, dim: int, page_size: int, tile: int, dtype: torch.dtype,
-    device: torch.device, rng: torch.Generator,
+    splits: int, device: torch.device, rng: torch.Generator,
 ) -> None:  # fmt: skip
-    """chunks: (cached keys, rows)."""
+    """chunks: (cached keys, rows). With more splits than blocks of keys some programs have none, of a tile or of a row."""
     lengths = [cached + rows for cached, rows in chunks]
     counts = [rows for _, rows in chunks]
     paged = random_paged(lengths, rng, device, kv_heads=kv_heads, dim=dim, page_size=page_size, dtype=dtype)
     q = torch.randn(sum(counts), heads, dim, generator=rng).to(device, dtype)
     tiles = prefill_tiles(counts, lengths, device, rows=tile)
-    out = gqa_prefill(q, paged.k, paged.v, paged.table, tiles, dim**-0.5)
+    out = gqa_prefill(q, paged.k, paged.v, paged.table, tiles, dim**-0.5, splits=splits)
     start = 0
     for i, (cached, rows) in enumerate(chunks):
         part = slice(start, start + rows)
@@ -40,6 +41,16 @@ def test_ragged_chunks(
         tolerance = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 4e-2}[dtype]
         torch.testing.assert_close(out[part].double(), expected, rtol=0, atol=tolerance)
         start += rows
+
+
+def test_keys_are_shared_where_tiles_do_not_fill_the_chip() -> None:
+    device = torch.device("cpu")  # 132 multiprocessors
+    assert prefill_splits(32, 100_000, device) == 8
+    assert prefill_splits(1, 100_000, device) == MOST_SPLITS
+    assert prefill_splits(32, 2 * LEAST_RUN, device) == 2
+    assert prefill_splits(32, 2 * LEAST_RUN - 1, device) == 1
+    assert prefill_splits(131, 100_000, device) == 2
+    assert prefill_splits(132, 100_000, device) == prefill_splits(0, 0, device) == 1
 
 
 def test_a_width_that_is_no_power_of_two_is_two() -> None:
