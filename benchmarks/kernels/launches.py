@@ -4,8 +4,9 @@ products of few rows take, whether MLA's steps share launches. Run it before cha
     python benchmarks/kernels/launches.py --model benchmarks/gpu/models/qwen3-0.6b --batches 1,32 --kv-memory 8GiB --json FILE
 
 One engine with random weights; before each variant its graphs are given up, so that they are captured again with the variant's
-choices. TPOT as `fluent bench latency` takes it. The first variant is measured again at the end: the difference between the two
-is the noise.
+choices. Printed is the median of the device's time for a step in which all sequences decode; TPOT as `fluent bench latency`
+takes it, which has the prompts' chunks between steps in it, goes to the file. The first variant is measured again at the end:
+the difference between the two is the noise.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -38,6 +41,8 @@ from fluentllm.plugins.attn_triton import backend as triton_attention
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from fluentllm.core.types import StepPlan, StepResult
 
 
 SWITCHES = ("PAGES_IN_RECORD", "LAUNCH_EARLY", "SWAP_OPERANDS", "CONVERT_EARLY")
@@ -160,7 +165,29 @@ def measure(local: LocalEngine, args: argparse.Namespace, variant: Variant) -> l
     with applied(variant):
         if graphs is not None:
             executor.call(graphs.clear).result()
-        return latency(local, args.batches, args.context, args.steps, args.rounds, tell=lambda _: None)
+        with decode_steps(local) as steps:
+            rows = latency(local, args.batches, args.context, args.steps, args.rounds, tell=lambda _: None)
+    return [row | {"step_ms": median(steps[row["batch"]]) * 1e3} for row in rows]
+
+
+@contextmanager
+def decode_steps(local: LocalEngine) -> Iterator[dict[int, list[float]]]:
+    """Sequences → seconds of each step in which so many decode and no prompt is read."""
+    found: dict[int, list[float]] = defaultdict(list)
+    budget = local.engine.prefill_budget
+    assert budget is not None
+    collected = budget.collected
+
+    def noted(plan: StepPlan, result: StepResult) -> None:
+        if not plan.prefill:
+            found[len(plan.decode)].append(result.seconds)
+        collected(plan, result)
+
+    budget.collected = noted  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        del budget.collected
 
 
 def main() -> None:
@@ -170,7 +197,7 @@ def main() -> None:
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 32])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--kv-memory")
     parser.add_argument("--only", help="names of variants, separated by semicolons")
     parser.add_argument("--json", type=Path)
@@ -179,7 +206,7 @@ def main() -> None:
     unknown = set(wanted) - {variant.name for variant in VARIANTS}
     if unknown:
         parser.error(f"there is no variant {sorted(unknown)}: {[variant.name for variant in VARIANTS]}")
-    print(f"{'TPOT, ms':30}" + "".join(f"{f'B{batch}':>10}" for batch in args.batches))
+    print(f"{'step, ms':30}" + "".join(f"{f'B{batch}':>10}" for batch in args.batches))
     given = {"model.name": args.model, "model.load_format": args.load_format, "kv.memory": args.kv_memory}
     found = []
     with LocalEngine(load(None, {name: value for name, value in given.items() if value}, {}).settings) as local:
@@ -187,7 +214,7 @@ def main() -> None:
             if variant.name in wanted:
                 rows = measure(local, args, variant)
                 found.append({"variant": variant.name, "rows": rows})
-                print(f"{variant.name:30}" + "".join(f"{row['tpot_ms']:>10.3f}" for row in rows), flush=True)
+                print(f"{variant.name:30}" + "".join(f"{row['step_ms']:>10.3f}" for row in rows), flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1))
 
