@@ -128,20 +128,27 @@ def throughput(
     outputs: tuple[int, int],
     seed: int,
     drafts: Drafts | None = None,
+    rounds: int = 1,
 ) -> dict[str, Any]:
-    """All requests at once, lengths uniform in the given ranges, end of sequence ignored."""
+    """All requests at once, lengths uniform in the given ranges, end of sequence ignored; `rounds` times with other prompts of
+    the same lengths. The figures are the last round's: in the first a GPU captures a program for each number of sequences."""
     rng = random.Random(seed)
     warm = [_prompt(local, rng, inputs[0]) for _ in range(4)]
     local.call(_run(local.generation.client, warm, [4] * 4))
-    prompts = [_prompt(local, rng, rng.randint(*inputs)) for _ in range(requests)]
+    lengths = [rng.randint(*inputs) for _ in range(requests)]
     budgets = [rng.randint(*outputs) for _ in range(requests)]
-    seconds, tokens = local.call(_run(local.generation.client, prompts, budgets, drafts))
+    rates = []
+    for left in reversed(range(rounds)):
+        prompts = [_prompt(local, rng, length) for length in lengths]
+        seconds, tokens = local.call(_run(local.generation.client, prompts, budgets, None if left else drafts))
+        rates.append(tokens / seconds)
     return {
         "requests": requests,
-        "in_tokens": sum(map(len, prompts)),
+        "in_tokens": sum(lengths),
         "out_tokens": tokens,
         "s": seconds,
-        "tok_s": tokens / seconds,
+        "tok_s": rates[-1],
+        "rounds_tok_s": rates,
     }
 
 

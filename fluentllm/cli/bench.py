@@ -61,6 +61,7 @@ def throughput(
     input_len: Annotated[str, typer.Option(help="Prompt tokens: N, or A:B for uniform.")] = "100:1024",
     output_len: Annotated[str, typer.Option(help="New tokens: N, or A:B for uniform.")] = "100:1024",
     seed: Annotated[int, typer.Option(help="Of lengths and prompts.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="How often; the last counts, when all is compiled and captured.")] = 1,
     json: Json = None,
     config: options.Config = None,
     sets: options.Sets = None,
@@ -76,8 +77,10 @@ def throughput(
     inputs, outputs = _range("--input-len", input_len), _range("--output-len", output_len)
 
     def measure(local: LocalEngine, drafts: Drafts) -> dict[str, Any]:
-        figures = offline.throughput(local, requests, inputs, outputs, seed, drafts)
-        typer.echo(f"{requests} requests, {figures['out_tokens']} tokens in {figures['s']:.1f} s: {figures['tok_s']:.1f} tok/s")
+        figures = offline.throughput(local, requests, inputs, outputs, seed, drafts, rounds)
+        before = "".join(f" (before: {rate:.1f})" for rate in figures["rounds_tok_s"][:-1])
+        total = f"{requests} requests, {figures['out_tokens']} tokens in {figures['s']:.1f} s"
+        typer.echo(f"{total}: {figures['tok_s']:.1f} tok/s{before}")
         return {"throughput": figures}
 
     flags = {"model.name": model, "engine.device": device, "model.load_format": load_format}

@@ -62,14 +62,15 @@ def test_latency(fluent_process: Fluent, model: str, tmp_path: Path) -> None:
 def test_throughput(fluent_process: Fluent, model: str, tmp_path: Path) -> None:
     """Every request gets exactly what was asked for, end-of-sequence tokens or not."""
     file = tmp_path / "throughput.json"
-    arguments = ("--requests", "9", "--input-len", "10:40", "--output-len", "7", "--json", str(file))
+    arguments = ("--requests", "9", "--input-len", "10:40", "--output-len", "7", "--rounds", "2", "--json", str(file))
     fluent_process("bench", "throughput", model, *arguments, *DUMMY)
     figures = json.loads(file.read_text())
     check_environment(figures, "throughput")
     found = figures["throughput"]
     assert (found["requests"], found["out_tokens"]) == (9, 63)
     assert 90 <= found["in_tokens"] <= 360
-    assert found["tok_s"] == pytest.approx(63 / found["s"])
+    assert found["tok_s"] == found["rounds_tok_s"][-1] == pytest.approx(63 / found["s"])
+    assert len(found["rounds_tok_s"]) == 2
     assert figures["startup_s"] > 0
 
 
