@@ -116,7 +116,7 @@ def test_an_fp8_cache_is_recorded_too(
         grouped = recorded(small(tmp_path / "gqa", "qwen3-0.6b"), monkeypatch, **{"kv.dtype": "fp8"})
     assert caplog.records == []
     names = {launch.kernel.__name__ for launch in latent}
-    assert SOME | {"_append_norms", "_fetch", "_quantise_query", "decode_fp8", "_prefill_kernel"} <= names
+    assert SOME | {"_append_norms", "_fetch", "_quantise_query", "decode_fp8_few", "_prefill_kernel"} <= names
     assert "decode_bf16" not in names
     assert {launch.kernel.__name__ for launch in grouped} >= SOME | GROUPED
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from fluentllm.core.types import StepPlan, StepResult
 
 
-SWITCHES = ("PAGES_IN_RECORD", "LAUNCH_EARLY", "SWAP_OPERANDS", "CONVERT_EARLY")
+SWITCHES = ("PAGES_IN_RECORD", "LAUNCH_EARLY", "SWAP_OPERANDS", "CONVERT_EARLY", "FETCH_MAPS")
 """Of MLA's decode."""
 
 
@@ -78,7 +78,8 @@ class Variant:
     """Up to so many MLA's products are parts of its other launches; 0: never."""
     mla_merge_inside: bool | None = None
     """Are MLA's splits merged where its values are expanded? None: by counting."""
-    mla_switches: tuple[str, ...] = ()
+    mla_switches: tuple[str, ...] | None = None
+    """Of `mla_decode.switches`, those that are on; None: as they are."""
     """Of `mla_decode.switches`, the ones that are on."""
 
 
@@ -115,12 +116,13 @@ VARIANTS = [
     Variant("mla apart", mla_tokens=0),
     Variant("mla merged inside", mla_merge_inside=True),
     Variant("mla merged before", mla_merge_inside=False),
+    Variant("mla off", mla_switches=()),
     Variant("mla pages", mla_switches=("PAGES_IN_RECORD",)),
     Variant("mla together", mla_switches=("MERGE_TOGETHER",)),
     Variant("mla early", mla_switches=("LAUNCH_EARLY",)),
     Variant("mla swapped", mla_switches=("SWAP_OPERANDS", "CONVERT_EARLY")),
-    Variant("mla all apart", mla_switches=(*SWITCHES, "FETCH_MAPS")),
-    Variant("mla all", mla_switches=(*SWITCHES, "FETCH_MAPS", "MERGE_TOGETHER")),
+    Variant("mla all apart", mla_switches=SWITCHES),
+    Variant("mla all", mla_switches=(*SWITCHES, "MERGE_TOGETHER")),
     Variant("base again"),
 ]
 
@@ -149,8 +151,9 @@ def applied(variant: Variant) -> Iterator[None]:
         put(triton_attention, "MOST_APPENDED", variant.most_appended)
         put(mla_absorb, "MOST_TOKENS", variant.mla_tokens)
         put(expand, "MERGE_INSIDE", variant.mla_merge_inside)
-        for name in variant.mla_switches:
-            put(switches, name, True)
+        if variant.mla_switches is not None:
+            for name in (*SWITCHES, "MERGE_TOGETHER"):
+                put(switches, name, name in variant.mla_switches)
         if not variant.measured:
             put(linear_tiles, "MEASURED", {})
         if variant.prefetch:

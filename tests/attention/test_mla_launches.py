@@ -15,6 +15,7 @@ from fluentllm.core.protocols import AttentionContext, AttentionSpec, FusedMLA
 from fluentllm.core.settings import Settings
 from fluentllm.core.slots import SlotTables
 from fluentllm.core.types import KVSpec, ModelSpec, PrefillChunk
+from fluentllm.kernels.mla_decode.decode import MOST_SWAPPED
 from fluentllm.kernels.triton import mla_absorb
 from fluentllm.kernels.triton.launch import recording
 from fluentllm.plugins.attn_mla_fp8.hopper import HopperMlaFp8
@@ -82,7 +83,9 @@ def test_a_layer_of_decode(
             assert layer(attention, number, batch).shape == (sequences * rows, HEADS, 128)
     # The last layer's: in the first one the pass is planned.
     names = [one.kernel.__name__ for one in launches[first:]]
-    assert names == [*before[quantised], "decode_fp8" if quantised else "decode_bf16", *behind]
+    few = HEADS * rows <= MOST_SWAPPED
+    decode = ("decode_fp8_few" if few else "decode_fp8") if quantised else "decode_bf16"
+    assert names == [*before[quantised], decode, *behind]
 
 
 def test_few_tokens_may_go_the_way_of_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,10 @@
 """Ways of the Hopper decode that can be taken or left, each beside its plain form.
 
-Read at every launch, or when a plan is made. All are off until they are measured: `benchmarks/kernels/mla_decode.py --variants`
-times each, benchmarks/kernels/NOTES.md has what is expected of them.
+Read at every launch, or when a plan is made. `benchmarks/kernels/mla_decode.py --variants` times each; what was expected of
+them, and what came of it, is in benchmarks/kernels/NOTES.md.
 """
 
-PAGES_IN_RECORD = False
+PAGES_IN_RECORD = True
 """The plan's record holds the ids of the first pages, so the first of them is asked for one load after the start, not three.
 Read when a plan is made, which must be given the page table."""
 MERGE_TOGETHER = False
@@ -15,13 +15,13 @@ multiprocessors. Two such kernels must not run beside each other, as two process
 Not "the last to finish merges": one multiprocessor reads four splits of 16 rows (128 KB) from L2 in 2 µs, which is what the
 combine takes; together they take a quarter each. And how many splits there are is known on the device alone, so a limit of
 eight would leave the combine's launch where it is."""
-SWAP_OPERANDS = False
+SWAP_OPERANDS = True
 """FP8 cache, up to 32 rows: keys and columns of the output on the MMA's M, rows on its N (`hopper_fp8_few`)."""
-CONVERT_EARLY = False
+CONVERT_EARLY = True
 """FP8 cache, 33 to 64 rows: all of a page's V is converted before its probabilities are awaited, and the page released. (With
 operands swapped it always is.)"""
-LAUNCH_EARLY = False
+LAUNCH_EARLY = True
 """Programmatic dependent launch of the decode: barriers and partitions are set up while the kernel in front ends."""
-FETCH_MAPS = False
+FETCH_MAPS = True
 """Each tensor map is used once, on a place outside its tensor, before anything is known: it is there when the first page's
 number is."""
