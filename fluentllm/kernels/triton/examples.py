@@ -31,6 +31,7 @@ from .mla_rows import append_latents, rotate_queries
 from .moe import experts, fp8_experts
 from .moe_route import route
 from .moe_scores import normed_router_logits, router_logits
+from .moe_scores_wide import new_counters as score_counters, wide_router_logits
 from .moe_sort import sort_by_expert
 from .moe_stream import stream_down, stream_gate_up
 from .moe_tiles import Tile
@@ -200,6 +201,9 @@ def mixture_of_experts() -> None:
     for tokens in (1, 32):
         router_logits(_empty(tokens, 2048), _floats(64, 2048))
         router_logits(_empty(tokens, 3072), _floats(192, 3072))
+    for tokens, hidden, total in ((512, 2048, 64), (2048, 2048, 64), (8192, 2048, 64), (300, 3072, 192), (8192, 6144, 768)):
+        x = _empty(tokens, hidden)
+        wide_router_logits(x, _floats(total, hidden), counters=score_counters(x.device))
     tile = Tile(16, 64, 128, 4, 4, swapped=True)
     tiles = sort_by_expert(_ints(8, 6), 64, tile.rows)
     stream_down(stream_gate_up(_empty(8, 2048), _empty(64, 2816, 2048), tiles, 6, tile), _empty(64, 2048, 1408), tiles, tile)

@@ -62,3 +62,18 @@ def prefetch_l2(pointers, mask, BYTES: tl.constexpr):
         [pointers, mask.to(tl.int32), BYTES],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def scatter(pointers, values, mask):
+    """`tl.store` of 32-bit values to places all over memory, by the threads that hold them: a store whose addresses do not
+    follow each other is given a layout of its own, and getting there takes longer than the store."""
+    if UPCAST:
+        tl.store(pointers, values, mask=mask)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.global.b32 [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r,r",
+            [pointers, values, mask.to(tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .normed import Normed
 
 MOST_TOKENS = 256
-"""Above this a library's product is faster: each program reads its tokens again."""
+"""Above this `moe_scores_wide` takes over: here each program reads its tokens again."""
 
 
 @triton.jit(do_not_specialize=["tokens", "parts"])

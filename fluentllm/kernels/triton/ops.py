@@ -12,6 +12,7 @@ from ..fp8_weight import Fp8BlockWeight
 from ..plain import PlainOps
 from ..weights import DenseWeight
 from . import elementwise, moe, moe_route, moe_scores, ngram as ngrams, norm
+from .moe_scores_wide import RouterWeight, wide_router_logits
 from .streamed_weight import Streamed, StreamedFp8Weight, StreamedWeight
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class TritonOps(PlainOps):
 
     def pack(self, weight: Tensor, precision: str) -> Weight:
         packed = super().pack(weight, precision)
-        if isinstance(packed, DenseWeight) and packed.weight.dtype is not torch.float32 and in_kernels(packed.weight):
-            return StreamedWeight(packed.weight)
+        if isinstance(packed, DenseWeight) and in_kernels(packed.weight):
+            return (RouterWeight if packed.weight.dtype is torch.float32 else StreamedWeight)(packed.weight)
         return self._fp8(packed) if isinstance(packed, Fp8BlockWeight) else packed
 
     def pack_blocks(self, kind: str, parts: Mapping[str, Tensor], precision: str) -> Weight | None:
@@ -89,6 +90,8 @@ class TritonOps(PlainOps):
     def router_logits(self, x: Tensor, weight: Weight) -> Tensor:
         if isinstance(weight, DenseWeight) and x.shape[0] <= moe_scores.MOST_TOKENS:
             return moe_scores.router_logits(x, weight.weight)
+        if isinstance(weight, RouterWeight) and weight.takes(x):
+            return wide_router_logits(x, weight.weight, counters=weight.counters)
         return super().router_logits(x, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -42,10 +42,15 @@ def test_nan_logits_choose_experts_that_exist(device: torch.device) -> None:
     assert ((ids >= 0) & (ids < 12)).all()
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "rows"), [(1, 2, 16), (40, 3, 16), (400, 4, 64)])
-def test_sort(tokens: int, top_k: int, rows: int, device: torch.device, rng: torch.Generator) -> None:
+@pytest.mark.parametrize("liked", [None, 2, 7])
+@pytest.mark.parametrize(("tokens", "top_k", "rows"), [(1, 2, 16), (40, 3, 16), (400, 4, 64), (700, 7, 16)])
+def test_sort(tokens: int, top_k: int, rows: int, liked: int | None, device: torch.device, rng: torch.Generator) -> None:
+    """`liked`: chosen nine times out of ten, a zero expert too: more tiles for one expert, or for nobody, than are written
+    together; the last size is more pairs than are looked at together."""
     count, zero = 6, 2
     ids = torch.randint(0, count + zero, (tokens, top_k), generator=rng, dtype=torch.int32)
+    if liked is not None:
+        ids[torch.rand(tokens, top_k, generator=rng) < 0.9] = liked
     tiles = sort_by_expert(ids.to(device), count, rows)
     flat = ids.flatten().long()
     computed = int((flat < count).sum())

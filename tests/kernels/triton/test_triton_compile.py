@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 
 import pytest
 import triton
@@ -47,6 +48,17 @@ def test_every_programmatic_kernel_starts_the_next_at_any_place(monkeypatch: pyt
     for name, one in one_each.items():
         assert one.options["PDL"] == 2
         assert "griddepcontrol.launch_dependents" in compile_launch(one).asm["ptx"], name
+
+
+def test_the_routers_sums_are_promoted_at_every_step() -> None:
+    """A compiler may add up what a product gives inside of the product: tensor cores would cut long sums off."""
+    wide = [one for _, one in example_launches() if one.kernel.__name__ == "_wide_scores_kernel"]
+    for one in wide:
+        code = compile_launch(one).asm["ttgir"]
+        dots = [at.start() for at in re.finditer(r"warp_group_dot ", code)]
+        assert len(dots) == 3
+        assert "arith.addf" in code[dots[-1] : code.index("scf.yield", dots[-1])]
+    assert wide
 
 
 def test_the_check_sees_what_would_not_compile() -> None:
