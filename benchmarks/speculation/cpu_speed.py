@@ -4,7 +4,7 @@
     python benchmarks/speculation/cpu_speed.py --only again pld   # contenders whose names begin so
 
 Every contender is a process with an engine of its own, and they take turns, task by task: none, pld, none, pld auto, … What
-counts is the ratio of a contender's ms a token to that of `none` right before it, so load that comes and goes cancels. Tasks
+counts is the ratio of a contender's ms a token to that of `none` beside it, so load that comes and goes cancels. Tasks
 whose answers repeat the prompt are `repeating_answers.py`'s, chats those that the EAGLE-3 head was not trained on.
 """
 
@@ -99,12 +99,14 @@ class Contender:
 
 
 def compare(tasks: list[str], names: list[str], running: dict[str, Contender], rounds: int) -> dict[str, dict[str, float]]:
-    """`none` before each contender, task by task → medians."""
+    """`none` and each contender in turn, task by task, in every other round the other way round → medians."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for _ in range(rounds):
+    for number in range(rounds):
         for task in tasks:
             for name in names:
-                plain, drafted = running["none"].run(task), running[name].run(task)
+                pair = ("none", name) if number % 2 == 0 else (name, "none")
+                answers = {each: running[each].run(task) for each in pair}
+                plain, drafted = answers["none"], answers[name]
                 row = {"ms": drafted["ms"], "none_ms": plain["ms"], "ratio": plain["ms"] / drafted["ms"]}
                 row |= {
                     "drafts_a_step": drafted["drafted"] / drafted["steps"],
