@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
 }
 PROMPTS = 4
 NEW = 32
-ACCEPTED_LENGTH = 1.35
+ACCEPTED_LENGTH = 1.7
 """At least; `benchmarks/speculation/acceptance.py` measures more prompts."""
 
 

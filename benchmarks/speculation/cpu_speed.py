@@ -1,10 +1,10 @@
 """Whether drafts make a single stream faster on this machine: SmolLM2, greedy, each contender against no drafts.
 
     python benchmarks/speculation/cpu_speed.py --json FILE        # about three minutes, on a machine that does nothing else
-    python benchmarks/speculation/cpu_speed.py --only pld         # contenders whose names begin so
+    python benchmarks/speculation/cpu_speed.py --only again pld   # contenders whose names begin so
 
 Every contender is a process with an engine of its own, and they take turns, task by task: none, pld, none, pld auto, … What
-counts is the ratio of a contender's ms a token to that of `none` right before it, so load that comes and goes cancels. Tasks
+counts is the ratio of a contender's ms a token to that of `none` beside it, so load that comes and goes cancels. Tasks
 whose answers repeat the prompt are `repeating_answers.py`'s, chats those that the EAGLE-3 head was not trained on.
 """
 
@@ -30,6 +30,7 @@ HELD_OUT = Path(__file__).parents[2] / "examples" / "train_eagle" / "heldout.txt
 REPEATING = [TASKS[name] for name in ("edit a letter", "correct a report", "copy a report")]
 CONTENDERS: dict[str, dict[str, Any]] = {
     "none": {},
+    "again none": {},
     "pld, k 3": {"speculative.method": "pld", "speculative.k": 3, "speculative.max_k": 3},
     "pld, auto": {"speculative.method": "pld"},
     "eagle, k 1": {"speculative.method": "eagle", "speculative.k": 1, "speculative.max_k": 1},
@@ -42,9 +43,11 @@ CONTENDERS: dict[str, dict[str, Any]] = {
         "speculative.max_k": 3,
         "speculative.synthetic_acceptance": 2.2,
     },
+    "eagle, auto, 1.0": {"speculative.method": "eagle", "speculative.synthetic_acceptance": 1.0},
 }
-"""The last is what a head that reaches the aim would do: drafts are accepted by a coin, 2.2 tokens a step on average, and its
-answers mean nothing."""
+"""`again none` is the control: how far two processes are apart that do the same. The last two accept drafts by a coin, and
+their answers mean nothing: 2.2 tokens a step on average, the length aimed at, and no draft at all, so that one sees what the
+draft layer costs while it brings nothing."""
 
 
 def serve_tasks(contender: str, new: int) -> None:
@@ -96,12 +99,14 @@ class Contender:
 
 
 def compare(tasks: list[str], names: list[str], running: dict[str, Contender], rounds: int) -> dict[str, dict[str, float]]:
-    """`none` before each contender, task by task → medians."""
+    """`none` and each contender in turn, task by task, in every other round the other way round → medians."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for _ in range(rounds):
+    for number in range(rounds):
         for task in tasks:
             for name in names:
-                plain, drafted = running["none"].run(task), running[name].run(task)
+                pair = ("none", name) if number % 2 == 0 else (name, "none")
+                answers = {each: running[each].run(task) for each in pair}
+                plain, drafted = answers["none"], answers[name]
                 row = {"ms": drafted["ms"], "none_ms": plain["ms"], "ratio": plain["ms"] / drafted["ms"]}
                 row |= {
                     "drafts_a_step": drafted["drafted"] / drafted["steps"],
@@ -115,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--new", type=int, default=64, help="new tokens of an answer")
-    parser.add_argument("--only", default="", help="contenders whose names begin so")
+    parser.add_argument("--only", nargs="*", default=[""], help="contenders whose names begin so")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -123,7 +128,7 @@ def main() -> None:
         serve_tasks(args.contender, args.new)
         return
     chats = [text for text in HELD_OUT.read_text(encoding="utf-8").splitlines() if text.strip()][:3]
-    names = [name for name in CONTENDERS if name != "none" and name.startswith(args.only)]
+    names = [name for name in CONTENDERS if name != "none" and name.startswith(tuple(args.only))]
     running = {name: Contender(name, args.new) for name in ("none", *names)}
     rows: dict[str, Any] = {}
     try:

@@ -43,8 +43,9 @@ AGAIN, REST = 3, 64
 """Steps of a trial of a K whose time is known, and from one trial of it to the next."""
 MARGIN = 1.01
 """By how much another K must be better: a change costs a step of its own."""
-HOPE = 1.5
-"""A K whose last known rate is worse than the best by more is not tried again."""
+HOPE, LONG_REST = 1.5, 4096
+"""A K whose last known rate is worse than the best by more rests so many steps: most likely it would be tried in vain, but what
+made it slow may have been another program."""
 DROPPED_EAGER, DROPPED_CAPTURED = 1, 2
 """First runs of a program that tell nothing: on a GPU one compiles and the next is captured."""
 
@@ -165,8 +166,8 @@ class DraftLength:
         return self._for_looks.covers(self._price_of_look(bucket, best) * (LOOKS_SAVED if best else 1))
 
     def _next_trial(self, bucket: int, best: int) -> tuple[int, int, bool] | None:
-        """Of what could be the best if its time is as short as it can be, the most hopeful; then, in turn, what was tried
-        longest ago and was not much worse."""
+        """Of what could be the best if its time is as short as it can be, the most hopeful; then, in turn, what has rested
+        longest, and long enough."""
         rate, known = self._rate(bucket, best), set(self.times.lengths(bucket))
         hopes = {
             k: self.acceptance.tokens(self._mix, k) / self._mean(bucket, k, self.times.shortest(bucket, k))
@@ -179,13 +180,16 @@ class DraftLength:
             offered = self.acceptance.offered(self._mix) if self._eager else 1.0
             steps = 1 + ceil(self.times.runs_needed / max(offered, 0.25))
             affordable = [k for k in hopes if self._affordable(bucket, k, steps, rate)]
-            k = max(affordable, key=hopes.__getitem__, default=best)
+            if not affordable:
+                return None
+            k = max(affordable, key=hopes.__getitem__)
             self._tried[bucket, k] = self._steps
-            return (k, steps, True) if affordable else None
-        tried = {k: self._tried.get((bucket, k), 0) for k in known if k != best and HOPE * self._rate(bucket, k) > rate}
-        k = min(tried, key=tried.__getitem__, default=best)
-        if k == best or self._steps - tried[k] < REST:
+            return k, steps, True
+        rested = {k: self._steps - self._tried.get((bucket, k), 0) for k in known if k != best}
+        due = {k: steps for k, steps in rested.items() if steps >= (REST if HOPE * self._rate(bucket, k) > rate else LONG_REST)}
+        if not due:
             return None
+        k = max(due, key=due.__getitem__)
         if not self._affordable(bucket, k, AGAIN, rate):
             return None
         self._tried[bucket, k] = self._steps

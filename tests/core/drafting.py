@@ -31,6 +31,8 @@ class World:
     """Times as they are measured: 2 % to and fro, one in a hundred eight times as long, and a program's first run too, or the
     first two where it is captured."""
     rng: random.Random = field(default_factory=random.Random)
+    ran: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """How often each program was run: that of an engine which has run before."""
     time: float = 0.0
     tokens: float = 0.0
     """Of a sequence."""
@@ -42,7 +44,6 @@ class World:
     def __post_init__(self) -> None:
         self._step, self._kept, self._new = 0, 0, True
         self._left: list[list[int]] = [[]] * self.batch
-        self._runs: Counter[tuple[int, int]] = Counter()
 
     def run(self, lengths: DraftLength, steps: int) -> World:
         for _ in range(steps):
@@ -106,6 +107,6 @@ class World:
     def _measured(self, seconds: float, program: tuple[int, int]) -> float:
         if not self.noise:
             return seconds
-        self._runs[program] += 1
-        first, interrupted = self._runs[program] <= (1 if self.eager else 2), self.rng.random() < 0.01
+        self.ran[program] += 1
+        first, interrupted = self.ran[program] <= (1 if self.eager else 2), self.rng.random() < 0.01
         return seconds * self.rng.gauss(1, 0.02) * (5 if first else 8 if interrupted else 1)

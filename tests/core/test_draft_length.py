@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -123,17 +124,47 @@ def test_short_requests_one_after_the_other(tokens: int) -> None:
     assert spent[True] < 0.75 * plain[True]
 
 
+def test_a_k_that_cannot_be_afforded_was_not_tried() -> None:
+    """A look says that drafts are right, but a trial is dearer than what has been saved: no K has had its turn."""
+    lengths, cost = DraftLength("auto", 2), rows(0.010, 0.001, 0.001)
+    seen = world(cost, 1, 1.0).run(lengths, 3)
+    while not lengths.acceptance.tokens({}, 1) > 1.0:
+        seen.run(lengths, 1)
+    lengths._for_trials.spend(1.0)
+    before = dict(lengths._tried)
+    seen.chosen = []
+    seen.run(lengths, 50)
+    assert set(seen.chosen) == {0}
+    assert lengths._tried == before
+
+
+def test_a_time_that_another_program_made_long_is_measured_again() -> None:
+    """While K = 1 is tried the machine does something else, and verifying seems ten times as long."""
+    load = {"verify": 0.100}
+
+    def cost(batch: int, verify: int, leave: int) -> float:
+        return 0.010 + 0.001 * leave + (load["verify"] if verify else 0.0)
+
+    lengths = DraftLength("auto", 2, eager=True)
+    seen = world(cost, 1, 1.0, eager=True).run(lengths, 300)
+    assert lengths.times.known(1, 1, 1) == pytest.approx(0.111)
+    assert set(seen.chosen[-100:]) == {0}
+    load["verify"], seen.chosen = 0.001, []
+    seen.run(lengths, 5000)
+    assert seen.chosen[-500:].count(2) > 450, "once in so many steps what was much worse is tried too"
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_change_of_what_is_asked(seed: int) -> None:
     """One stream, 64 tokens a request: a draft layer that is bad at seven requests and good at the next seven; prompt lookup on
     seven that repeat the prompt, then seven chats. From the very first step on, what does not pay costs less than 3 %."""
-    rng = random.Random(seed)
+    rng, ran = random.Random(seed), Counter[tuple[int, int]]()
 
     def requests(lengths: DraftLength, cost: Cost, right: float, offered: float, k: int) -> float:
         """How fast, beside a fixed K."""
         speeds = []
         for _ in range(7):
-            seen = World(cost, 1, right, offered, eager=True, noise=True, rng=rng).until(lengths, 64)
+            seen = World(cost, 1, right, offered, eager=True, noise=True, rng=rng, ran=ran).until(lengths, 64)
             speeds.append(seen.rate() / seen.fixed(k))
         return len(speeds) / sum(1 / speed for speed in speeds)
 
@@ -141,7 +172,7 @@ def test_a_change_of_what_is_asked(seed: int) -> None:
     lengths = DraftLength("auto", 4, eager=True)
     assert requests(lengths, layer, 0.14, 1.0, 0) > 0.97
     assert requests(lengths, layer, 0.45, 1.0, 1) > 0.85, "it must look first, and a look takes a tenth of a step"
-    lengths = DraftLength("auto", 4, eager=True)
+    lengths, ran = DraftLength("auto", 4, eager=True), Counter()
     assert requests(lengths, lookup, 0.85, 0.75, 3) > 0.9
     assert requests(lengths, lookup, 0.2, 0.3, 0) > 0.97
 
