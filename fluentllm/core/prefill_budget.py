@@ -12,9 +12,9 @@ a step was the host's is seen by how long the device still worked when all was l
 launching takes.
 
 With r times d(B) allowed, the time beyond d(B) is at most (r - 1) · d(B), but never cut below two things that smaller chunks
-would not spare: what the host takes to launch a pass kernel by kernel; and where c + e · s is more than that, twice as much,
-for half of such a step would be for nothing. (Less is not told apart: small chunks are the host's. As long as all passes
-were, c is not known at all.)
+would not spare: what the host takes to launch a pass kernel by kernel; and where c + e · s is more than that, `WORTH` times as
+much, lest nearly all of such a step be for nothing. (Less is not told apart: small chunks are the host's. As long as all
+passes were, c is not known at all.)
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ RATE = 0.3
 OUTLIER = 0.5
 """A pass that took less than so much of what was expected tells that those before waited for something else, such as a
 compiler: nothing makes a pass faster than it is. All of that error is corrected at once."""
+WORTH = 1.5
+"""A pass may take so many times what it takes whatever it holds. More would break the bound where it can be kept: a prompt
+that gets on slowly is waited for by one, a late token by all."""
 LEAST = 16
 """Tokens: a prompt gets on, whatever it costs others."""
 PASS_TOKENS, CONTEXT = 256, 16384
@@ -172,7 +175,7 @@ class PrefillBudget:
     def floor(self, start: int) -> float:
         """Seconds that a step with prompt tokens behind `start` may add, whatever the ratio."""
         known = self._cost.fixed(start) - (0.0 if self._cost.told else self._cost.fixed(0))
-        return 2 * known if known > self.launching else self.launching
+        return max(self.launching, WORTH * known if known > self.launching else 0.0)
 
     def allow(self, decoding: int) -> Allowance:
         """For a step in which `decoding` sequences decode."""

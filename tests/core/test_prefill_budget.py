@@ -97,7 +97,7 @@ def test_a_pass_that_takes_long_whatever_it_holds_is_not_cut_to_crumbs() -> None
     for _ in range(60):
         used.append(budget.tokens(1))
         step(budget, 1, used[-1], alone + 0.012 + 1e-5 * used[-1])
-    assert min(used[20:]) > 100
+    assert min(used[20:]) > 50  # half of what fits, now and then
     assert max(used[20:]) * 1e-5 < 0.04
 
 
