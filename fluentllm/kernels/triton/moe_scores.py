@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .normed import Normed
 
-MOST_TOKENS = 256
+MOST_TOKENS = 64
 """Above this `moe_scores_wide` takes over: here each program reads its tokens again."""
 
 

@@ -122,12 +122,12 @@ def test_without_counters_and_with_more_tiles_than_are_counted(device: torch.dev
     torch.testing.assert_close(logits.cpu().double(), exact, rtol=1e-5, atol=1e-4)
 
 
-def test_tiles_fill_the_chip_once() -> None:
+def test_tiles_fill_the_chip_twice_at_most() -> None:
     device = torch.device("meta")
     for tokens, total in ((257, 64), (512, 64), (1000, 64), (2048, 64), (8192, 64), (512, 192), (8192, 768), (257, 768)):
         tile = wide_tile(tokens, total, device)
         tiles = -(-total // 64) * -(-tokens // tile.tokens)
-        assert tile.splits == 1 or tiles * tile.splits <= 132
+        assert tile.splits == 1 or tiles * tile.splits <= 2 * 132
         assert tiles * tile.splits >= 64
 
 
