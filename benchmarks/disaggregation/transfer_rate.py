@@ -172,6 +172,7 @@ def shapes(rng: np.random.Generator, only: str) -> dict[str, np.ndarray]:
         "61 layers × 64 pages, contiguous": plan_writes(LAYOUT, LAYOUT, everything, straight, straight),
         "8 layers × 64 pages, scattered": plan_writes(LAYOUT, LAYOUT, few, *scattered),
         "8 layers × 64 pages, contiguous": plan_writes(LAYOUT, LAYOUT, few, straight, straight),
+        "1 layer × 1 page": plan_writes(LAYOUT, LAYOUT, range(1), straight[:1], straight[:1]),
     }
     return {name: rows for name, rows in every.items() if only in name}
 
