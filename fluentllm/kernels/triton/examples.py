@@ -21,7 +21,7 @@ from .fp8_gemm import fp8_gemm
 from .fp8_quantise import quantise_rows, silu_mul_quantise
 from .gqa_decode import gqa_decode, query_tiles
 from .gqa_plan import plan_gqa
-from .gqa_prefill import gqa_prefill, prefill_tiles
+from .gqa_prefill import PrefillPlan, gqa_prefill
 from .kv_append import append, rotate_and_append
 from .launch import recording
 from .linear import linear, linear_norm, new_counters
@@ -104,16 +104,15 @@ def prefill_attention() -> None:
         (8, 1, 256, 64, BF16, BF16, 128),
         (4, 4, 64, 16, torch.float32, torch.float32, 16),
     ):
-        tiles = prefill_tiles((300, 5), (300, 1000), torch.device("meta"), rows=rows)
         cache = _empty(1000, page, kv_heads, dim, dtype=kv_dtype)
         for splits in (1, 3):
-            q = _empty(305, heads, dim, dtype=dtype)
-            gqa_prefill(q, cache, cache, _ints(2, 64), tiles, dim**-0.5, splits=splits)
+            plan = PrefillPlan((300, 5), (300, 1000), torch.device("meta"), rows=rows, splits=splits)
+            gqa_prefill(_empty(305, heads, dim, dtype=dtype), cache, cache, _ints(2, 64), plan, dim**-0.5)
     # MLA in expanded form.
-    tiles = prefill_tiles((300, 5), (300, 1000), torch.device("meta"))
     q, keys, values = _empty(305, 16, 192), _empty(21, 64, 16, 192), _empty(21, 64, 16, 128)
     for splits in (1, 3):
-        gqa_prefill(q, keys, values, _ints(2, 16), tiles, 192**-0.5, splits=splits)
+        plan = PrefillPlan((300, 5), (300, 1000), torch.device("meta"), splits=splits)
+        gqa_prefill(q, keys, values, _ints(2, 16), plan, 192**-0.5)
 
 
 def keys_and_values() -> None:

@@ -3,8 +3,9 @@
 FlashAttention-2's loop (arXiv:2307.08691): one program for a tile of query rows of one head. The list of tiles is made on
 the host, where a prefill's lengths are known; tiles with the most keys come first, so that none is left over at the end.
 
-A short chunk behind a long context has few tiles, each with a long loop. Where tiles do not fill the chip, several programs
-share the keys of each and leave what they found to a merging kernel, as in decode.
+A short chunk behind a long context has few tiles, each with a long loop. Where tiles do not fill the chip, a tile holds the
+rows of all heads that share keys, so that these are read once; and several programs share the keys of each tile and leave what
+they found to a merging kernel, as in decode.
 """
 
 from __future__ import annotations
@@ -33,32 +34,71 @@ MOST_SPLITS = 64
 
 @dataclass(frozen=True, slots=True)
 class PrefillTiles:
-    """Which rows each program computes; made once a pass, for all layers."""
+    """Which rows each program computes."""
 
     table: Tensor
-    """[4, tiles] int32: sequence, first row of the tile in the batch, rows, position of its first row."""
-    rows: int
-    """Of a full tile."""
-    longest: int
-    """Keys of the tile that has the most."""
+    """[4, tiles] int32: sequence, first token of the tile in the batch, tokens, position of its first token."""
+    pack: int
+    """Heads of a tile, which share keys: a token has a row for each."""
+    splits: int
+    """Programs that share a tile's keys."""
 
 
-def prefill_tiles(
-    query_lengths: Sequence[int], kv_lengths: Sequence[int], device: torch.device, *, rows: int = 128
-) -> PrefillTiles:
-    """Sequence i has query_lengths[i] rows, the last of kv_lengths[i] keys."""
+class PrefillPlan:
+    """One pass: sequence i has query_lengths[i] tokens, the last of kv_lengths[i] keys. rows: of a tile. splits: 1 for whole
+    tiles of one head, more for packed ones; None: what fills the chip."""
+
+    def __init__(
+        self,
+        query_lengths: Sequence[int],
+        kv_lengths: Sequence[int],
+        device: torch.device,
+        *,
+        rows: int = 128,
+        splits: int | None = None,
+    ) -> None:
+        self.rows = rows
+        self._lengths = list(zip(query_lengths, kv_lengths, strict=True))
+        self._device = device
+        self._splits = splits
+        self._tiles: dict[tuple[int, int], PrefillTiles] = {}
+
+    def tiles(self, heads: int, kv_heads: int) -> PrefillTiles:
+        """For all layers with so many heads; made at the first."""
+        key = heads, kv_heads
+        if key not in self._tiles:
+            self._tiles[key] = self._made(heads, heads // kv_heads)
+        return self._tiles[key]
+
+    def _made(self, heads: int, group: int) -> PrefillTiles:
+        tiles = _tiles(self._lengths, self.rows)
+        longest = max((first + count for _, _, count, first in tiles), default=0)
+        fill = multiprocessors(self._device)
+        splits, pack = self._splits, 1
+        if splits is None and (heads * len(tiles) >= fill or longest < 2 * LEAST_RUN):
+            splits = 1
+        if splits != 1 and group <= self.rows:
+            pack = group
+            tiles = _tiles(self._lengths, self.rows // pack)
+        if splits is None:
+            programs = heads // pack * max(1, len(tiles))
+            splits = max(1, min(2 * fill // programs, longest // LEAST_RUN, MOST_SPLITS))
+        tiles.sort(key=lambda tile: tile[2] + tile[3], reverse=True)
+        table = torch.tensor(tiles, dtype=torch.int32).view(-1, 4).T.contiguous()
+        if self._device.type == "cuda":
+            table = table.pin_memory()
+        return PrefillTiles(table.to(self._device, non_blocking=True), pack, splits)
+
+
+def _tiles(lengths: list[tuple[int, int]], each: int) -> list[tuple[int, int, int, int]]:
+    """Columns of `PrefillTiles.table`, of `each` tokens at most."""
     tiles = []
     start = 0
-    for sequence, (count, keys) in enumerate(zip(query_lengths, kv_lengths, strict=True)):
-        for first in range(0, count, rows):
-            tiles.append((sequence, start + first, min(rows, count - first), keys - count + first))
+    for sequence, (count, keys) in enumerate(lengths):
+        for first in range(0, count, each):
+            tiles.append((sequence, start + first, min(each, count - first), keys - count + first))
         start += count
-    tiles.sort(key=lambda tile: tile[2] + tile[3], reverse=True)
-    longest = tiles[0][2] + tiles[0][3] if tiles else 0
-    table = torch.tensor(tiles, dtype=torch.int32).view(-1, 4).T.contiguous()
-    if device.type == "cuda":
-        table = table.pin_memory()
-    return PrefillTiles(table.to(device, non_blocking=True), rows, longest)
+    return tiles
 
 
 @triton.jit
@@ -106,11 +146,10 @@ def _prefill_kernel(
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_V: tl.constexpr, FIRST_KEY: tl.constexpr = 0, SPLIT: tl.constexpr = False,
+    BLOCK_V: tl.constexpr, PACK: tl.constexpr = 1, FIRST_KEY: tl.constexpr = 0, SPLIT: tl.constexpr = False,
 ):  # fmt: skip
     """out [T, H, Dv]; or, if SPLIT, [splits, T, H, Dv] float32 and lse [splits, T, H] float32 in log2 units: programs of a
     tile have a run of its keys each."""
-    head = tl.program_id(0)
     tile = tl.program_id(1)
     sequence = tl.load(tiles + tile)
     start = tl.load(tiles + tile_count + tile)
@@ -120,9 +159,10 @@ def _prefill_kernel(
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
-    row = (start + m).to(tl.int64)
-    valid = m < count
-    position = first_position + m
+    head = tl.program_id(0) * PACK + m % PACK
+    row = (start + m // PACK).to(tl.int64)
+    valid = m < count * PACK
+    position = first_position + m // PACK
     q_at = q + (row * q_row + head * q_head)[:, None]
     queries = tl.load(q_at + d[None, :], mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
     more_queries = queries
@@ -138,7 +178,7 @@ def _prefill_kernel(
     begin = tl.program_id(2) * run
     end = tl.minimum(begin + run, last)
     seen_by_all = tl.minimum((first_position + 1) // BLOCK_N * BLOCK_N, end)
-    kv_head = head // GROUP
+    kv_head = tl.program_id(0) * PACK // GROUP
     # Page numbers are fetched one block ahead, so that loads of keys wait for no other load.
     n = tl.arange(0, BLOCK_N)
     next_page = tl.load(table + (begin + n) // PAGE, mask=begin + n < last, other=0)
@@ -196,54 +236,44 @@ def _merge_runs_kernel(out, partial, lse, splits, cells, VALUE_DIM: tl.constexpr
     tl.store(out + cell * VALUE_DIM + dv, result.to(out.dtype.element_ty), mask=dv < VALUE_DIM)
 
 
-def prefill_splits(programs: int, longest: int, device: torch.device) -> int:
-    """Programs that share the keys of a tile, where `programs` are one for each tile and head, and the longest loop has
-    `longest` keys."""
-    fill = multiprocessors(device)
-    if programs == 0 or programs >= fill:
-        return 1
-    return max(1, min(2 * fill // programs, longest // LEAST_RUN, MOST_SPLITS))
-
-
 def gqa_prefill(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
     page_table: Tensor,
-    tiles: PrefillTiles,
+    plan: PrefillPlan,
     scale: float,
     *,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     first_key: int = 0,
-    splits: int | None = None,
 ) -> Tensor:
     """q [T, H, D] (last dimension contiguous), k_pages [P, page, Hkv, D], v_pages [P, page, Hkv, Dv], page_table [N, W] int32 →
     [T, H, Dv] in q's dtype; the chunk's own KV is in the pages already. Scales and `first_key` as in
-    `gqa_decode`. splits: programs that share a tile's keys; None: `prefill_splits`.
+    `gqa_decode`.
 
     Reference: `kernels.attention_reference.gqa_reference`.
     """
     (tokens, heads, dim), (_, page, kv_heads, value_dim) = q.shape, v_pages.shape
     out = q.new_empty(tokens, heads, value_dim)
     (block_d, block_e), block_v = split_width(dim), max(16, power_of_2(value_dim))
-    block_m, block_n = tiles.rows, 64
+    block_m, block_n = plan.rows, 64
     stage = (block_d + block_e + block_v) * k_pages.element_size()
     queries = block_m * (block_d + block_e) * q.element_size()
     while block_n > 16 and queries + block_n * stage > SHARED_BYTES:
         block_n //= 2
-    count = tiles.table.shape[1]
-    splits = prefill_splits(heads * count, tiles.longest, q.device) if splits is None else splits
+    tiles = plan.tiles(heads, kv_heads)
+    count, splits = tiles.table.shape[1], tiles.splits
     into, lse = out, None
     if splits > 1:
         into = torch.empty(splits, tokens, heads, value_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(splits, tokens, heads, dtype=torch.float32, device=q.device)
     launch(
-        _prefill_kernel, (heads, count, splits), into, lse, q, k_pages, v_pages, page_table, tiles.table,
+        _prefill_kernel, (heads // tiles.pack, count, splits), into, lse, q, k_pages, v_pages, page_table, tiles.table,
         count, splits, tokens, scale * k_scale * math.log2(math.e), v_scale,
         q.stride(0), q.stride(1), *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         GROUP=heads // kv_heads, HEADS=heads, DIM=dim, VALUE_DIM=value_dim, PAGE=page, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_V=block_v, FIRST_KEY=first_key, SPLIT=splits > 1,
+        BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_V=block_v, PACK=tiles.pack, FIRST_KEY=first_key, SPLIT=splits > 1,
         num_warps=8 if block_m >= 128 else 4, num_stages=1 + max(1, min(2, (SHARED_BYTES - queries) // (block_n * stage))),
     )  # fmt: skip
     if splits > 1:

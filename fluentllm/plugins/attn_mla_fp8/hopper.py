@@ -16,7 +16,7 @@ from fluentllm.kernels.mla_decode import fp8_planes
 from fluentllm.kernels.mla_decode.append import absorb_norms, append_norms
 from fluentllm.kernels.mla_decode.decode import MlaDecode
 from fluentllm.kernels.mla_decode.quantise import append, fetch, quantise_query
-from fluentllm.kernels.triton.gqa_prefill import PrefillTiles, gqa_prefill, prefill_tiles
+from fluentllm.kernels.triton.gqa_prefill import PrefillPlan, gqa_prefill
 from fluentllm.kernels.triton.mla_absorb import absorbs
 from fluentllm.kernels.triton.mla_rows import rotate_queries
 
@@ -39,7 +39,7 @@ class HopperMlaFp8(MlaOnly, FusedMLA):
     def __init__(self, context: AttentionContext) -> None:
         pool = context.pool
         self._planes = [fp8_planes(pool.latent[layer]) for layer in range(pool.spec.layers)]
-        self._tiles: PrefillTiles | None = None
+        self._prefill_plan: PrefillPlan | None = None
         self._workspace: Workspace | None = None
         self._known: tuple[int, Tensor] | None = None
         """In prefill: the layer whose tokens `mla_append` has laid out, and these, [pages · 64, 576]."""
@@ -48,14 +48,14 @@ class HopperMlaFp8(MlaOnly, FusedMLA):
         self._table: Tensor | None = None
 
     def begin(self, batch: Batch) -> None:
-        self._tiles = self._workspace = self._known = None
+        self._prefill_plan = self._workspace = self._known = None
         self._decodes = {}
         self._lengths, self._table = batch.kv_lengths, batch.page_table
         batch.refuse_first_key()
         if batch.query_length is None:
             assert batch.query_lengths is not None
             assert batch.kv_lengths_host is not None
-            self._tiles = prefill_tiles(batch.query_lengths, batch.kv_lengths_host, batch.kv_lengths.device)
+            self._prefill_plan = PrefillPlan(batch.query_lengths, batch.kv_lengths_host, batch.kv_lengths.device)
             self._workspace = plan_workspace(batch)
 
     def mla(
@@ -138,14 +138,14 @@ class HopperMlaFp8(MlaOnly, FusedMLA):
     def _prefill(self, layer: int, q: Tensor, up_k: Tensor, up_v: Tensor, scale: float) -> Tensor:
         """q [T, H, nope + rope], rotated."""
         assert self._workspace is not None
-        assert self._tiles is not None
+        assert self._prefill_plan is not None
         assert self._known is not None
         found, known = self._known
         assert found == layer, "mla_append comes first"
         self._known = None
         pages = known.view(self._workspace.pages, -1, known.shape[1])
         keys, values = expanded_keys_and_values(pages, up_k, up_v)
-        return gqa_prefill(q, keys, values, self._workspace.page_table, self._tiles, scale)
+        return gqa_prefill(q, keys, values, self._workspace.page_table, self._prefill_plan, scale)
 
     # --------------------------------------------------------------------------------------------------------------- decode
     def _decode(

@@ -11,7 +11,7 @@ import torch
 
 from fluentllm.kernels.triton.gqa_decode import gqa_decode, query_tiles
 from fluentllm.kernels.triton.gqa_plan import GqaPlan, plan_gqa
-from fluentllm.kernels.triton.gqa_prefill import PrefillTiles, gqa_prefill, prefill_tiles
+from fluentllm.kernels.triton.gqa_prefill import PrefillPlan, gqa_prefill
 from fluentllm.kernels.triton.mla_absorb import absorb, absorbs
 from fluentllm.kernels.triton.mla_rows import rotate_queries
 from fluentllm.kernels.triton.qkv_product import from_product_fits
@@ -51,7 +51,7 @@ class TritonAttention(PoolWrites):
         else:
             self._pages = [(pool.k[layer], pool.v[layer]) for layer in layers]
         self._plan: GqaPlan | None = None
-        self._tiles: PrefillTiles | None = None
+        self._prefill_plan: PrefillPlan | None = None
         self._expanded: ExpandedPages | None = None
         self._mla: dict[tuple[int, int, int], MlaDecode] = {}
         self._mla_lengths: Tensor | None = None
@@ -60,7 +60,7 @@ class TritonAttention(PoolWrites):
     def begin(self, batch: Batch) -> None:
         if self._kv.kind == "mla":
             batch.refuse_first_key()
-        self._plan = self._tiles = self._expanded = None
+        self._plan = self._prefill_plan = self._expanded = None
         self._mla = {}
         self._mla_lengths, self._mla_table = batch.kv_lengths, batch.page_table
         if batch.query_length is not None:
@@ -74,7 +74,7 @@ class TritonAttention(PoolWrites):
         device = batch.kv_lengths.device
         # The kernel takes the dtype of the queries; float32 is for tests and has no use for large tiles.
         rows = FLOAT32_TILE if self._kv_is_float32 else 128
-        self._tiles = prefill_tiles(batch.query_lengths, batch.kv_lengths_host, device, rows=rows)
+        self._prefill_plan = PrefillPlan(batch.query_lengths, batch.kv_lengths_host, device, rows=rows)
         if self._kv.kind == "mla":
             self._expanded = expand_pages(batch)
 
@@ -97,9 +97,9 @@ class TritonAttention(PoolWrites):
                 q, k_pages, v_pages, batch.page_table, batch.kv_lengths, self._plan, batch.query_length, scale,
                 first_key=batch.first_key,
             )  # fmt: skip
-        assert self._tiles is not None
+        assert self._prefill_plan is not None
         assert isinstance(q, torch.Tensor)
-        return gqa_prefill(q, k_pages, v_pages, batch.page_table, self._tiles, scale, first_key=batch.first_key)
+        return gqa_prefill(q, k_pages, v_pages, batch.page_table, self._prefill_plan, scale, first_key=batch.first_key)
 
     # ------------------------------------------------------------------------------------------------------------------ mla
     def mla(
@@ -152,9 +152,9 @@ class TritonAttention(PoolWrites):
 
     def _mla_prefill(self, layer: int, q: Tensor, up_k: Tensor, up_v: Tensor, scale: float) -> Tensor:
         assert self._expanded is not None
-        assert self._tiles is not None
+        assert self._prefill_plan is not None
         keys, values = self._expanded.keys_and_values(self._latent_pages[layer], up_k, up_v)
-        return gqa_prefill(q, keys, values, self._expanded.page_table, self._tiles, scale)
+        return gqa_prefill(q, keys, values, self._expanded.page_table, self._prefill_plan, scale)
 
     def _mla_decode(
         self, layer: int, q_nope: Tensor, q_rope: Tensor, up_k: Tensor, up_v: Tensor, batch: Batch, scale: float

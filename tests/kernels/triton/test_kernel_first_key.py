@@ -9,7 +9,7 @@ from paged import random_paged
 from fluentllm.kernels.attention_reference import gqa_reference
 from fluentllm.kernels.triton.gqa_decode import gqa_decode
 from fluentllm.kernels.triton.gqa_plan import plan_gqa
-from fluentllm.kernels.triton.gqa_prefill import gqa_prefill, prefill_tiles
+from fluentllm.kernels.triton.gqa_prefill import PrefillPlan, gqa_prefill
 
 
 @pytest.mark.parametrize("lengths", [[2], [3, 70, 300]])
@@ -28,8 +28,8 @@ def test_decode(lengths: list[int], device: torch.device, rng: torch.Generator) 
 def test_prefill(cached: int, rows: int, device: torch.device, rng: torch.Generator) -> None:
     paged = random_paged([cached + rows], rng, device, kv_heads=1, dim=64)
     q = torch.randn(rows, 2, 64, generator=rng).to(device)
-    tiles = prefill_tiles([rows], [cached + rows], device, rows=64)
-    out = gqa_prefill(q, paged.k, paged.v, paged.table, tiles, 0.125, first_key=1)
+    plan = PrefillPlan([rows], [cached + rows], device, rows=64)
+    out = gqa_prefill(q, paged.k, paged.v, paged.table, plan, 0.125, first_key=1)
     assert out.isfinite().all(), "a row that sees no key"
     k, v = paged.keys(0)
     seen = slice(0 if cached else 1, None)

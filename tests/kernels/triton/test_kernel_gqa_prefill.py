@@ -7,7 +7,7 @@ import torch
 from paged import random_paged
 
 from fluentllm.kernels.attention_reference import gqa_reference
-from fluentllm.kernels.triton.gqa_prefill import LEAST_RUN, MOST_SPLITS, gqa_prefill, prefill_splits, prefill_tiles
+from fluentllm.kernels.triton.gqa_prefill import LEAST_RUN, MOST_SPLITS, PrefillPlan, gqa_prefill
 from fluentllm.kernels.triton.launch import split_width
 
 
@@ -17,6 +17,7 @@ from fluentllm.kernels.triton.launch import split_width
         ([(0, 1)], 2, 1, 64, 16, 128, torch.float32),
         ([(0, 130), (70, 3), (128, 64), (0, 0)], 4, 2, 64, 16, 64, torch.float32),
         ([(5, 65), (0, 20)], 3, 1, 96, 32, 32, torch.float16),
+        ([(40, 9)], 18, 1, 64, 16, 16, torch.float32),
         ([(200, 40)], 2, 2, 128, 64, 128, torch.bfloat16),
         ([(20, 9)], 2, 2, 192, 16, 16, torch.float32),
     ],
@@ -26,13 +27,14 @@ def test_ragged_chunks(
     chunks: list[tuple[int, int]], heads: int, kv_heads: int, dim: int, page_size: int, tile: int, dtype: torch.dtype,
     splits: int, device: torch.device, rng: torch.Generator,
 ) -> None:  # fmt: skip
-    """chunks: (cached keys, rows). With more splits than blocks of keys some programs have none, of a tile or of a row."""
+    """chunks: (cached keys, rows). With more splits than blocks of keys some programs have none, of a tile or of a row; a group
+    of heads may be too large for a tile."""
     lengths = [cached + rows for cached, rows in chunks]
     counts = [rows for _, rows in chunks]
     paged = random_paged(lengths, rng, device, kv_heads=kv_heads, dim=dim, page_size=page_size, dtype=dtype)
     q = torch.randn(sum(counts), heads, dim, generator=rng).to(device, dtype)
-    tiles = prefill_tiles(counts, lengths, device, rows=tile)
-    out = gqa_prefill(q, paged.k, paged.v, paged.table, tiles, dim**-0.5, splits=splits)
+    plan = PrefillPlan(counts, lengths, device, rows=tile, splits=splits)
+    out = gqa_prefill(q, paged.k, paged.v, paged.table, plan, dim**-0.5)
     start = 0
     for i, (cached, rows) in enumerate(chunks):
         part = slice(start, start + rows)
@@ -44,13 +46,22 @@ def test_ragged_chunks(
 
 
 def test_keys_are_shared_where_tiles_do_not_fill_the_chip() -> None:
-    device = torch.device("cpu")  # 132 multiprocessors
-    assert prefill_splits(32, 100_000, device) == 8
-    assert prefill_splits(1, 100_000, device) == MOST_SPLITS
-    assert prefill_splits(32, 2 * LEAST_RUN, device) == 2
-    assert prefill_splits(32, 2 * LEAST_RUN - 1, device) == 1
-    assert prefill_splits(131, 100_000, device) == 2
-    assert prefill_splits(132, 100_000, device) == prefill_splits(0, 0, device) == 1
+    """Of 132 multiprocessors, twice."""
+
+    def planned(tokens: int, keys: int, heads: int, kv_heads: int) -> tuple[int, int, int]:
+        tiles = PrefillPlan([tokens], [keys], torch.device("cpu")).tiles(heads, kv_heads)
+        return tiles.table.shape[1], tiles.pack, tiles.splits
+
+    assert planned(40, 100_000, 32, 8) == (2, 4, 16)
+    assert planned(40, 100_000, 16, 16) == (1, 1, 16)
+    assert planned(1, 100_000, 1, 1) == (1, 1, MOST_SPLITS)
+    assert planned(43, 100_000, 9, 3) == (2, 3, 44)
+    assert planned(1, 100_000, 256, 1) == (1, 1, 1)
+    assert planned(1, 100_000, 130, 1) == (1, 1, 2)
+    assert planned(40, 2 * LEAST_RUN, 32, 8) == (2, 4, 2)
+    assert planned(40, 2 * LEAST_RUN - 1, 32, 8) == (1, 1, 1)
+    assert planned(1024, 100_000, 32, 8) == (8, 1, 1)
+    assert planned(0, 100_000, 32, 8) == (0, 1, 1)
 
 
 def test_a_width_that_is_no_power_of_two_is_two() -> None:
@@ -61,10 +72,10 @@ def test_a_width_that_is_no_power_of_two_is_two() -> None:
 
 def test_no_rows(device: torch.device, rng: torch.Generator) -> None:
     paged = random_paged([4], rng, device, kv_heads=1, dim=64)
-    out = gqa_prefill(torch.zeros(0, 2, 64, device=device), paged.k, paged.v, paged.table, prefill_tiles([0], [4], device), 1.0)
+    out = gqa_prefill(torch.zeros(0, 2, 64, device=device), paged.k, paged.v, paged.table, PrefillPlan([0], [4], device), 1.0)
     assert out.shape == (0, 2, 64)
 
 
 def test_tiles_with_the_most_keys_come_first() -> None:
-    table = prefill_tiles([100, 300], [1000, 300], torch.device("cpu"), rows=128).table
+    table = PrefillPlan([100, 300], [1000, 300], torch.device("cpu")).tiles(64, 8).table
     assert table.T.tolist() == [[0, 0, 100, 900], [1, 356, 44, 256], [1, 228, 128, 128], [1, 100, 128, 0]]
