@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 KERNEL_COPIES = ("cma", "knem", "xpmem")
 UNASSISTED = {
-    "DRAM": ({*KERNEL_COPIES}, {"all", "shm", "sm"}),
-    "VRAM": ({*KERNEL_COPIES, "cuda_ipc"}, {"all", "shm", "sm", "cuda"}),
+    "DRAM": ({*KERNEL_COPIES}, {"all", "mm", "shm", "sm"}),
+    "VRAM": ({*KERNEL_COPIES, "cuda_ipc"}, {"all", "mm", "shm", "sm", "cuda"}),
 }
 """By memory: UCX's transports that write without the other process, and its names for groups that have one of them."""
 CHUNK_BYTES = {"DRAM": 32 * 2**20, "VRAM": 256 * 2**20}
@@ -63,12 +63,7 @@ class NixlWire:
 
     @property
     def revokes(self) -> bool:
-        chosen = os.environ.get("UCX_TLS") or self._variables["UCX_TLS"]
-        names = set(chosen.lstrip("^").split(","))
-        unassisted, groups = UNASSISTED[self._memory]
-        if chosen.startswith("^"):
-            return names >= unassisted
-        return not names & (unassisted | groups)
+        return needs_both_ends(os.environ.get("UCX_TLS") or self._variables["UCX_TLS"], self._memory)
 
     def open(self, name: str, epoch: int, tensors: Sequence[Tensor], regions: Sequence[Region]) -> bytes:
         self._memory = "DRAM" if tensors[0].device.type == "cpu" else "VRAM"
@@ -169,6 +164,15 @@ class NixlWire:
             handle.release()
         except self._errors:
             return  # still under way: the binding keeps the handle, and releases it with the agent
+
+
+def needs_both_ends(chosen: str, memory: str) -> bool:
+    """Does every transport that `UCX_TLS` allows need the process written to? memory: DRAM or VRAM."""
+    names = set(chosen.lstrip("^").split(","))
+    unassisted, groups = UNASSISTED[memory]
+    if chosen.startswith("^"):
+        return names >= unassisted
+    return not names & (unassisted | groups)
 
 
 def _library() -> Any:
