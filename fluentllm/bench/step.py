@@ -100,9 +100,9 @@ async def _run(
         async for output in client.submit(Request(id=f"step-{number}", prompt=prompt, params=params)):
             counts[number] += len(output.tokens)
 
-    async def advanced(steps: int) -> None:
-        """Until every sequence has gone at least so many steps on."""
-        goals = [count + steps * rows for count in counts]
+    async def advanced(by: int) -> None:
+        """Until every sequence has gone at least `by` steps on."""
+        goals = [count + by * rows for count in counts]
         while any(count < goal for count, goal in zip(counts, goals, strict=True)):
             if any(task.done() for task in tasks):
                 raise ConfigError("The sequences ended before they were measured.", fix="Measure fewer --steps.")
@@ -111,7 +111,7 @@ async def _run(
     tasks = [asyncio.create_task(follow(number)) for number in range(batch)]
     try:
         await advanced(1 + WARM_STEPS)
-        length = context + sum(counts) / batch + steps / 2
+        length = context + sum(counts) / batch + steps * rows / 2  # in the middle of the look
         load = Load(engine.info.spec, batch, rows, length, token_bytes(engine.info.spec.kv, engine.info.kv_dtype))
         served = await _look(engine.executor, steps, advanced, load, on_gpu, shapes=not on_gpu)
         eager = None
