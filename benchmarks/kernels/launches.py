@@ -80,7 +80,6 @@ class Variant:
     """Are MLA's splits merged where its values are expanded? None: by counting."""
     mla_switches: tuple[str, ...] | None = None
     """Of `mla_decode.switches`, those that are on; None: as they are."""
-    """Of `mla_decode.switches`, the ones that are on."""
 
 
 VARIANTS = [

@@ -79,7 +79,7 @@ def test_a_long_prompt_delays_decoding_by_the_bound(ratio: float | None) -> None
     step, late = own[len(own) // 2], during[int(len(during) * 0.98)]
     print(f"a step {step * 1e3:.2f} ms; {len(during)} gaps beside a prompt, median {during[len(during) // 2] / step:.2f} steps")
     print(f"98 of 100 below {late / step:.2f}, longest {during[-1] / step:.2f};")
-    # A tight bound is not kept where smaller chunks would spare nobody: below twice what a pass takes to read weights and KV.
+    # A tight bound is not kept where smaller chunks would spare nobody: below 1.5 × what a pass takes to read weights and KV.
     bound = max(RATIO * step, step + launching) if ratio is None else max(ratio * step, step + floor)
     print([round(gap / step, 2) for gap in during if gap > bound])
     print(f"launching a pass takes the host {launching * 1e3:.1f} ms, and no step adds less than {floor * 1e3:.1f} ms")
