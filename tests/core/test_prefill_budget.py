@@ -210,8 +210,8 @@ def test_several_prompts_share_what_a_step_may_hold() -> None:
         clock.run(0, 0)
     clock.prompt(100_000)
     alone = most(budget)
-    while budget.tokens(8) > 0.9 * alone:
-        pass  # a step that tries less is not followed by another
+    # Up to a step that tries less: the next one does not.
+    assert any(budget.tokens(8) < 0.9 * alone for _ in range(PROBES))
     allowance = budget.allow(8)
     assert allowance.open
     assert allowance.take(0, alone // 2) == alone // 2

@@ -111,7 +111,7 @@ def test_without_counters_and_with_more_tiles_than_are_counted(device: torch.dev
     x, weight = torch.randn(40, 64, generator=rng).bfloat16(), torch.randn(9 * 64, 64, generator=rng)
     with recording() as launches:
         wide_router_logits(x, weight)
-        wide_router_logits(x.expand(40, 64), weight, counters=new_counters(x.device), tile=WideTile(16, 2, 64, 2))
+        wide_router_logits(x, weight, counters=new_counters(x.device), tile=WideTile(16, 2, 64, 2))
         wide_router_logits(
             torch.empty(16 * MOST_SPLIT_TILES, 64, dtype=torch.bfloat16), weight, counters=new_counters(x.device),
             tile=WideTile(16, 2, 64, 2),
