@@ -31,7 +31,8 @@ from fluentllm.prewarm import Prewarm, key_of, shortened
 MODELS = Path(__file__).parents[1] / "benchmarks" / "gpu" / "models"
 SMALL = {"num_hidden_layers": 2, "num_layers": 2, "n_routed_experts": 8, "vocab_size": 500}
 SOME = {"_embedding_kernel", "_rms_norm_kernel", "_commit_kernel", "_rows_kernel", "_draw_kernel", "_threshold_kernel"}
-GROUPED, LATENT = {"_prefill_kernel", "_decode_kernel"}, {"_prefill_kernel", "decode_bf16"}
+PREFILL = {"_prefill_kernel", "_merge_runs_kernel"}
+GROUPED, LATENT = PREFILL | {"_decode_kernel"}, PREFILL | {"decode_bf16"}
 
 
 def small(folder: Path, name: str, **changes: int) -> Path:
@@ -116,7 +117,7 @@ def test_an_fp8_cache_is_recorded_too(
         grouped = recorded(small(tmp_path / "gqa", "qwen3-0.6b"), monkeypatch, **{"kv.dtype": "fp8"})
     assert caplog.records == []
     names = {launch.kernel.__name__ for launch in latent}
-    assert SOME | {"_append_norms", "_fetch", "_quantise_query", "decode_fp8_few", "_prefill_kernel"} <= names
+    assert SOME | {"_append_norms", "_fetch", "_quantise_query", "decode_fp8_few"} | PREFILL <= names
     assert "decode_bf16" not in names
     assert {launch.kernel.__name__ for launch in grouped} >= SOME | GROUPED
 
