@@ -95,8 +95,8 @@ class SchedulerSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     max_step_ratio: Annotated[
         Annotated[float, Meta(gt=1)] | None,
         _help(
-            "While requests decode, a step with prompt tokens takes at most this many times a step without, or what launching "
-            "it takes the host. auto: 4 on a GPU, no bound on a CPU."
+            "While requests decode, a step with prompt tokens takes at most this many times a step without; or longer by what "
+            "launching it takes the host, or 1.5 times what it takes with hardly any. auto: 4 on a GPU, no bound on a CPU."
         ),
     ] = None
 
