@@ -5,7 +5,7 @@ the prefill budget believed (`core/prefill_budget.py`).
 
 `--batch` prompts of `--ctx` tokens at once, as `fluent bench latency` sends them, `--rounds` times. A row a step with prompt
 tokens: {round, tokens, prompts, decoding, ms, own_ms (of a step without prompt tokens, as known before), launching_ms,
-floor_ms}.
+behind_ms (that the device still worked when all was launched), floor_ms}.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def main() -> None:
                 "ms": result.seconds * 1e3,
                 "own_ms": own * 1e3,
                 "launching_ms": result.launching * 1e3,
+                "behind_ms": result.behind * 1e3,
                 "floor_ms": self.floor(0) * 1e3,
             })  # fmt: skip
         collected(self, plan, result)
@@ -59,11 +60,11 @@ def main() -> None:
         for rounds in range(args.rounds):
             figures = latency(local, [args.batch], args.ctx, 64, 1, tell=lambda _: None)[0]
             print(f"round {rounds}: TPOT {figures['tpot_ms']:.2f} ms, prefill {figures['prefill_s']:.3f} s")
-            print(f"{'tokens':>7} {'prompts':>7} {'decoding':>8} {'ms':>8} {'own':>7} {'launch':>7} {'floor':>7}")
+            print(f"{'tokens':>7} {'prompts':>7} {'decoding':>8} {'ms':>8} {'own':>7} {'launch':>7} {'behind':>7} {'floor':>7}")
             for row in [row for row in rows if row["round"] == rounds]:
                 print(
                     f"{row['tokens']:7} {row['prompts']:7} {row['decoding']:8} {row['ms']:8.2f} {row['own_ms']:7.2f} "
-                    f"{row['launching_ms']:7.2f} {row['floor_ms']:7.2f}"
+                    f"{row['launching_ms']:7.2f} {row['behind_ms']:7.2f} {row['floor_ms']:7.2f}"
                 )
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1))
