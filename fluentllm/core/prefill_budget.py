@@ -51,7 +51,7 @@ HOST_BOUND = 0.1
 """A pass that kept the device for less than so much of its step once it was launched ran as fast as it was launched."""
 
 
-class Cost:
+class ChunkCost:
     """Seconds of chunks: c, a, b and e of the module's text, learned."""
 
     def __init__(self) -> None:
@@ -115,12 +115,12 @@ class Cost:
         self._rates = rates
 
 
-class Allowance:
+class StepAllowance:
     """What one step may still hold: so many tokens, and chunks that take so many `seconds` beyond decoding (None: no bound), or
     `floor`; of what fits, `part`."""
 
     def __init__(
-        self, tokens: int, seconds: float | None, cost: Cost, floor: Callable[[int], float], part: float = 1.0
+        self, tokens: int, seconds: float | None, cost: ChunkCost, floor: Callable[[int], float], part: float = 1.0
     ) -> None:
         self._tokens, self._seconds, self._cost, self._floor, self._part = tokens, seconds, cost, floor, part
         self._begun = False
@@ -162,7 +162,7 @@ class PrefillBudget:
         self.ratio = ratio
         self._decode: dict[int, float] = {}
         """Bucket of sequences → seconds of a step without prompt tokens."""
-        self._cost = Cost()
+        self._cost = ChunkCost()
         self._launching: deque[float] = deque(maxlen=LAUNCHES)
         self._steps = 0
         """Bounded ones."""
@@ -177,14 +177,14 @@ class PrefillBudget:
         known = self._cost.fixed(start) - (0.0 if self._cost.told else self._cost.fixed(0))
         return max(self.launching, WORTH * known if known > self.launching else 0.0)
 
-    def allow(self, decoding: int) -> Allowance:
+    def allow(self, decoding: int) -> StepAllowance:
         """For a step in which `decoding` sequences decode."""
         step = self._decode.get(_bucket(decoding))
         if self.ratio is None or not decoding or step is None or not self._cost.known:
-            return Allowance(self.most, None, self._cost, self.floor)
+            return StepAllowance(self.most, None, self._cost, self.floor)
         self._steps += 1
         part = PROBE if self._steps % PROBES == 0 else 1.0
-        return Allowance(self.most, (self.ratio - 1) * step, self._cost, self.floor, part)
+        return StepAllowance(self.most, (self.ratio - 1) * step, self._cost, self.floor, part)
 
     def tokens(self, decoding: int, start: int = 0) -> int:
         """The same where one prompt is all there is, of which `start` tokens are computed."""

@@ -15,7 +15,7 @@ from bisect import insort
 from collections.abc import Iterator, Sequence as SequenceOf
 
 from ...core.errors import QueueFull
-from ...core.prefill_budget import Allowance
+from ...core.prefill_budget import StepAllowance
 from ...core.protocols import SchedulerContext
 from ...core.sequence import Phase, Sequence
 from ...core.types import Drafting, PageGrant, PrefillChunk, SlotInit, StepPlan
@@ -171,7 +171,7 @@ class FcfsScheduler:
             if not self._preempt_after(_order(sequence)):
                 return False
 
-    def _plan_prefill(self, admit: list[SlotInit], allowance: Allowance) -> list[PrefillChunk]:
+    def _plan_prefill(self, admit: list[SlotInit], allowance: StepAllowance) -> list[PrefillChunk]:
         chunks: list[PrefillChunk] = []
         for sequence in self._running:
             if sequence.phase is Phase.PREFILL and sequence not in self._leaving:
@@ -185,6 +185,7 @@ class FcfsScheduler:
             self._waiting.pop(0)
             admit.append(self._enter(sequence))
             count = allowance.take(sequence.prefilled, len(sequence.tokens) - sequence.prefilled)
+            # What is open for a prompt's begin may be closed behind a cached prefix; who has entered computes something.
             chunks.append(self._next_chunk(sequence, max(1, count)))
         return chunks
 
