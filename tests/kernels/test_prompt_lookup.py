@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from fluentllm.kernels.prompt_lookup import prompt_lookup, prompt_lookup_reference
+from fluentllm.kernels.prompt_lookup import prompt_lookup, prompt_lookup_on_host, prompt_lookup_reference
 
 
 @pytest.mark.parametrize(("shortest", "longest", "count"), [(1, 3, 4), (2, 4, 3), (3, 3, 1), (1, 1, 6)])
@@ -22,9 +22,17 @@ def test_drafts_are_what_the_plain_search_finds(shortest: int, longest: int, cou
     found = [drafts[row, : int(valid[row])].tolist() for row in range(60)]
     assert found == [prompt_lookup_reference(tokens, count, shortest, longest) for tokens in histories]
     assert sum(map(bool, found)) > 0
+    slots = torch.tensor(rng.choices(range(60), k=80))
+    on_host, valid_on_host = prompt_lookup_on_host(table, slots, lengths[slots], count, shortest, longest)
+    assert torch.equal(valid_on_host, valid[slots])
+    assert torch.equal(on_host, torch.where(valid_on_host.unsqueeze(1) > 0, drafts[slots], 0))
 
 
 def test_no_slots() -> None:
     drafts, valid = prompt_lookup(torch.empty(0, 10, dtype=torch.int32), torch.empty(0, dtype=torch.int64), 2, 1, 3)
+    assert drafts.shape == (0, 2)
+    assert valid.shape == (0,)
+    slots = torch.empty(0, dtype=torch.int64)
+    drafts, valid = prompt_lookup_on_host(torch.empty(3, 10, dtype=torch.int32), slots, slots, 2, 1, 3)
     assert drafts.shape == (0, 2)
     assert valid.shape == (0,)
