@@ -49,7 +49,11 @@ class StepTimes:
             last = self._last.setdefault(key, deque(maxlen=KEPT))
             last.append(seconds)
             if runs >= self.runs_needed:
-                self._known[key] = sorted(last)[len(last) // 4]
+                time = self._known[key] = sorted(last)[len(last) // 4]
+                plain = self._known.get((bucket, 0, 0))
+                if not verify and plain is not None:
+                    # Without drafts to leave it is no longer; this one runs still when the plain one has not for long.
+                    self._known[bucket, 0, 0] = min(plain, time)
 
     def known(self, bucket: int, verify: int, draft: int) -> float | None:
         """The lower quartile of the last runs; None before there are enough."""

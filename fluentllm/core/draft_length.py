@@ -128,7 +128,7 @@ class DraftLength:
         named = [*plan.decode, *(chunk.slot for chunk in plan.prefill if chunk.last)]
         self._mix = Counter(self._classes.get(slot) for slot in named)
         for kind, new in Counter(self._classes[init.slot] for init in plan.admit).items():
-            self.acceptance.renew(kind, min(1.0, new / max(1, self._mix[kind])))
+            self.acceptance.renew(kind, new, self._mix[kind])
         self._steps += 1
         if self._left_by_trial or self._trial is not None:
             self._trials.add(plan.step)
