@@ -65,15 +65,23 @@ class Seen:
     """Sequences that have a draft: a proposer may find nothing to say."""
     right: list[Share] = field(default_factory=list)
     """For each place that was seen: drafts that are right, of those whose predecessors were."""
+    _tokens: list[float] = field(default_factory=list)
+    """For each K, since the shares last changed: it is asked for several times a step."""
 
     def tokens(self, k: int) -> float:
         """That a sequence may count on in a step with K drafts. A place that was not seen is taken for the one before."""
-        total, survives, mean = 0.0, self.offered.mean, 0.0
-        for place in range(k):
-            mean = self.right[place].least() if place < len(self.right) else mean
-            survives *= mean
-            total += survives
-        return 1 + total
+        if k >= len(self._tokens):
+            total, survives, mean = 1.0, self.offered.mean, 0.0
+            self._tokens = [total]
+            for place in range(max(k, len(self.right))):
+                mean = self.right[place].least() if place < len(self.right) else mean
+                survives *= mean
+                total += survives
+                self._tokens.append(total)
+        return self._tokens[k]
+
+    def changed(self) -> None:
+        self._tokens = []
 
 
 class Acceptance:
@@ -86,6 +94,7 @@ class Acceptance:
         """Of sequences of a class: (drafts, how many of these were right) of each, none where none was offered. Places before
         `first` were seen otherwise."""
         seen = self._of(kind)
+        seen.changed()
         counts: dict[tuple[int, int], int] = {}
         for pair in rights:
             counts[pair] = counts.get(pair, 0) + 1
@@ -104,6 +113,7 @@ class Acceptance:
     def renew(self, kind: Hashable, new: int, running: int) -> None:
         """New requests have come to a class, of so many that run: what was seen of the others says as much less."""
         seen = self._of(kind)
+        seen.changed()
         for share in (seen.offered, *seen.right):
             share.renew(new, min(1.0, new / max(1, running)))
 
