@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from .types import SamplingParams
 
-WINDOW, LONG = 64, 256
-"""Sequences' steps that a running share remembers, and those of which it knows what is usual."""
+WINDOW, REQUESTS = 64, 4
+"""Sequences' steps that a running share remembers, and requests of which it knows what is usual."""
 CAUTION = 0.5
 """Standard deviations that a share is taken for less than it seems: without drafts nothing can be lost."""
 DOUBT = 2.5
@@ -24,12 +24,16 @@ DOUBT = 2.5
 
 @dataclass(slots=True)
 class Share:
-    """A running mean of yes and no: of the requests that run, beside what is usual."""
+    """A running mean of yes and no: of the requests that run, beside what is usual. There every request counts the same: one
+    that has few drafts has as much to say of the next as one that has many."""
 
     mean: float
     weight: float = DOUBT
     usual: float = field(init=False)
-    seen: int = 0
+    requests: int = 0
+    """Of which `usual` is the mean."""
+    seen: bool = False
+    """Anything since `usual` was told."""
 
     def __post_init__(self) -> None:
         self.usual = self.mean
@@ -37,15 +41,18 @@ class Share:
     def add(self, yes: int, asked: int) -> None:
         self.weight = min(self.weight + asked, max(WINDOW, asked))
         self.mean += asked / self.weight * (yes / asked - self.mean)
-        self.seen = min(self.seen + asked, max(LONG, asked))
-        self.usual += asked / (self.seen + DOUBT) * (yes / asked - self.usual)
+        self.seen = True
 
     def least(self) -> float:
         """The mean, less what it may well be wrong by."""
         return max(0.0, self.mean - CAUTION * sqrt(self.mean * (1 - self.mean) / self.weight))
 
-    def renew(self, part: float) -> None:
-        """This part of the requests is new: of them only what is usual is known."""
+    def renew(self, new: int, part: float) -> None:
+        """So many requests have come in the place of others, this part of all: of them only what is usual is known."""
+        if self.seen:
+            self.requests = min(self.requests + new, max(REQUESTS, new))
+            self.usual += new / self.requests * (self.mean - self.usual)
+            self.seen = False
         self.mean += part * (self.usual - self.mean)
         self.weight = max(min(self.weight, DOUBT), self.weight * (1 - part))
 
@@ -58,15 +65,23 @@ class Seen:
     """Sequences that have a draft: a proposer may find nothing to say."""
     right: list[Share] = field(default_factory=list)
     """For each place that was seen: drafts that are right, of those whose predecessors were."""
+    _tokens: list[float] = field(default_factory=list)
+    """For each K, since the shares last changed: it is asked for several times a step."""
 
     def tokens(self, k: int) -> float:
         """That a sequence may count on in a step with K drafts. A place that was not seen is taken for the one before."""
-        total, survives, mean = 0.0, self.offered.mean, 0.0
-        for place in range(k):
-            mean = self.right[place].least() if place < len(self.right) else mean
-            survives *= mean
-            total += survives
-        return 1 + total
+        if k >= len(self._tokens):
+            total, survives, mean = 1.0, self.offered.mean, 0.0
+            self._tokens = [total]
+            for place in range(max(k, len(self.right))):
+                mean = self.right[place].least() if place < len(self.right) else mean
+                survives *= mean
+                total += survives
+                self._tokens.append(total)
+        return self._tokens[k]
+
+    def changed(self) -> None:
+        self._tokens = []
 
 
 class Acceptance:
@@ -79,6 +94,7 @@ class Acceptance:
         """Of sequences of a class: (drafts, how many of these were right) of each, none where none was offered. Places before
         `first` were seen otherwise."""
         seen = self._of(kind)
+        seen.changed()
         counts: dict[tuple[int, int], int] = {}
         for pair in rights:
             counts[pair] = counts.get(pair, 0) + 1
@@ -94,11 +110,12 @@ class Acceptance:
                 return
             seen.right[place].add(sum(n for (_, right), n in counts.items() if right > place), asked)
 
-    def renew(self, kind: Hashable, part: float) -> None:
-        """New requests have come to a class, this part of all in it: what was seen of the others says as much less."""
+    def renew(self, kind: Hashable, new: int, running: int) -> None:
+        """New requests have come to a class, of so many that run: what was seen of the others says as much less."""
         seen = self._of(kind)
+        seen.changed()
         for share in (seen.offered, *seen.right):
-            share.renew(part)
+            share.renew(new, min(1.0, new / max(1, running)))
 
     def tokens(self, mix: Mapping[Hashable, int], k: int) -> float:
         """Tokens that a sequence may count on in a step with K drafts, where `mix` counts the sequences of each class."""

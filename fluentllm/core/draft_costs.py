@@ -11,7 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
 
 ENOUGH = 2
 """Runs of a program that tell what it takes: of two the shorter, so one that was interrupted does not matter."""
@@ -36,6 +36,7 @@ class StepTimes:
         self._runs: dict[tuple[int, int, int], int] = {}
         self._last: dict[tuple[int, int, int], deque[float]] = {}
         self._known: dict[tuple[int, int, int], float] = {}
+        self._lengths: dict[int, list[int]] = {}
 
     @property
     def runs_needed(self) -> int:
@@ -49,15 +50,21 @@ class StepTimes:
             last = self._last.setdefault(key, deque(maxlen=KEPT))
             last.append(seconds)
             if runs >= self.runs_needed:
-                self._known[key] = sorted(last)[len(last) // 4]
+                if verify == draft and key not in self._known:
+                    self._lengths.setdefault(bucket, []).append(verify)
+                time = self._known[key] = sorted(last)[len(last) // 4]
+                plain = self._known.get((bucket, 0, 0))
+                if not verify and plain is not None:
+                    # Without drafts to leave it is no longer; this one runs still when the plain one has not for long.
+                    self._known[bucket, 0, 0] = min(plain, time)
 
     def known(self, bucket: int, verify: int, draft: int) -> float | None:
         """The lower quartile of the last runs; None before there are enough."""
         return self._known.get((bucket, verify, draft))
 
-    def lengths(self, bucket: int) -> Iterator[int]:
+    def lengths(self, bucket: int) -> Sequence[int]:
         """K of which the time of verifying and leaving K is known."""
-        return (verify for known, verify, draft in self._known if known == bucket and verify == draft)
+        return self._lengths.get(bucket, ())
 
     def drafting(self, bucket: int, draft: int) -> float:
         """What it takes to leave drafts. The plain step must be known."""

@@ -88,6 +88,8 @@ class DraftLength:
         """Slot → the class of the request in it."""
         self._mix: Counter[Hashable] = Counter()
         """Of the last launched step."""
+        self._rates: dict[tuple[int, int], float] = {}
+        """By (bucket, K), since anything changed: on a CPU what the host computes is taken from the model."""
         self._best: dict[int, int] = {}
         self._trial: tuple[int, int, bool] | None = None
         """K that is tried, for how many more steps at most, and whether only until its time is known."""
@@ -127,8 +129,9 @@ class DraftLength:
             self._classes[init.slot] = class_of(init.params)
         named = [*plan.decode, *(chunk.slot for chunk in plan.prefill if chunk.last)]
         self._mix = Counter(self._classes.get(slot) for slot in named)
+        self._rates = {}
         for kind, new in Counter(self._classes[init.slot] for init in plan.admit).items():
-            self.acceptance.renew(kind, min(1.0, new / max(1, self._mix[kind])))
+            self.acceptance.renew(kind, new, self._mix[kind])
         self._steps += 1
         if self._left_by_trial or self._trial is not None:
             self._trials.add(plan.step)
@@ -145,6 +148,7 @@ class DraftLength:
         self.watch.saw(len(drafted), sum(slot.accepted > 0 for slot in drafted))
         if self.fixed is not None:
             return
+        self._rates = {}
         if live:
             self._learn(plan, live)
             self._account(plan, result, sum(len(slot.tokens) for slot in live) / len(live))
@@ -203,9 +207,12 @@ class DraftLength:
 
     def _rate(self, bucket: int, k: int) -> float:
         """Tokens a second of a sequence. The time must be known."""
-        seconds = self.times.known(bucket, k, k)
-        assert seconds is not None
-        return self.acceptance.tokens(self._mix, k) / self._mean(bucket, k, seconds)
+        rate = self._rates.get((bucket, k))
+        if rate is None:
+            seconds = self.times.known(bucket, k, k)
+            assert seconds is not None
+            rate = self._rates[bucket, k] = self.acceptance.tokens(self._mix, k) / self._mean(bucket, k, seconds)
+        return rate
 
     def _mean(self, bucket: int, k: int, seconds: float) -> float:
         """Of a step with K, which takes `seconds` where there is anything to verify."""

@@ -1,13 +1,20 @@
 """Prompt lookup: find the end of a history earlier in the same history, and take what followed as drafts.
 
 The idea is Saxena's "Prompt Lookup Decoding" (2023). On the device, over the slots' own token histories: nothing is uploaded,
-and the cost is `longest` compares of the history's width.
+and the cost is `longest` compares of the history's width. On a CPU the histories are searched in place: there, for one
+sequence, a torch operation takes longer than all of the search.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def prompt_lookup(history: Tensor, lengths: Tensor, count: int, shortest: int, longest: int) -> tuple[Tensor, Tensor]:
@@ -35,6 +42,34 @@ def prompt_lookup(history: Tensor, lengths: Tensor, count: int, shortest: int, l
     period = (lengths - place).clamp(min=1).unsqueeze(1)
     index = place.unsqueeze(1) + torch.arange(count, device=device) % period
     return history.gather(1, index).to(torch.int64), valid
+
+
+def prompt_lookup_on_host(
+    histories: Tensor, slots: Tensor, lengths: Tensor, count: int, shortest: int, longest: int
+) -> tuple[Tensor, Tensor]:
+    """The same for rows `slots` [B] int64 of histories [S, L] int32 in the host's memory, of which lengths [B] tokens count.
+    Drafts that are not valid are 0."""
+    rows = histories.numpy()
+    drafts, valid = torch.zeros(len(slots), count, dtype=torch.int64), torch.zeros(len(slots), dtype=torch.int64)
+    for index, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
+        tokens = rows[slot, :length]
+        end = _latest_of_the_longest(tokens, shortest, longest)
+        if end:
+            drafts.numpy()[index] = tokens[end + np.arange(count) % (length - end)]
+            valid[index] = count
+    return drafts, valid
+
+
+def _latest_of_the_longest(tokens: NDArray[np.int32], shortest: int, longest: int) -> int:
+    """Where what the last tokens say stood before, and ended; 0: nowhere."""
+    ends, matched = np.flatnonzero(tokens[:-1] == tokens[-1:]) + 1, 1
+    while ends.size and matched < longest:
+        longer = ends[ends > matched]
+        longer = longer[tokens[longer - matched - 1] == tokens[len(tokens) - matched - 1]]
+        if not longer.size:
+            break
+        ends, matched = longer, matched + 1
+    return int(ends[-1]) if ends.size and matched >= shortest else 0
 
 
 def prompt_lookup_reference(tokens: list[int], count: int, shortest: int, longest: int) -> list[int]:

@@ -177,6 +177,28 @@ def test_a_change_of_what_is_asked(seed: int) -> None:
     assert requests(lengths, lookup, 0.2, 0.3, 0) > 0.97
 
 
+@pytest.mark.parametrize("load", [1.0, 1.1])
+def test_chats_after_answers_that_repeat(load: float) -> None:
+    """SmolLM2 with prompt lookup on two cores, 64 tokens a request: ten answers repeat the prompt, then ten chats have a draft
+    in five steps, and none is right. The plain step was measured in the first of the answers, when all took `load` as long."""
+    by_rows, seeds = (6.6, 7.15, 7.9, 9.0, 9.5), 8
+    repeated, chats = 0.0, [0.0] * 10
+    for seed in range(seeds):
+        lengths, rng, ran = DraftLength("auto", 4, eager=True), random.Random(seed), Counter[tuple[int, int]]()
+        for number in range(20):
+            factor, right, offered = (load, 0.85, 0.75) if number < 10 else (1.0, 0.0, 0.2)
+            cost: Cost = lambda _, verify, leave, f=factor: f * (by_rows[verify] + 0.03 * (leave > 0))  # noqa: E731
+            seen = World(cost, 1, right, offered, eager=True, noise=True, rng=rng, ran=ran).until(lengths, 64)
+            took = seen.fixed(0) / seen.rate() / seeds
+            if number < 10:
+                repeated += took / 10
+            else:
+                chats[number - 10] += took
+    assert repeated < 0.5
+    assert sum(chats[:7]) / 7 < 1.03, "what is usual of requests is forgotten as soon as there are others"
+    assert max(chats[5:]) < 1.02, "and then nothing is verified in vain"
+
+
 def test_buckets() -> None:
     """What is measured is what is captured."""
     buckets = [bucket_of(batch) for batch in range(1, 257)]

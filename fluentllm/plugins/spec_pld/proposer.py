@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...core.errors import ConfigError
-from ...kernels.prompt_lookup import prompt_lookup
+from ...kernels.prompt_lookup import prompt_lookup, prompt_lookup_on_host
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,8 @@ class PromptLookup:
         tables = self._tables
         if not count:
             return slots.new_empty(len(slots), 0), slots.new_zeros(len(slots))
+        if slots.device.type == "cpu":
+            return prompt_lookup_on_host(tables.history, slots, tables.length[slots], count, *self._sizes)
         return prompt_lookup(tables.history[slots], tables.length[slots], count, *self._sizes)
 
     @property
