@@ -42,8 +42,9 @@ def test_merge_and_expand(
     out, partial, lse = (t.to(device) for t in left)
     if most != ALL:
         launch(
-            combine_splits, (rows, 2, count), out, partial, lse, plan.spans, ROWS=rows, COLUMNS=256, SPLITS=4, MOST=most, PDL=0
-        )
+            combine_splits, (rows, 2, count), out, partial, lse, plan.spans,
+            ROWS=rows, EACH=1, COLUMNS=256, SPLITS=4, MOST=most, PDL=0,
+        )  # fmt: skip
     latent = out.view(count, queries, heads, 512)
     values = merge_and_expand(latent, partial, lse, plan, up_v.to(device), most)
     # 512 products of 0.06 in the mean: float32 loses a few 1e-6 of them whatever they come to.
