@@ -32,7 +32,8 @@ class Timeline:
         self.process = process
         self.origin = began if origin is None else origin
         self.stages: list[Stage] = []
-        self.add("process", began, time.time())
+        # What is known to 0.01 s may seem to have begun before the first of all.
+        self.add("process", max(began, self.origin), time.time())
 
     def add(self, name: str, start: float, end: float) -> None:
         """`start` and `end` in seconds since the epoch. From any thread."""

@@ -35,7 +35,7 @@ def test_stages_count_from_the_origin_of_the_first_process() -> None:
         ("engine", "weights"),
     ]
     assert first.stages[0].start == 0
-    assert all(0 <= stage.start <= stage.end <= first.now() for stage in stages)
+    assert all(0 <= stage.start <= stage.end <= first.now() + 1e-4 for stage in stages)  # they are rounded
     assert 0.02 <= second.stages[1].end - second.stages[1].start < 1
 
 
