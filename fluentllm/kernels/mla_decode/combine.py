@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton.language import FIRST, LOADED, start_next, wait_for_inputs
+from ..triton.language import FIRST, LOADED, merge_runs, start_next, wait_for_inputs
 
 
 @triton.jit
@@ -41,7 +41,6 @@ def _merge_row(
 ):  # fmt: skip
     target = out + (sequence * ROWS + row).to(tl.int64) * 512 + column
     index = tl.arange(0, SPLITS)
-    # Finite, so that the difference of two is never NaN; a split without a visible key has -inf and weighs nothing.
     top = -1.0e30
     total = 0.0
     acc = tl.zeros([COLUMNS], tl.float32)
@@ -49,15 +48,10 @@ def _merge_row(
         part = base + index
         slot = 2 * part + (part == first).to(tl.int32)
         inside = part <= last
-        weight = tl.load(lse + slot * ROWS + row, mask=inside, other=float("-inf"))
+        seen = tl.load(lse + slot * ROWS + row, mask=inside, other=float("-inf"))
         values = tl.load(
             partial + (slot * ROWS + row).to(tl.int64)[:, None] * 512 + column[None, :], mask=inside[:, None], other=0.0
         )
-        new_top = tl.maximum(top, tl.max(weight, 0))
-        alpha = tl.exp2(top - new_top)
-        weight = tl.exp2(weight - new_top)
-        total = total * alpha + tl.sum(weight, 0)
-        acc = acc * alpha + tl.sum(weight[:, None] * values, 0)
-        top = new_top
+        acc, total, top = merge_runs(acc, total, top, seen, values)
     start_next(PDL, LOADED)
     tl.store(target, (acc / tl.where(total > 0, total, 1.0)).to(out.dtype.element_ty))

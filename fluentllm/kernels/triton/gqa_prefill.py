@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .language import dot
+from .language import dot, merge_runs
 from .launch import launch, multiprocessors, power_of_2, split_width
 
 if TYPE_CHECKING:
@@ -215,7 +215,6 @@ def _merge_runs_kernel(out, partial, lse, splits, cells, VALUE_DIM: tl.constexpr
     cell = tl.program_id(0).to(tl.int64)
     dv = tl.arange(0, BLOCK_V)
     index = tl.arange(0, RUNS)
-    # Finite, so that the difference of two is never NaN; a run without a key that the row sees weighs nothing.
     top = -1.0e30
     total = 0.0
     acc = tl.zeros([BLOCK_V], tl.float32)
@@ -226,12 +225,7 @@ def _merge_runs_kernel(out, partial, lse, splits, cells, VALUE_DIM: tl.constexpr
         values = tl.load(
             partial + (at * VALUE_DIM)[:, None] + dv[None, :], mask=inside[:, None] & (dv < VALUE_DIM)[None, :], other=0.0
         )
-        higher = tl.maximum(top, tl.max(seen, 0))
-        fade = tl.exp2(top - higher)
-        weight = tl.exp2(seen - higher)
-        total = total * fade + tl.sum(weight, 0)
-        acc = acc * fade + tl.sum(weight[:, None] * values, 0)
-        top = higher
+        acc, total, top = merge_runs(acc, total, top, seen, values)
     result = acc / tl.where(total > 0, total, 1.0)
     tl.store(out + cell * VALUE_DIM + dv, result.to(out.dtype.element_ty), mask=dv < VALUE_DIM)
 

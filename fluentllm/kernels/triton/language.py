@@ -77,3 +77,13 @@ def scatter(pointers, values, mask):
             [pointers, values, mask.to(tl.int32)],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
+
+
+@triton.jit
+def merge_runs(acc, total, top, lse, values):
+    """Some more runs of keys that were attended to apart: acc [D], total and top of those before; lse [R] in log2 units, -inf
+    for a run without a visible key; values [R, D], normalised. Start with a finite top, so that no difference is NaN."""
+    higher = tl.maximum(top, tl.max(lse, 0))
+    fade = tl.exp2(top - higher)
+    weight = tl.exp2(lse - higher)
+    return acc * fade + tl.sum(weight[:, None] * values, 0), total * fade + tl.sum(weight, 0), higher
