@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ...core.errors import ConfigError
 from ...kernels import in_kernels
-from ...kernels.prompt_lookup import prompt_lookup, prompt_lookup_on_host
+from ...kernels.prompt_lookup import prompt_lookup_on_host
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,12 +32,10 @@ class PromptLookup:
         if not count:
             return slots.new_empty(len(slots), 0), slots.new_zeros(len(slots))
         if in_kernels(slots):
-            from ...kernels.triton.prompt_lookup import prompt_lookup as by_kernels
+            from ...kernels.triton.prompt_lookup import prompt_lookup
 
-            return by_kernels(tables.history, slots, tables.length, count, *self._sizes)
-        if slots.device.type == "cpu":
-            return prompt_lookup_on_host(tables.history, slots, tables.length[slots], count, *self._sizes)
-        return prompt_lookup(tables.history[slots], tables.length[slots], count, *self._sizes)
+            return prompt_lookup(tables.history, slots, tables.length, count, *self._sizes)
+        return prompt_lookup_on_host(tables.history, slots, tables.length[slots], count, *self._sizes)
 
     @property
     def page_states(self) -> tuple[Tensor, ...]:
