@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from .core.buckets import CAPTURED_KEYS, CAPTURED_TOKENS
 from .core.errors import OutOfMemory
 from .core.executor import Executor
 from .core.types import Drafting, Feature, PrefillChunk, SamplingParams, SlotInit, StepPlan
@@ -111,25 +112,27 @@ def _give_back(device: torch.device) -> None:
 
 
 def plans(largest: Largest) -> list[StepPlan]:
-    """A prefill of the largest chunk, then decode steps of every slot: with every feature, and three without any, of which the
-    second is captured and the third replayed. Drafts in all of them."""
+    """A prefill of the largest chunk, and the largest that is captured, then decode steps of every slot, with every feature and
+    without any. Three of what is captured: its second run is, and the third replayed. Drafts in all of them."""
     every, none = Drafting(largest.drafts, largest.drafts), Drafting(0, largest.drafts)
     features = EVERY_FEATURE | (Feature.GRAMMAR | Feature.TOKEN_MASKS if largest.grammars else 0)
-    chunks, admitted = _prompts(largest)
+    chunks, admitted = _prompts(largest, largest.prefill_tokens, largest.context)
+    again, entering = _prompts(largest, min(largest.prefill_tokens, CAPTURED_TOKENS), min(largest.context, CAPTURED_KEYS))
     slots = list(range(largest.sequences))
     budget = min(8 * (largest.drafts + 1), largest.context - 2)
     decoding = [_init(slot, [0, 0], 2, budget) for slot in slots]
     return [
         StepPlan(step=0, admit=admitted, prefill=chunks, drafting=none, features=features),
-        StepPlan(step=1, admit=decoding, decode=slots, drafting=every, features=features),
-        *(StepPlan(step=2 + i, decode=slots, drafting=every) for i in range(3)),
+        *(StepPlan(step=1 + i, admit=entering, prefill=again, drafting=none) for i in range(3)),
+        StepPlan(step=4, admit=decoding, decode=slots, drafting=every, features=features),
+        *(StepPlan(step=5 + i, decode=slots, drafting=every) for i in range(3)),
     ]
 
 
-def _prompts(largest: Largest) -> tuple[list[PrefillChunk], list[SlotInit]]:
-    """As many sequences as the chunk needs."""
-    chunks, admitted, left = [], [], largest.prefill_tokens
-    longest = largest.context - 1
+def _prompts(largest: Largest, tokens: int, context: int) -> tuple[list[PrefillChunk], list[SlotInit]]:
+    """As many sequences as a pass of so many tokens needs; a lone one ends at `context` where that counts."""
+    chunks, admitted, left = [], [], tokens
+    longest = context - 1
     for slot in range(largest.sequences):
         count = min(left, longest)
         if count <= 0:

@@ -115,12 +115,13 @@ def test_the_largest_steps_have_every_feature_and_run(tmp_path: Path) -> None:
         engine = assemble(settings, "tiny", model.loaded, plugins)
         largest = Largest(prefill_tokens=50, sequences=4, context=40, drafts=2, grammars=engine.grammars.states > 0)
         rehearsed = plans(largest)
-        assert rehearsed[0].features == rehearsed[1].features == every & ~left_out
+        assert rehearsed[0].features == rehearsed[4].features == every & ~left_out
+        assert [plan.features for plan in (*rehearsed[1:4], *rehearsed[5:])] == [0] * 6
         try:
             results = [engine.executor.launch(plan).result() for plan in rehearsed]
         finally:
             engine.executor.close()
-        assert [len(result.slots) for result in results] == [2, 4, 4, 4, 4]
+        assert [len(result.slots) for result in results] == [2, 2, 2, 2, 4, 4, 4, 4]
 
 
 @gpu

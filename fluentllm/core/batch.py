@@ -7,7 +7,7 @@ annotations alone name tensors), so that `layers` may use it. Everything but the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,10 @@ class Batch:
     layer_inputs: list[Tensor] = field(default_factory=list)
     """What enters the trunk's layers that `Model.tap` named, [T, hidden] each, in their order: filled by the pass, for
     proposers."""
+    plan: Any = None
+    """What the attention backend has planned for this pass before its program (`core.protocols.PlannedPrefill`); None: `begin`
+    plans. With a plan the last rows may be padding: of the sequence behind those of `query_lengths`, on the scratch page. What
+    is computed of them is finite and means nothing."""
     features: int = 0
     """Host side. Bits of `Feature`: what the pass's requests need, so that proposers compute no more than that either."""
 

@@ -6,13 +6,16 @@ replays; every later one replays. So nothing is captured that is not used, and n
 Hazards: a program must read only tensors that stay where they are (slot tables, pools, weights, its static inputs), must not
 wait for the device, and its outputs are overwritten by its next run: copy them out on the same stream. All graphs share
 one memory pool, so they must run on one stream, one after the other.
+
+Who follows a program from outside (`cut`) gets it in pieces: a graph for each, and a call between them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -21,14 +24,24 @@ log = logging.getLogger(__name__)
 Outputs = TypeVar("Outputs")
 
 
+@dataclass(slots=True)
+class _Piece:
+    graph: torch.cuda.CUDAGraph
+    then: Callable[[], None] | None = None
+    """What the host does behind its launch."""
+
+
 class Graphs(Generic[Outputs]):
     """Runs programs on the current stream of one CUDA device, which may not be the default stream."""
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        """Of the first graph, and of all others."""
         self._seen: set[Hashable] = set()
-        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
+        self._captured: dict[Hashable, tuple[list[_Piece], Outputs]] = {}
         self._uncapturable: set[Hashable] = set()
+        self._pieces: list[_Piece] | None = None
+        """Of the program that is being captured."""
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -43,37 +56,59 @@ class Graphs(Generic[Outputs]):
             known = self._capture(key, program)
             if known is None:
                 return program()
-        graph, outputs = known
-        graph.replay()
+        pieces, outputs = known
+        for piece in pieces:
+            piece.graph.replay()
+            if piece.then is not None:
+                piece.then()
         return outputs
+
+    def cut(self, then: Callable[[], None]) -> None:
+        """Inside a program: call `then` whenever the program runs, on the host, when all in front of the call has been enqueued
+        and nothing behind it. All streams must have been joined."""
+        if self._pieces is None:
+            then()
+            return
+        piece = self._pieces[-1]
+        piece.graph.capture_end()
+        piece.then = then
+        self._pieces.append(self._begin())
 
     def clear(self) -> None:
         """Forget all graphs: what they captured is no longer what should run."""
         self._captured.clear()
         # The allocator has given the old pool up with its last graph.
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = None
         self._seen.clear()
         self._uncapturable.clear()
 
-    def _capture(self, key: Hashable, program: Callable[[], Outputs]) -> tuple[torch.cuda.CUDAGraph, Outputs] | None:
-        """None where the program cannot be captured: it then runs eagerly for good."""
+    def _begin(self) -> _Piece:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # `torch.cuda.graph` would wait for the device and collect garbage, while other steps are running.
         # Other threads may allocate or wait for events meanwhile: only this one's calls count.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        return _Piece(graph)
+
+    def _capture(self, key: Hashable, program: Callable[[], Outputs]) -> tuple[list[_Piece], Outputs] | None:
+        """None where the program cannot be captured: it then runs eagerly for good."""
+        pieces = self._pieces = [self._begin()]
         try:
             outputs = program()
+            pieces[-1].graph.capture_end()
         except Exception:
-            _abandon(graph)
+            _abandon(pieces[-1].graph)
             # The allocator may still count the old pool as being captured into.
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool = None
             self._uncapturable.add(key)
             log.warning("program %s cannot be captured in a CUDA graph and runs eagerly", key, exc_info=True)
             return None
-        graph.capture_end()
-        self._captured[key] = graph, outputs
+        finally:
+            self._pieces = None
+        self._captured[key] = pieces, outputs
         log.debug("captured program %s", key)
-        return graph, outputs
+        return pieces, outputs
 
 
 def _abandon(graph: torch.cuda.CUDAGraph) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.batch import Batch
 from ..core.protocols import AttentionBackend, Model, Proposer
 from ..core.slots import SlotTables
-from ..core.types import Drafting, Feature
+from ..core.types import Drafting, Feature, PrefillChunk
 from ..kernels import in_kernels
 from .commit import Committed, commit, leave_drafts
 from .grammar import advance, allowed_drafts, drop_unmasked, forbid_masked, forbid_tokens
@@ -92,12 +92,14 @@ class Target(Protocol):
 
     model: Model
     attention: AttentionBackend
-    prefill_attention: AttentionBackend
-    """The same, or its twin that tells who follows prefill passes layer by layer."""
     tables: SlotTables
     proposer: Proposer | None
     synthetic: float | None
     """Share of drafts that are accepted whatever they are (`step.synthetic`); None: those that are right."""
+
+    def through_layers(self, chunks: list[PrefillChunk]) -> tuple[Batch, Tensor]:
+        """A prefill pass through the target: its batch, and hidden states [T, hidden]."""
+        ...
 
     def drop_proposer(self, reason: str) -> None:
         """Draft no more."""

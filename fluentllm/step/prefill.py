@@ -1,6 +1,7 @@
 """The prefill program: KV for chunks of several prompts in one ragged pass, and the first token where a prompt ends.
 
-Its lengths are known to the host, so attention may be planned there. The tokens are read from the slots' histories.
+Its lengths are known to the host, so attention may be planned there. The tokens are read from the slots' histories. The pass
+through the target's layers is one launch where it can be (`padded_prefill`), and what follows it a few.
 """
 
 from __future__ import annotations
@@ -59,9 +60,8 @@ def prefill(
     """Compute the chunks; draw a token, and leave `drafts` drafts, for those that are a prompt's last, in order. Third: prompt
     logprobs a chunk."""
     tables, model = target.tables, target.model
-    batch = prefill_batch(chunks, tables)
+    batch, hidden = target.through_layers(chunks)
     batch.features = features
-    hidden = model.forward(batch, target.prefill_attention)
     prompt_logprobs = [
         _prompt_logprobs(hidden[end - chunk.count : end], chunk, tables, model) if chunk.prompt_logprobs is not None else None
         for chunk, end in zip(chunks, accumulate(chunk.count for chunk in chunks), strict=True)

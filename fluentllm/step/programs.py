@@ -1,24 +1,26 @@
 """The step programs bound to one model: what the executor launches without knowing what is inside.
 
 A decode program is keyed by (bucket of slots, drafts verified, drafts left, features). Its only input from the host is the
-list of slots, in a tensor that stays where it is, so on a GPU it is captured; prefill knows its lengths and runs eagerly.
+list of slots, in a tensor that stays where it is, so on a GPU it is captured. Of a prefill program the pass through the target
+is, where the attention backend can plan it outside.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from msgspec import structs
 from torch import Tensor
 
+from ..core.batch import Batch
 from ..core.buckets import bucket_of
 from ..core.executor import Pending, SlotRows
 from ..core.graphs import Graphs
 from ..core.handoff import PassWatcher, watched
-from ..core.protocols import AttentionBackend, Model, Proposer
+from ..core.protocols import AttentionBackend, Model, PlannedPrefill, Proposer
 from ..core.slots import SlotTables
 from ..core.staging import to_host, upload
 from ..core.types import FinishReason, PrefillChunk, SlotResult, StepPlan, TokenLogprob
@@ -26,7 +28,8 @@ from .commit import OUT_OF_BUDGET, RUNNING, STOPPED, Committed
 from .decode import decode
 from .left_drafts import LeftDrafts, with_drafts
 from .logprobs import Logprobs, keep_top
-from .prefill import prefill
+from .padded_prefill import PaddedPrefill
+from .prefill import prefill, prefill_batch
 from .resume import resume
 
 log = logging.getLogger(__name__)
@@ -51,10 +54,9 @@ class StepPrograms:
         graphs: bool = False,
     ) -> None:
         """`proposer_name`: how the log calls it; `synthetic`: share of drafts that are accepted whatever they are; `graphs`:
-        capture decode programs (CUDA)."""
+        capture programs (CUDA)."""
         self.model = model
         self.attention = attention
-        self.prefill_attention = attention
         self.tables = tables
         self.proposer = proposer
         self.synthetic = synthetic
@@ -63,19 +65,36 @@ class StepPrograms:
         self.eager = False
         """Launch each kernel by itself though graphs could be had, for who looks at them one by one."""
         self._proposer_name = proposer_name
-        self._graphs: Graphs[tuple[Committed, Logprobs | None]] | None = Graphs() if graphs else None
+        self._graphs: Graphs[Any] | None = Graphs() if graphs else None
+        self._padded_prefill = self._padding_prefill(attention)
         self._slots: dict[int, Tensor] = {}
         """Bucket → its static input."""
         self._uploaded: dict[int, list[int]] = {}
         """Bucket → what stands there."""
         self._watcher: PassWatcher | None = None
+        self._prefill_attention = attention
         self.prefilled = 0
         """Tokens that prefill programs have computed."""
 
     def watch(self, watcher: PassWatcher) -> None:
         """Let `watcher` follow prefill passes, layer by layer."""
         self._watcher = watcher
-        self.prefill_attention = watched(self.attention, watcher)
+        self._prefill_attention = watched(self.attention, watcher)
+        self._padded_prefill = self._padding_prefill(self.attention, watcher)
+
+    def _padding_prefill(self, attention: AttentionBackend, watcher: PassWatcher | None = None) -> PaddedPrefill | None:
+        if not isinstance(attention, PlannedPrefill):
+            return None
+        return PaddedPrefill(self.model, attention, self.tables, self._graphs, watcher)
+
+    def through_layers(self, chunks: list[PrefillChunk]) -> tuple[Batch, Tensor]:
+        """A prefill pass through the target: its batch, and hidden states [T, hidden]."""
+        if self._padded_prefill is not None:
+            found = self._padded_prefill.run(chunks, eager=self.eager)
+            if found is not None:
+                return found
+        batch = prefill_batch(chunks, self.tables)
+        return batch, self.model.forward(batch, self._prefill_attention)
 
     def drop_proposer(self, reason: str) -> None:
         self.proposer = None

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ...core.protocols import AttentionBackend, FusedGQA, FusedMLA, PartialAttention
+from ...core.protocols import AttentionBackend, FusedGQA, FusedMLA, PartialAttention, PassPlan, PlannedPrefill
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +56,7 @@ def until_sure(backends: Iterable[AttentionBackend]) -> list[AttentionBackend]:
     raise ValueError("no backend among them serves every pass")
 
 
-class PhasedAttention(AttentionBackend):
+class PhasedAttention(PlannedPrefill):
     """`core.protocols.AttentionBackend`."""
 
     def __init__(self, prefill: Order, decode: Order) -> None:
@@ -66,8 +67,17 @@ class PhasedAttention(AttentionBackend):
 
     def begin(self, batch: Batch) -> None:
         self._in_prefill = batch.query_length is None
+        if batch.plan is not None:
+            self._current, own = batch.plan.plan
+            self._current.begin(replace(batch, plan=own))
+            return
         self._current = (self.prefill if self._in_prefill else self.decode).pick(batch)
         self._current.begin(batch)
+
+    def plan_prefill(self, batch: Batch) -> PassPlan | None:
+        backend = self.prefill.pick(batch)
+        plan = backend.plan_prefill(batch) if isinstance(backend, PlannedPrefill) else None
+        return PassPlan((id(backend), plan.key), (backend, plan)) if plan is not None else None
 
     def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
         out: Tensor = self._current.gqa(layer, q, k, v, batch, scale)

@@ -13,7 +13,9 @@ from .attention import (
     FusedMLA,
     MlaProducts,
     PartialAttention,
+    PassPlan,
     Phase,
+    PlannedPrefill,
 )
 from .drafting import DraftContext, DraftMemory, DraftTarget, MovableProposer, Proposer, ProposerContext, ProposerFactory
 from .grammars import GrammarCompiler, GrammarContext, GrammarMatcher, HostGrammar
@@ -54,7 +56,9 @@ __all__ = [
     "MovableProposer",
     "PackedTensor",
     "PartialAttention",
+    "PassPlan",
     "Phase",
+    "PlannedPrefill",
     "Proposer",
     "ProposerContext",
     "ProposerFactory",

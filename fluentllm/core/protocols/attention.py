@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from torch import Tensor
 
     from ..batch import Batch
@@ -90,6 +92,28 @@ class PartialAttention(AttentionBackend):
     def serves(self, batch: Batch) -> bool:
         """Before `begin`: will it do this pass? Waits for nothing. Of decode passes with the same number of sequences, query
         length and first key the answer never changes, since they are captured."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PassPlan:
+    """What a backend has planned for one prefill pass."""
+
+    key: Hashable
+    """Passes with as many rows and equal keys launch the same kernels on the same tensors."""
+    plan: Any
+    """The backend's own."""
+
+
+class PlannedPrefill(AttentionBackend):
+    """A backend whose prefill passes can be captured: what it makes of lengths that only the host knows is made outside of the
+    program, in tensors that stay where they are. Derive from it to be asked."""
+
+    @abstractmethod
+    def plan_prefill(self, batch: Batch) -> PassPlan | None:
+        """Of a pass whose tensors stay where they are, at its launch; `begin` finds it in `batch.plan`, also when it is
+        captured, and then does nothing that a repetition of its launches would not do. None: this pass is launched kernel by
+        kernel."""
         ...
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..moe import Routing
+from ..prefill_rows import PrefillRows
 from .commit import commit_tokens, decode_rows, leave_drafts
 from .draw import argmax, draw
 from .elementwise import embedding, rotary, silu_mul
@@ -21,7 +22,8 @@ from .fp8_gemm import fp8_gemm
 from .fp8_quantise import quantise_rows, silu_mul_quantise
 from .gqa_decode import gqa_decode, query_tiles
 from .gqa_plan import plan_gqa
-from .gqa_prefill import PrefillPlan, gqa_prefill
+from .gqa_prefill import gqa_prefill
+from .gqa_prefill_plan import PrefillPlan
 from .kv_append import append, rotate_and_append
 from .launch import recording
 from .linear import linear, linear_norm, new_counters
@@ -38,6 +40,7 @@ from .moe_tiles import Tile
 from .ngram import ngram_embedding, ngram_gather
 from .norm import add_rms_norm, rms_norm
 from .normed import NormAfter
+from .prefill_rows import prefill_rows
 from .prompt_lookup import prompt_lookup
 from .qkv_product import QkvProduct, from_product_fits
 from .streamed_weight import StreamedFp8Weight
@@ -185,6 +188,7 @@ def step() -> None:
             commit_tokens(tokens, tokens[:, 1:], slots, *columns, finished, _ints(33, 8), history, counts, equal)
     leave_drafts(_longs(32, 3), _longs(32), slots, ints[:, 0], ints[:, 7], history)
     prompt_lookup(history, slots, ints[:, 0], 4, 2, 4)
+    prefill_rows(PrefillRows.create(33, 4096, torch.device("meta")), 1000, 1024, history, _ints(33, 128), 64)
 
 
 def mixture_of_experts() -> None:

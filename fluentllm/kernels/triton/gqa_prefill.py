@@ -1,17 +1,13 @@
 """Attention of prefill with grouped heads: ragged chunks, causal, over the pages of cached prefixes and of the chunks' own KV.
 
-FlashAttention-2's loop (arXiv:2307.08691): one program for a tile of query rows of one head. The list of tiles is made on
-the host, where a prefill's lengths are known; tiles with the most keys come first, so that none is left over at the end.
-
-A short chunk behind a long context has few tiles, each with a long loop. Where tiles do not fill the chip, a tile holds the
-rows of all heads that share keys, so that these are read once; and several programs share the keys of each tile and leave what
-they found to a merging kernel, as in decode.
+FlashAttention-2's loop (arXiv:2307.08691): one program for a tile of query rows of one head, or of all heads that share keys
+(`gqa_prefill_plan`). Where several programs share the keys of a tile, they leave what they found to a merging kernel, as in
+decode.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,86 +15,14 @@ import triton
 import triton.language as tl
 
 from .language import dot, merge_runs
-from .launch import launch, multiprocessors, power_of_2, split_width
+from .launch import launch, power_of_2, split_width
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
+    from .gqa_prefill_plan import PaddedPlan, PrefillPlan
+
 SHARED_BYTES = 160 * 1024
-LEAST_RUN = 512
-"""Keys of a program that shares a tile: merging costs about as much as reading a few blocks of keys."""
-MOST_SPLITS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillTiles:
-    """Which rows each program computes."""
-
-    table: Tensor
-    """[4, tiles] int32: sequence, first token of the tile in the batch, tokens, position of its first token."""
-    pack: int
-    """Heads of a tile, which share keys: a token has a row for each."""
-    splits: int
-    """Programs that share a tile's keys."""
-
-
-class PrefillPlan:
-    """One pass: sequence i has query_lengths[i] tokens, the last of kv_lengths[i] keys. rows: of a tile. splits: 1 for whole
-    tiles of one head, more for packed ones; None: what fills the chip."""
-
-    def __init__(
-        self,
-        query_lengths: Sequence[int],
-        kv_lengths: Sequence[int],
-        device: torch.device,
-        *,
-        rows: int = 128,
-        splits: int | None = None,
-    ) -> None:
-        self.rows = rows
-        self._lengths = list(zip(query_lengths, kv_lengths, strict=True))
-        self._device = device
-        self._splits = splits
-        self._tiles: dict[tuple[int, int], PrefillTiles] = {}
-
-    def tiles(self, heads: int, kv_heads: int) -> PrefillTiles:
-        """For all layers with so many heads; made at the first."""
-        key = heads, kv_heads
-        if key not in self._tiles:
-            self._tiles[key] = self._made(heads, heads // kv_heads)
-        return self._tiles[key]
-
-    def _made(self, heads: int, group: int) -> PrefillTiles:
-        tiles = _tiles(self._lengths, self.rows)
-        longest = max((first + count for _, _, count, first in tiles), default=0)
-        fill = multiprocessors(self._device)
-        splits, pack = self._splits, 1
-        if splits is None and (heads * len(tiles) >= fill or longest < 2 * LEAST_RUN):
-            splits = 1
-        if splits != 1 and group <= self.rows:
-            pack = group
-            tiles = _tiles(self._lengths, self.rows // pack)
-        if splits is None:
-            programs = heads // pack * max(1, len(tiles))
-            splits = max(1, min(2 * fill // programs, longest // LEAST_RUN, MOST_SPLITS))
-        tiles.sort(key=lambda tile: tile[2] + tile[3], reverse=True)
-        table = torch.tensor(tiles, dtype=torch.int32).view(-1, 4).T.contiguous()
-        if self._device.type == "cuda":
-            table = table.pin_memory()
-        return PrefillTiles(table.to(self._device, non_blocking=True), pack, splits)
-
-
-def _tiles(lengths: list[tuple[int, int]], each: int) -> list[tuple[int, int, int, int]]:
-    """Columns of `PrefillTiles.table`, of `each` tokens at most."""
-    tiles = []
-    start = 0
-    for sequence, (count, keys) in enumerate(lengths):
-        for first in range(0, count, each):
-            tiles.append((sequence, start + first, min(each, count - first), keys - count + first))
-        start += count
-    return tiles
 
 
 @triton.jit
@@ -235,7 +159,7 @@ def gqa_prefill(
     k_pages: Tensor,
     v_pages: Tensor,
     page_table: Tensor,
-    plan: PrefillPlan,
+    plan: PrefillPlan | PaddedPlan,
     scale: float,
     *,
     k_scale: float = 1.0,

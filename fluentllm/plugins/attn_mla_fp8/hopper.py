@@ -16,7 +16,8 @@ from fluentllm.kernels.mla_decode import fp8_planes
 from fluentllm.kernels.mla_decode.append import absorb_norms, append_norms
 from fluentllm.kernels.mla_decode.decode import MlaDecode
 from fluentllm.kernels.mla_decode.quantise import append, fetch, quantise_query
-from fluentllm.kernels.triton.gqa_prefill import PrefillPlan, gqa_prefill
+from fluentllm.kernels.triton.gqa_prefill import gqa_prefill
+from fluentllm.kernels.triton.gqa_prefill_plan import PrefillPlan
 from fluentllm.kernels.triton.mla_absorb import absorbs
 from fluentllm.kernels.triton.mla_rows import rotate_queries
 

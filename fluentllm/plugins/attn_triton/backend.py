@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fluentllm.core.buckets import CAPTURED_KEYS
+from fluentllm.core.protocols import PassPlan, PlannedPrefill
 from fluentllm.kernels.triton.gqa_decode import gqa_decode, query_tiles
 from fluentllm.kernels.triton.gqa_plan import GqaPlan, plan_gqa
-from fluentllm.kernels.triton.gqa_prefill import PrefillPlan, gqa_prefill
+from fluentllm.kernels.triton.gqa_prefill import gqa_prefill
+from fluentllm.kernels.triton.gqa_prefill_plan import PaddedPlan, PaddedPlans, PrefillPlan
 from fluentllm.kernels.triton.mla_absorb import absorb, absorbs
 from fluentllm.kernels.triton.mla_rows import rotate_queries
 from fluentllm.kernels.triton.qkv_product import from_product_fits
 from fluentllm.layers.pool_writes import PoolWrites
 
-from .expand import ExpandedPages, expand_pages
+from .expand import ExpandedPages, expand_on_device, expand_pages, pages_bucket
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +38,7 @@ FLOAT32_TILE = 16
 """Rows of a prefill tile in float32, which is multiplied without tensor cores."""
 
 
-class TritonAttention(PoolWrites):
+class TritonAttention(PoolWrites, PlannedPrefill):
     """`core.protocols.AttentionBackend`. MLA: absorbed in decode, expanded in prefill."""
 
     capturable = True
@@ -51,7 +54,10 @@ class TritonAttention(PoolWrites):
         else:
             self._pages = [(pool.k[layer], pool.v[layer]) for layer in layers]
         self._plan: GqaPlan | None = None
-        self._prefill_plan: PrefillPlan | None = None
+        self._prefill_plan: PrefillPlan | PaddedPlan | None = None
+        # Expanded keys belong to one head each.
+        kv_heads = self._heads if pool.spec.kind == "mla" else pool.spec.heads
+        self._padded = PaddedPlans(self._heads, kv_heads, pool.device, rows=self._tile_rows)
         self._expanded: ExpandedPages | None = None
         self._mla: dict[tuple[int, int, int], MlaDecode] = {}
         self._mla_lengths: Tensor | None = None
@@ -69,18 +75,34 @@ class TritonAttention(PoolWrites):
                 _, tiles = query_tiles(batch.query_length, self._heads // self._kv.heads)
                 self._plan = plan_gqa(batch.kv_lengths, kv_heads=self._kv.heads, longest=longest, tiles=tiles)
             return
+        if batch.plan is not None:
+            self._prefill_plan, pages = batch.plan.plan
+            if self._kv.kind == "mla":
+                self._expanded = expand_on_device(batch, pages)
+            return
         assert batch.query_lengths is not None
         assert batch.kv_lengths_host is not None
         device = batch.kv_lengths.device
-        # The kernel takes the dtype of the queries; float32 is for tests and has no use for large tiles.
-        rows = FLOAT32_TILE if self._kv_is_float32 else 128
-        self._prefill_plan = PrefillPlan(batch.query_lengths, batch.kv_lengths_host, device, rows=rows)
+        self._prefill_plan = PrefillPlan(batch.query_lengths, batch.kv_lengths_host, device, rows=self._tile_rows)
         if self._kv.kind == "mla":
             self._expanded = expand_pages(batch)
 
+    def plan_prefill(self, batch: Batch) -> PassPlan | None:
+        assert batch.query_lengths is not None
+        assert batch.kv_lengths_host is not None
+        pages = 0
+        if self._kv.kind == "mla":
+            batch.refuse_first_key()
+            pages = pages_bucket(batch)
+            if pages * batch.page_size > CAPTURED_KEYS:
+                return None
+        tiles = self._padded.plan(batch.query_lengths, batch.kv_lengths_host, batch.tokens.shape[0])
+        return PassPlan((tiles.key, pages), (tiles, pages))
+
     @property
-    def _kv_is_float32(self) -> bool:
-        return self._rows[0][0].dtype is torch.float32
+    def _tile_rows(self) -> int:
+        # The kernel takes the dtype of the queries; float32 is for tests and has no use for large tiles.
+        return FLOAT32_TILE if self._rows[0][0].dtype is torch.float32 else 128
 
     # ------------------------------------------------------------------------------------------------------------------ gqa
     def _attend_product(self, layer: int, product: QkvProduct, batch: Batch, scale: float) -> Tensor:

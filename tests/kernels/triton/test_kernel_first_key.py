@@ -9,7 +9,8 @@ from paged import random_paged
 from fluentllm.kernels.attention_reference import gqa_reference
 from fluentllm.kernels.triton.gqa_decode import gqa_decode
 from fluentllm.kernels.triton.gqa_plan import plan_gqa
-from fluentllm.kernels.triton.gqa_prefill import PrefillPlan, gqa_prefill
+from fluentllm.kernels.triton.gqa_prefill import gqa_prefill
+from fluentllm.kernels.triton.gqa_prefill_plan import PrefillPlan
 
 
 @pytest.mark.parametrize("lengths", [[2], [3, 70, 300]])

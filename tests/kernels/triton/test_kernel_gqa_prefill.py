@@ -7,7 +7,8 @@ import torch
 from paged import random_paged
 
 from fluentllm.kernels.attention_reference import gqa_reference
-from fluentllm.kernels.triton.gqa_prefill import LEAST_RUN, MOST_SPLITS, PrefillPlan, gqa_prefill
+from fluentllm.kernels.triton.gqa_prefill import gqa_prefill
+from fluentllm.kernels.triton.gqa_prefill_plan import LEAST_RUN, MOST_SPLITS, PaddedPlans, PrefillPlan
 from fluentllm.kernels.triton.launch import split_width
 
 
@@ -43,6 +44,39 @@ def test_ragged_chunks(
         tolerance = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 4e-2}[dtype]
         torch.testing.assert_close(out[part].double(), expected, rtol=0, atol=tolerance)
         start += rows
+
+
+@pytest.mark.parametrize(("chunks", "padding"), [([(0, 1)], 3), ([(70, 3), (0, 130), (128, 64)], 27), ([(1100, 9)], 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (18, 1)])
+def test_padded_passes_see_no_keys_for_their_padding(
+    chunks: list[tuple[int, int]], padding: int, heads: int, kv_heads: int, device: torch.device, rng: torch.Generator
+) -> None:
+    """The same plans, pass after pass, in the tensors of the one before."""
+    plans = PaddedPlans(heads, kv_heads, device, rows=32)
+    for _ in range(2):
+        lengths = [cached + rows for cached, rows in chunks]
+        counts = [rows for _, rows in chunks]
+        own = sum(counts)
+        paged = random_paged(lengths, rng, device, kv_heads=kv_heads, dim=64)
+        q = torch.randn(own + padding, heads, 64, generator=rng).to(device)
+        padded = plans.plan(counts, lengths, own + padding)
+        out = gqa_prefill(q, paged.k, paged.v, paged.table, padded, 0.125)
+        plain = PrefillPlan(counts, lengths, device, rows=32, splits=1)
+        expected = gqa_prefill(q[:own].contiguous(), paged.k, paged.v, paged.table, plain, 0.125)
+        torch.testing.assert_close(out[:own], expected, rtol=0, atol=2e-6)
+        assert out[own:].count_nonzero() == 0
+        chunks = [(cached + 1, rows) for cached, rows in reversed(chunks)]
+
+
+def test_padded_plans_are_few() -> None:
+    """How sequences divide the rows of a pass changes neither its grid nor where its tiles stand, but for many short ones."""
+    plans = PaddedPlans(16, 8, torch.device("cpu"))
+    made = [plans.plan(counts, counts, 1024) for counts in ([1000], [300, 500, 200], [1] * 2 + [1000], [10] * 16)]
+    assert {plan.key for plan in made[:3]} == {(12, 1, 1)}
+    assert made[0].made.table is made[1].made.table
+    assert made[3].key == (24, 1, 1)
+    (split,) = {plans.plan([count], [50_000], 16).key for count in range(1, 17)}
+    assert split == (5, 2, 32), "a power of two"
 
 
 def test_keys_are_shared_where_tiles_do_not_fill_the_chip() -> None:
