@@ -124,7 +124,8 @@ def assemble(
         parts.programs.watch(handoffs.watcher)
 
     kv = KVCache(pages, maker.page_size, settings.kv.prefix_cache, listen=plugins.observers.watches_kv)
-    budget = PrefillBudget(prefill_tokens, settings.scheduler.max_step_ratio or DEFAULT_STEP_RATIO.get(device.type))
+    ratio = settings.scheduler.max_step_ratio or DEFAULT_STEP_RATIO.get(device.type)
+    budget = PrefillBudget(prefill_tokens, ratio, padded=device.type == "cuda")
     make_scheduler = plugins.registry("schedulers").get(settings.scheduler.policy).factory
     scheduler = make_scheduler(SchedulerContext(settings, kv, slots, longest, spec.eos_token_ids, max_drafts, budget))
     if settings.disaggregation.role == "decode" and not hasattr(scheduler, "resume"):

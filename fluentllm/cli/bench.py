@@ -143,6 +143,7 @@ def _offline(
     from ..bench import offline, report
     from ..core.timeline import lines
     from ..local import LocalEngine
+    from ..settling import settle
 
     settings = options.load(config, flags, sets).settings
     drafts = offline.Drafts()
@@ -150,6 +151,7 @@ def _offline(
         offline.startup(local)
         stages = local.timeline.stages
         startup_s = stages[-1].end
+        settle()
         typer.echo(f"{local.model_name} on {local.engine.info.device}: first token after {startup_s:.2f} s")
         for line in lines(stages):
             typer.echo(f"start of the {line}")

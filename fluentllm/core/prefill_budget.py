@@ -24,6 +24,8 @@ from math import sqrt
 from statistics import median
 from typing import TYPE_CHECKING
 
+from .buckets import bucket_within
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -120,9 +122,19 @@ class StepAllowance:
     `floor`; of what fits, `part`."""
 
     def __init__(
-        self, tokens: int, seconds: float | None, cost: ChunkCost, floor: Callable[[int], float], part: float = 1.0
+        self,
+        tokens: int,
+        seconds: float | None,
+        cost: ChunkCost,
+        floor: Callable[[int], float],
+        part: float = 1.0,
+        *,
+        padded: bool = False,
     ) -> None:
+        """padded: a pass takes as long as if it filled its bucket, so that a chunk which is cut ends there."""
         self._tokens, self._seconds, self._cost, self._floor, self._part = tokens, seconds, cost, floor, part
+        self._padded = padded
+        self._taken = 0
         self._begun = False
 
     @property
@@ -138,8 +150,11 @@ class StepAllowance:
             if self._seconds is not None:
                 self._seconds = max(self._seconds, self._floor(start)) - self._cost.fixed(0)
         count = min(wanted, max(least, int(self._part * self._fitting(start))))
+        if self._padded and LEAST < count < wanted:
+            count = max(least, bucket_within(self._taken + count) - self._taken)
         if count > 0:
             self._begun = True
+            self._taken += count
             self._tokens -= count
             if self._seconds is not None:
                 self._seconds -= self._cost.of(start, count) + self._in_front(start)
@@ -157,8 +172,10 @@ class StepAllowance:
 class PrefillBudget:
     """`most` tokens where nobody decodes, or without a `ratio` (> 1). Torch-free; fed by the engine with collected steps."""
 
-    def __init__(self, most: int, ratio: float | None) -> None:
+    def __init__(self, most: int, ratio: float | None, *, padded: bool = False) -> None:
+        """padded: passes are, to buckets."""
         self.most = most
+        self._padded = padded
         self.ratio = ratio
         self._decode: dict[int, float] = {}
         """Bucket of sequences → seconds of a step without prompt tokens."""
@@ -181,10 +198,10 @@ class PrefillBudget:
         """For a step in which `decoding` sequences decode."""
         step = self._decode.get(_bucket(decoding))
         if self.ratio is None or not decoding or step is None or not self._cost.known:
-            return StepAllowance(self.most, None, self._cost, self.floor)
+            return StepAllowance(self.most, None, self._cost, self.floor, padded=self._padded)
         self._steps += 1
         part = PROBE if self._steps % PROBES == 0 else 1.0
-        return StepAllowance(self.most, (self.ratio - 1) * step, self._cost, self.floor, part)
+        return StepAllowance(self.most, (self.ratio - 1) * step, self._cost, self.floor, part, padded=self._padded)
 
     def tokens(self, decoding: int, start: int = 0) -> int:
         """The same where one prompt is all there is, of which `start` tokens are computed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import os
 import sys
@@ -85,12 +84,6 @@ def run(main: Callable[[Child], None], description: str, process: str) -> None:
     except BaseException:
         traceback.print_exc()
         _leave(1)
-
-
-def settle() -> None:
-    """After start: what lives now lives for good, so the garbage collector need not look at it again."""
-    gc.collect()
-    gc.freeze()
 
 
 def _leave(code: int) -> NoReturn:

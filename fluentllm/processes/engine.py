@@ -21,7 +21,8 @@ from fluentllm.core.session import Session, refusal
 from fluentllm.core.types import FromEngine, Generate, Outputs, RequestOutput, ToEngine
 from fluentllm.hub.cache import keep_kernels
 
-from .child import Child, run, settle
+from ..settling import settle
+from .child import Child, run
 from .control import Progress, Up, die_with_parent
 from .first_token import FirstToken
 from .request_log import RequestLog

@@ -21,7 +21,8 @@ from fluentllm.frontend.client import SocketEngineClient
 from fluentllm.frontend.http import HttpProtocol
 from fluentllm.frontend.services import Services
 
-from .child import Child, run, settle
+from ..settling import settle
+from .child import Child, run
 from .control import Linked, Up
 
 if TYPE_CHECKING:

@@ -61,15 +61,10 @@ class PaddedPrefill:
     def run(self, chunks: list[PrefillChunk], *, eager: bool = False) -> tuple[Batch, Tensor] | None:
         """The chunks' batch and hidden states [T, hidden], as the model computes them of a pass without padding; None: nothing
         has been done, for this pass cannot be padded. eager: without its graph."""
-        count = sum(chunk.count for chunk in chunks)
-        if count > CAPTURED_TOKENS:
+        padded = self.prepared(chunks)
+        if padded is None:
             return None
-        rows = bucket_of(count)
-        self._upload(chunks, count, rows)
-        padded = self._batch(chunks, self._tables.slots + 1, rows)
-        padded.plan = self._attention.plan_prefill(padded)
-        if padded.plan is None:
-            return None
+        rows, count = padded.tokens.shape[0], sum(chunk.count for chunk in chunks)
         if self._graphs is None or eager:
             self._forward(padded)
         else:
@@ -77,6 +72,17 @@ class PaddedPrefill:
         batch = self._batch(chunks, len(chunks), count)
         hidden, *batch.layer_inputs = (tensor[:count] for tensor in self._kept)
         return batch, hidden
+
+    def prepared(self, chunks: list[PrefillChunk]) -> Batch | None:
+        """The pass with its padding, planned, in tensors that the next one overwrites; None: it cannot be padded."""
+        count = sum(chunk.count for chunk in chunks)
+        if count > CAPTURED_TOKENS:
+            return None
+        rows = bucket_of(count)
+        self._upload(chunks, count, rows)
+        padded = self._batch(chunks, self._tables.slots + 1, rows)
+        padded.plan = self._attention.plan_prefill(padded)
+        return padded if padded.plan is not None else None
 
     def _upload(self, chunks: list[PrefillChunk], count: int, rows: int) -> None:
         tables, given = self._tables, self._rows.given

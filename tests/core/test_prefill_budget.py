@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from fluentllm.core.buckets import bucket_of, bucket_within
 from fluentllm.core.prefill_budget import LEAST, PROBES, PrefillBudget
 from fluentllm.core.types import PrefillChunk, StepPlan, StepResult
 
@@ -246,3 +247,25 @@ def test_a_prompt_always_gets_on() -> None:
     step(budget, 1, 0, 1e-3)
     step(budget, 1, 1000, 10.0)
     assert LEAST <= budget.tokens(1) < 100
+
+
+def test_cut_chunks_fill_the_bucket_of_a_padded_pass() -> None:
+    """The device computes the rows of padding too."""
+    plain, padded = PrefillBudget(8192, None), PrefillBudget(8192, None, padded=True)
+    assert [plain.allow(0).take(0, wanted) for wanted in (100, 8191, 9000)] == [100, 8191, 8192]
+    assert [padded.allow(0).take(0, wanted) for wanted in (100, 8191, 9000)] == [100, 8191, 8192]
+    padded.most = 1000
+    allowance = padded.allow(0)
+    assert [allowance.take(0, wanted) for wanted in (600, 900, 900)] == [600, 296, 0]
+    for total in range(17, 5000):
+        padded.most = total
+        count = padded.allow(0).take(0, 5001)
+        assert bucket_of(count) == count
+        assert count > total * 0.8
+
+
+def test_the_bucket_within() -> None:
+    for batch in range(1, 3000):
+        found = bucket_within(batch)
+        assert bucket_of(found) == found <= batch
+        assert batch == found or bucket_of(found + 1) > batch

@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fluentllm.core.protocols import FusedMLA
+from fluentllm.core.buckets import captured_pages
+from fluentllm.core.protocols import FusedMLA, PassPlan, PlannedPrefill
 from fluentllm.kernels.attention_mla import expanded_keys_and_values
 from fluentllm.kernels.mla_decode import fp8_planes
 from fluentllm.kernels.mla_decode.append import absorb_norms, append_norms
 from fluentllm.kernels.mla_decode.decode import MlaDecode
 from fluentllm.kernels.mla_decode.quantise import append, fetch, quantise_query
 from fluentllm.kernels.triton.gqa_prefill import gqa_prefill
-from fluentllm.kernels.triton.gqa_prefill_plan import PrefillPlan
+from fluentllm.kernels.triton.gqa_prefill_plan import PaddedPlan, PaddedPlans, PrefillPlan
 from fluentllm.kernels.triton.mla_absorb import absorbs
 from fluentllm.kernels.triton.mla_rows import rotate_queries
 
 from .mla_only import MlaOnly
-from .prefix import Workspace, plan_workspace
+from .prefix import Workspace, plan_workspace, workspace_on_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from fluentllm.core.protocols import AttentionContext, MlaProducts
 
 
-class HopperMlaFp8(MlaOnly, FusedMLA):
+class HopperMlaFp8(MlaOnly, FusedMLA, PlannedPrefill):
     """`core.protocols.AttentionBackend`. Decode is absorbed; prefill is expanded, over its own tokens as they are and earlier
     ones out of the cache."""
 
@@ -40,7 +41,9 @@ class HopperMlaFp8(MlaOnly, FusedMLA):
     def __init__(self, context: AttentionContext) -> None:
         pool = context.pool
         self._planes = [fp8_planes(pool.latent[layer]) for layer in range(pool.spec.layers)]
-        self._prefill_plan: PrefillPlan | None = None
+        self._prefill_plan: PrefillPlan | PaddedPlan | None = None
+        # Expanded keys belong to one head each.
+        self._padded = PaddedPlans(context.spec.model.heads, context.spec.model.heads, pool.device)
         self._workspace: Workspace | None = None
         self._known: tuple[int, Tensor] | None = None
         """In prefill: the layer whose tokens `mla_append` has laid out, and these, [pages · 64, 576]."""
@@ -53,11 +56,24 @@ class HopperMlaFp8(MlaOnly, FusedMLA):
         self._decodes = {}
         self._lengths, self._table = batch.kv_lengths, batch.page_table
         batch.refuse_first_key()
-        if batch.query_length is None:
+        if batch.plan is not None:
+            self._prefill_plan, pages = batch.plan.plan
+            self._workspace = workspace_on_device(batch, pages)
+        elif batch.query_length is None:
             assert batch.query_lengths is not None
             assert batch.kv_lengths_host is not None
             self._prefill_plan = PrefillPlan(batch.query_lengths, batch.kv_lengths_host, batch.kv_lengths.device)
             self._workspace = plan_workspace(batch)
+
+    def plan_prefill(self, batch: Batch) -> PassPlan | None:
+        assert batch.query_lengths is not None
+        assert batch.kv_lengths_host is not None
+        batch.refuse_first_key()
+        pages = captured_pages(batch.kv_lengths_host, batch.page_size)
+        if pages is None:
+            return None
+        tiles = self._padded.plan(batch.query_lengths, batch.kv_lengths_host, batch.tokens.shape[0])
+        return PassPlan((tiles.key, pages), (tiles, pages))
 
     def mla(
         self,

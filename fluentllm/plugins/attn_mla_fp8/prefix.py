@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fluentllm.kernels.pass_pages import pages_of_pass
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,8 +29,23 @@ class Workspace:
     """[T] int64: the workspace's rows of the pass's own tokens."""
     cached: Tensor
     """[F] int64: token rows of the pool, of what was computed before the pass."""
-    cached_to: Tensor
-    """[F] int64: the workspace's rows of those."""
+    cached_to: Tensor | None
+    """[F] int64: the workspace's rows of those. None: `cached` has one for each of its rows; those of fresh tokens are found in
+    it later."""
+
+
+def workspace_on_device(batch: Batch, count: int) -> Workspace:
+    """As `plan_workspace`, with nothing from the host but `count`, its pages: as many as there are, or more. One more takes the
+    rows of padding."""
+    size = batch.page_size
+    pages = pages_of_pass(batch.kv_lengths, size, count, batch.page_table.shape[1])
+    fresh = pages.first[batch.sequences] * size + batch.positions
+    fresh = fresh.where(batch.kv_lengths[batch.sequences] > 0, count * size)
+    position = pages.column.unsqueeze(1) * size + torch.arange(size, device=fresh.device)
+    before = batch.kv_lengths - batch.query_start.diff()
+    rows = batch.page_table[pages.owner, pages.column].to(torch.int64).unsqueeze(1) * size + position % size
+    cached = rows.where(position < before[pages.owner].unsqueeze(1), 0)
+    return Workspace(count + 1, pages.table, fresh, cached.flatten(), None)
 
 
 def plan_workspace(batch: Batch) -> Workspace:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fluentllm.core.buckets import CAPTURED_KEYS
+from fluentllm.core.buckets import captured_pages
 from fluentllm.core.protocols import PassPlan, PlannedPrefill
 from fluentllm.kernels.triton.gqa_decode import gqa_decode, query_tiles
 from fluentllm.kernels.triton.gqa_plan import GqaPlan, plan_gqa
@@ -20,7 +20,7 @@ from fluentllm.kernels.triton.mla_rows import rotate_queries
 from fluentllm.kernels.triton.qkv_product import from_product_fits
 from fluentllm.layers.pool_writes import PoolWrites
 
-from .expand import ExpandedPages, expand_on_device, expand_pages, pages_bucket
+from .expand import ExpandedPages, expand_on_device, expand_pages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,11 +90,11 @@ class TritonAttention(PoolWrites, PlannedPrefill):
     def plan_prefill(self, batch: Batch) -> PassPlan | None:
         assert batch.query_lengths is not None
         assert batch.kv_lengths_host is not None
-        pages = 0
+        pages: int | None = 0
         if self._kv.kind == "mla":
             batch.refuse_first_key()
-            pages = pages_bucket(batch)
-            if pages * batch.page_size > CAPTURED_KEYS:
+            pages = captured_pages(batch.kv_lengths_host, batch.page_size)
+            if pages is None:
                 return None
         tiles = self._padded.plan(batch.query_lengths, batch.kv_lengths_host, batch.tokens.shape[0])
         return PassPlan((tiles.key, pages), (tiles, pages))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fluentllm.core.buckets import bucket_of
 from fluentllm.kernels.attention_mla import expanded_keys_and_values
+from fluentllm.kernels.pass_pages import pages_of_pass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,22 +53,7 @@ def expand_pages(batch: Batch) -> ExpandedPages:
     return ExpandedPages(sources, table.to(device, torch.int32, non_blocking=True))
 
 
-def pages_bucket(batch: Batch) -> int:
-    """Pages that are expanded in a captured pass: a few more than it has, so that fewer programs serve."""
-    assert batch.kv_lengths_host is not None
-    return bucket_of(sum(-(-keys // batch.page_size) for keys in batch.kv_lengths_host))
-
-
 def expand_on_device(batch: Batch, count: int) -> ExpandedPages:
     """As `expand_pages`, with nothing from the host but `count`, the pages that are expanded: as many as there are, or more."""
-    pages = (batch.kv_lengths + (batch.page_size - 1)) // batch.page_size
-    ends = pages.cumsum(0)
-    starts = ends - pages
-    place = torch.arange(count, device=pages.device)
-    # Behind the last sequence's pages any will do.
-    owner = torch.searchsorted(ends, place, right=True).clamp_(max=pages.shape[0] - 1)
-    column = (place - starts[owner]).clamp_(0, batch.page_table.shape[1] - 1)
-    sources = batch.page_table[owner, column].to(torch.int64)
-    columns = torch.arange(min(count, batch.page_table.shape[1]), device=pages.device)
-    table = (starts.unsqueeze(1) + columns).clamp_(max=count - 1)
-    return ExpandedPages(sources, table.to(torch.int32))
+    pages = pages_of_pass(batch.kv_lengths, batch.page_size, count, batch.page_table.shape[1])
+    return ExpandedPages(batch.page_table[pages.owner, pages.column].to(torch.int64), pages.table)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fluentllm.core.batch import Batch
+from fluentllm.core.buckets import bucket_of
 from fluentllm.core.kv.pool import KVPool
 from fluentllm.core.protocols import AttentionContext, AttentionSpec
 from fluentllm.core.settings import Settings
@@ -18,6 +19,7 @@ from fluentllm.kernels.triton import mla_absorb
 from fluentllm.plugins.attn_mla_fp8.hopper import HopperMlaFp8
 from fluentllm.plugins.attn_mla_fp8.plain import PlainMlaFp8
 from fluentllm.step.decode import decode_batch
+from fluentllm.step.padded_prefill import PaddedPrefill
 from fluentllm.step.prefill import prefill_batch
 
 HEADS, NOPE, VALUE, LAYERS, SCALE = 16, 32, 24, 2, 0.1
@@ -106,6 +108,34 @@ def test_passes_agree(
         if device.type == "cpu":
             # The interpreter's E4M3 cast rounds some values the other way (`mla_decode_interpreted`), so prefixes are evened.
             case.pools[1].latent.copy_(case.pools[0].latent)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_padded_passes_are_the_same(fused: bool, device: torch.device, rng: torch.Generator) -> None:
+    """With pages and rows of nobody, planned on the device, over the pool that passes without padding have written."""
+    case = Case(device, rng)
+    padded = PaddedPrefill(None, case.fast, case.tables, None)  # type: ignore[arg-type]  # the model is not asked
+    for chunks in CHUNKS:
+        plain = prefill_batch(chunks, case.tables)
+        rows, own = bucket_of(plain.tokens.shape[0]), plain.tokens.shape[0]
+        batch = padded.prepared(chunks)
+        assert batch is not None
+        assert batch.tokens.shape[0] == rows
+        down, rope = case.random(rows, 576) * 3, (case.random(rows, 1, 64), case.random(rows, 1, 64))
+        weight, q = case.random(512) + 3, case.random(rows, HEADS, NOPE + 64)
+        outs = []
+        for each, count in ((plain, own), (batch, rows)):
+            case.fast.begin(each)
+            cos, sin = (part[:count] for part in rope)
+            options = {"eps": 1e-6, "latent_scale": 2.0, "interleaved": True}
+            if fused:
+                given = down[:count], weight, q[:count].clone(), (cos, sin), case.up_k, case.up_v, each, SCALE
+                outs.append(case.fast.mla_from_products(0, *given, **options))
+            else:
+                parts = q[:count, :, :NOPE], q[:count, :, NOPE:], down[:count, :512], down[:count, 512:]
+                outs.append(case.fast.mla(0, *parts, case.up_k, case.up_v, each, SCALE))
+        assert error(outs[1][:own], outs[0]) < (BF16_ERROR if device.type == "cuda" else 1e-4)
+        assert torch.isfinite(outs[1]).all()
 
 
 def test_fresh_tokens_are_read_as_they_are(device: torch.device, rng: torch.Generator) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_kernel_backend import backends, small_llama, tables
 
+from fluentllm.core.buckets import CAPTURED_TOKENS
 from fluentllm.core.graphs import Graphs
 from fluentllm.core.types import KVSpec, PrefillChunk
 from fluentllm.kernels.ops import Ops
@@ -66,7 +67,7 @@ def test_more_tokens_than_are_captured(device: torch.device, rng: torch.Generato
     _, ours = backends(KVSpec(kind="gqa", layers=1, heads=2, head_dim=16, v_head_dim=16), made)
     assert isinstance(ours, TritonAttention)
     padded = PaddedPrefill(small_llama(TritonOps(), device), ours, made, Graphs())
-    assert padded.run([PrefillChunk(slot=0, start=0, count=4097, last=True)]) is None
+    assert padded.run([PrefillChunk(slot=0, start=0, count=CAPTURED_TOKENS + 1, last=True)]) is None
 
 
 def test_expanded_pages_are_those_of_the_host(device: torch.device, rng: torch.Generator) -> None:
