@@ -11,10 +11,10 @@ only that it was no slower: chunks that were cut because of it would take as lon
 a step was the host's is seen by how long the device still worked when all was launched. Such steps tell in turn what
 launching takes.
 
-With r times d(B) allowed, the time beyond d(B) is at most (r - 1) · d(B), but never cut below two things that smaller chunks
-would not spare: what the host takes to launch a pass kernel by kernel; and where c + e · s is more than that, `WORTH` times as
-much, lest nearly all of such a step be for nothing. (Less is not told apart: small chunks are the host's. As long as all
-passes were, c is not known at all.)
+With r times d(B) allowed, the time beyond d(B) is at most (`AIM` · r - 1) · d(B), but never cut below two things that smaller
+chunks would not spare: what the host takes to launch a pass; and where c + e · s is more than that, `WORTH` times as much, lest
+nearly all of such a step be for nothing. (Less is not told apart: small chunks are the host's. As long as all passes were, c is
+not known at all.)
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ RATE = 0.3
 OUTLIER = 0.5
 """A pass that took less than so much of what was expected tells that those before waited for something else, such as a
 compiler: nothing makes a pass faster than it is. All of that error is corrected at once."""
+AIM = 0.93
+"""Of the ratio that is allowed: what a chunk takes is known to within a few in 100, and nearly all steps are to keep to it."""
 WORTH = 1.5
 """A pass may take so many times what it takes whatever it holds. More would break the bound where it can be kept: a prompt
 that gets on slowly is waited for by one, a late token by all."""
@@ -201,7 +203,8 @@ class PrefillBudget:
             return StepAllowance(self.most, None, self._cost, self.floor, padded=self._padded)
         self._steps += 1
         part = PROBE if self._steps % PROBES == 0 else 1.0
-        return StepAllowance(self.most, (self.ratio - 1) * step, self._cost, self.floor, part, padded=self._padded)
+        seconds = max(0.0, AIM * self.ratio - 1) * step
+        return StepAllowance(self.most, seconds, self._cost, self.floor, part, padded=self._padded)
 
     def tokens(self, decoding: int, start: int = 0) -> int:
         """The same where one prompt is all there is, of which `start` tokens are computed."""
