@@ -16,11 +16,19 @@ from fluentllm.assembly.attention.passes import FusedPhasedAttention, Order, Pha
 from fluentllm.assembly.attention.records import Measurement, keep, recall
 from fluentllm.assembly.attention.timing import Bench, points
 from fluentllm.core.batch import Batch
+from fluentllm.core.buckets import CAPTURED_KEYS
 from fluentllm.core.errors import ConfigError
 from fluentllm.core.handoff import watched
 from fluentllm.core.kv.pool import KVPool
 from fluentllm.core.plugins.registry import Entry, Registry
-from fluentllm.core.protocols import AttentionBackend, AttentionSpec, PartialAttention
+from fluentllm.core.protocols import (
+    AttentionBackend,
+    AttentionContext,
+    AttentionSpec,
+    PartialAttention,
+    PassPlan,
+    PlannedPrefill,
+)
 from fluentllm.core.settings import AttentionSettings, Settings
 from fluentllm.core.types import KVSpec, ModelSpec
 from fluentllm.plugins.attn_torch.backend import TorchAttention
@@ -171,7 +179,6 @@ def test_a_twin_that_is_watched_has_passes_of_its_own() -> None:
 
 
 def test_fused_calls_are_offered_where_all_take_them() -> None:
-    from fluentllm.core.protocols import AttentionContext
     from fluentllm.plugins.attn_flashinfer.backend import FlashInferAttention
     from fluentllm.plugins.attn_flashinfer.compiling import Modules
     from fluentllm.plugins.attn_triton.backend import TritonAttention
@@ -182,6 +189,34 @@ def test_fused_calls_are_offered_where_all_take_them() -> None:
     assert type(phased(Order([flashinfer, TorchAttention(context)]), Order([triton]))) is PhasedAttention
     with pytest.raises(ValueError, match="every pass"):
         Order([flashinfer])
+
+
+class Planned(TorchAttention, PlannedPrefill):
+    def plan_prefill(self, batch: Batch) -> PassPlan | None:
+        return PassPlan("all alike", "its own")
+
+    def begin(self, batch: Batch) -> None:
+        self.begun = batch.plan
+
+
+@pytest.mark.parametrize(("keys", "taken"), [(CAPTURED_KEYS, True), (CAPTURED_KEYS + 1, False)])
+def test_over_short_contexts_who_can_be_captured_goes_first(keys: int, taken: bool) -> None:
+    context = AttentionContext(SPEC, pool(), Settings())
+    better, captured = Late(context), Planned(context)
+    better.ready = True
+    made = phased(Order([better, captured]), Order([captured]))
+    assert isinstance(made, PlannedPrefill)
+    batch = bench().batch(points("prefill", 64)[0])
+    batch.kv_lengths_host = (keys,)
+    batch.plan = made.plan_prefill(batch)
+    assert (batch.plan is not None) == taken
+    if batch.plan is not None:
+        made.begin(batch)
+        assert made._current is captured  # type: ignore[attr-defined]
+        assert captured.begun.plan == "its own"
+    alone = phased(Order([captured]), Order([better, captured]))
+    assert isinstance(alone, PlannedPrefill)
+    assert alone.plan_prefill(batch) is not None, "nobody is better"
 
 
 def test_what_was_waited_for_is_compared_once_when_it_is_there() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ...core.buckets import CAPTURED_KEYS
 from ...core.protocols import AttentionBackend, FusedGQA, FusedMLA, PartialAttention, PassPlan, PlannedPrefill
 
 if TYPE_CHECKING:
@@ -75,9 +76,13 @@ class PhasedAttention(PlannedPrefill):
         self._current.begin(batch)
 
     def plan_prefill(self, batch: Batch) -> PassPlan | None:
-        backend = self.prefill.pick(batch)
-        plan = backend.plan_prefill(batch) if isinstance(backend, PlannedPrefill) else None
-        return PassPlan((id(backend), plan.key), (backend, plan)) if plan is not None else None
+        """Over short contexts launching takes longer than attention, whoever does it: the first that can be captured is taken."""
+        first, short = self.prefill.pick(batch), sum(batch.kv_lengths_host or ()) <= CAPTURED_KEYS
+        for backend in (first, *(self.prefill.backends if short else ())):
+            plan = backend.plan_prefill(batch) if isinstance(backend, PlannedPrefill) else None
+            if plan is not None:
+                return PassPlan((id(backend), plan.key), (backend, plan))
+        return None
 
     def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
         out: Tensor = self._current.gqa(layer, q, k, v, batch, scale)
