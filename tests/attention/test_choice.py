@@ -199,12 +199,15 @@ class Planned(TorchAttention, PlannedPrefill):
         self.begun = batch.plan
 
 
-@pytest.mark.parametrize(("keys", "taken"), [(CAPTURED_KEYS, True), (CAPTURED_KEYS + 1, False)])
-def test_over_short_contexts_who_can_be_captured_goes_first(keys: int, taken: bool) -> None:
+@pytest.mark.parametrize(
+    ("keys", "named", "taken"),
+    [(CAPTURED_KEYS, False, True), (CAPTURED_KEYS + 1, False, False), (CAPTURED_KEYS, True, False)],
+)
+def test_over_short_contexts_who_can_be_captured_goes_first(keys: int, named: bool, taken: bool) -> None:
     context = AttentionContext(SPEC, pool(), Settings())
     better, captured = Late(context), Planned(context)
     better.ready = True
-    made = phased(Order([better, captured]), Order([captured]))
+    made = phased(Order([better, captured], named=named), Order([captured]))
     assert isinstance(made, PlannedPrefill)
     batch = bench().batch(points("prefill", 64)[0])
     batch.kv_lengths_host = (keys,)

@@ -94,7 +94,7 @@ def attention_for(
         if pool.device.type != "cuda" or len(compared) < 2:
             for entry in compared:
                 backend(entry)  # on `meta`, while weights load: it starts to load what it has compiled
-            return Order(map(backend, entries))
+            return Order(map(backend, entries), named=asked_for(settings.attention, phase)[1] != "auto")
         rest = [entry for entry in entries if entry not in compared]
 
         def chosen() -> list[AttentionBackend]:

@@ -27,11 +27,17 @@ class Order:
     """Backends of one phase, the best first."""
 
     def __init__(
-        self, backends: Iterable[AttentionBackend], waiting: Sequence[PartialAttention] = (), again: Reorder | None = None
+        self,
+        backends: Iterable[AttentionBackend],
+        waiting: Sequence[PartialAttention] = (),
+        again: Reorder | None = None,
+        *,
+        named: bool = False,
     ) -> None:
-        """`waiting` could not be compared yet: once one of them serves a pass, `again` gives the order with it. For passes that
+        """`named`: a setting asks for the first. `waiting` could not be compared yet: once one of them serves a pass, `again` gives the order with it. For passes that
         are not captured."""
         self.backends = until_sure(backends)
+        self.named = named
         self._waiting, self._again = tuple(waiting), again
 
     def pick(self, batch: Batch) -> AttentionBackend:
@@ -76,9 +82,10 @@ class PhasedAttention(PlannedPrefill):
         self._current.begin(batch)
 
     def plan_prefill(self, batch: Batch) -> PassPlan | None:
-        """Over short contexts launching takes longer than attention, whoever does it: the first that can be captured is taken."""
+        """Over short contexts launching takes longer than attention, whoever does it: the first that can be captured is taken,
+        unless another was asked for."""
         first, short = self.prefill.pick(batch), sum(batch.kv_lengths_host or ()) <= CAPTURED_KEYS
-        for backend in (first, *(self.prefill.backends if short else ())):
+        for backend in (first, *(self.prefill.backends if short and not self.prefill.named else ())):
             plan = backend.plan_prefill(batch) if isinstance(backend, PlannedPrefill) else None
             if plan is not None:
                 return PassPlan((id(backend), plan.key), (backend, plan))
