@@ -34,8 +34,8 @@ class Order:
         *,
         named: bool = False,
     ) -> None:
-        """`named`: a setting asks for the first. `waiting` could not be compared yet: once one of them serves a pass, `again` gives the order with it. For passes that
-        are not captured."""
+        """`named`: a setting asks for the first. `waiting` could not be compared yet: once one of them serves a pass, `again`
+        gives the order with it. For passes that are not captured."""
         self.backends = until_sure(backends)
         self.named = named
         self._waiting, self._again = tuple(waiting), again
