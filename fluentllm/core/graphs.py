@@ -1,7 +1,8 @@
 """Captured programs by key: what the device does for one key is recorded once as a CUDA graph, then launched whole.
 
 A key's first run is eager: it compiles what is new, and its tokens are as good as any. The second run captures and
-replays; every later one replays. So nothing is captured that is not used, and no request waits for a graph.
+replays; every later one replays. So nothing is captured that is not used, and no request waits for a graph. Graphs take memory
+of their own, so of more than `MOST` the one that was used longest ago is given up.
 
 Hazards: a program must read only tensors that stay where they are (slot tables, pools, weights, its static inputs), must not
 wait for the device, and its outputs are overwritten by its next run: copy them out on the same stream. All graphs share
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 
 Outputs = TypeVar("Outputs")
 
+MOST = 192
+"""Programs that are kept. Prefill passes have some 40 sizes, and as many plans each as their contexts have sizes."""
+
 
 @dataclass(slots=True)
 class _Piece:
@@ -34,11 +38,13 @@ class _Piece:
 class Graphs(Generic[Outputs]):
     """Runs programs on the current stream of one CUDA device, which may not be the default stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MOST) -> None:
+        self._most = most
         self._pool: Any = None
         """Of the first graph, and of all others."""
         self._seen: set[Hashable] = set()
         self._captured: dict[Hashable, tuple[list[_Piece], Outputs]] = {}
+        """What was used last stands last."""
         self._uncapturable: set[Hashable] = set()
         self._pieces: list[_Piece] | None = None
         """Of the program that is being captured."""
@@ -48,7 +54,7 @@ class Graphs(Generic[Outputs]):
 
     def run(self, key: Hashable, program: Callable[[], Outputs]) -> Outputs:
         """Enqueue `program`, or the graph that was captured of it; its outputs are ready in stream order."""
-        known = self._captured.get(key)
+        known = self._captured.pop(key, None)
         if known is None:
             if key not in self._seen or key in self._uncapturable:
                 self._seen.add(key)
@@ -56,6 +62,9 @@ class Graphs(Generic[Outputs]):
             known = self._capture(key, program)
             if known is None:
                 return program()
+            if len(self._captured) == self._most:
+                del self._captured[next(iter(self._captured))]
+        self._captured[key] = known
         pieces, outputs = known
         for piece in pieces:
             piece.graph.replay()
@@ -106,7 +115,6 @@ class Graphs(Generic[Outputs]):
             return None
         finally:
             self._pieces = None
-        self._captured[key] = pieces, outputs
         log.debug("captured program %s", key)
         return pieces, outputs
 
