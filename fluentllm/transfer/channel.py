@@ -177,7 +177,13 @@ class Channel:
             while transfer.wants and len(self._operations) < self.wire.window:
                 rows = transfer.chunks.popleft()
                 self.counters.descriptors += len(rows)
-                self._start(transfer, partial(self.wire.post, self.connection, rows))
+                post = partial(self.wire.post, self.connection, rows)
+                alone = not transfer.chunks and not transfer.under_way
+                if alone and transfer.notification is not None and self.wire.carries_notes:
+                    # All that is left to be written: the library sends the note behind it, which spares a look at the end.
+                    transfer.notifying = True
+                    post = partial(post, self._note(transfer.notification))
+                self._start(transfer, post)
 
     def _start(self, transfer: Transfer | None, begin: Callable[[], Any]) -> None:
         try:

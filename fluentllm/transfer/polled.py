@@ -233,6 +233,9 @@ class PolledTransport:
             self._work.popleft()()
         if not self._epoch or self._closed:
             return active
+        if active:
+            for channel in list(self._channels.values()):
+                channel.step()  # what was handed in is posted before anything else
         started = time.perf_counter()
         notes = self._wire.received()
         # Libraries do not say that a peer's bytes came, but the call that takes them in lasts longer than an idle one.

@@ -64,6 +64,8 @@ class Wire(Protocol):
     chunk_rows: int
     window: int
     """Posts under way to one peer."""
+    carries_notes: bool
+    """Does `post` take a note?"""
 
     @property
     def chunk_bytes(self) -> int:
@@ -83,8 +85,9 @@ class Wire(Protocol):
         """May take 100 ms. Returns a connection."""
         ...
 
-    def post(self, connection: Any, rows: np.ndarray) -> Any:
-        """Start to write rows (local address, remote address, length), uint64 [N ≥ 1, 3], none empty. Returns an operation."""
+    def post(self, connection: Any, rows: np.ndarray, note: bytes | None = None) -> Any:
+        """Start to write rows (local address, remote address, length), uint64 [N ≥ 1, 3], none empty. A note, which is given
+        only where `carries_notes`, reaches the peer's `received` when all of them are written. Returns an operation."""
         ...
 
     def send(self, connection: Any, note: bytes) -> Any:

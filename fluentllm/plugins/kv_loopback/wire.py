@@ -26,6 +26,7 @@ class LoopbackWire:
     chunk_bytes = 4 * 1024 * 1024
     chunk_rows = 1024
     window = 2
+    carries_notes = False
     revokes = True
 
     def __init__(self) -> None:
@@ -49,7 +50,7 @@ class LoopbackWire:
         self._target((address.name, address.epoch))
         return address.name, address.epoch
 
-    def post(self, connection: tuple[str, int], rows: np.ndarray) -> None:
+    def post(self, connection: tuple[str, int], rows: np.ndarray, note: bytes | None = None) -> None:
         target = self._target(connection)
         with target._lock:
             if target._epoch != connection[1]:

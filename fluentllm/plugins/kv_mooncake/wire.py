@@ -44,6 +44,7 @@ class MooncakeWire:
     # Over TCP it rejects batches of more than about 2048 rows.
     chunk_rows = 1024
     window = 2
+    carries_notes = False
     # The receiving side checks every write against what is registered now.
     revokes = True
 
@@ -92,7 +93,7 @@ class MooncakeWire:
             raise TransportError(f"{address.name!r} sent an address that Mooncake has no use for.") from error
         return connection
 
-    def post(self, connection: Connection, rows: np.ndarray) -> int:
+    def post(self, connection: Connection, rows: np.ndarray, note: bytes | None = None) -> int:
         ours, theirs, lengths = rows.T.tolist()
         batch: int = self._engine.batch_transfer_async_write(connection.session, ours, theirs, lengths)
         if batch in (0, -1):

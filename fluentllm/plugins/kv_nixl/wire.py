@@ -42,6 +42,7 @@ class NixlWire:
     kind = "nixl"
     chunk_rows = 4096
     window = 3
+    carries_notes = True
 
     def __init__(self, host: str, settings: NixlSettings) -> None:
         try:
@@ -96,7 +97,7 @@ class NixlWire:
             self._agent.make_connection(name)
         return name, memory, device
 
-    def post(self, connection: tuple[str, str, int], rows: np.ndarray) -> Any:
+    def post(self, connection: tuple[str, str, int], rows: np.ndarray, note: bytes | None = None) -> Any:
         import numpy as np
 
         name, memory, device = connection
@@ -106,7 +107,7 @@ class NixlWire:
         with _translated(self._errors, name):
             local = self._agent.get_xfer_descs(ours, self._memory)
             remote = self._agent.get_xfer_descs(theirs, memory)
-            handle = self._agent.initialize_xfer("WRITE", local, remote, name)
+            handle = self._agent.initialize_xfer("WRITE", local, remote, name, note or b"")
             state = self._agent.transfer(handle)
         return self._judged(handle, state)
 
