@@ -1,4 +1,4 @@
-"""How a thread that polls a library waits between looks: a bell that ends a nap, naps that last what was asked, and how long."""
+"""How a thread that polls a library waits between looks: a bell that ends a nap, naps that end on time, and how long."""
 
 from __future__ import annotations
 
