@@ -31,7 +31,7 @@ from ..core.transport import (
     WriteRefused,
 )
 from .channel import Channel, Transfer
-from .naps import sleep_precisely
+from .naps import BUSY_NAP, EAGER_NAP, IDLE_NAP, Bell, keep_time, moving_nap
 from .rows import AddressMap, check_rows, cut
 from .wire import EPOCH_LIMIT, MAX_METADATA, Address, Envelope, Wire, read_address, regions_of
 
@@ -43,11 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fluentllm.transfer")
 
-BUSY_NAP, EAGER_NAP, IDLE_NAP = 100e-6, 250e-6, 1e-3
-"""Seconds between looks at the library: something moves, something is expected, nothing is."""
-SHORT_NAP, PATIENCE = 10e-6, 12
-"""What was begun a moment ago is looked at sooner, after a PATIENCE-th of the time that it has taken: seeing its end late costs
-no more than that. GPUs of one machine copy a hundred megabytes in a third of a millisecond."""
 BUSY_CALL = 20e-6
 """Seconds in the library that mean that it was moving bytes: look again at once."""
 BUSY_FOR = 0.01
@@ -76,7 +71,7 @@ class PolledTransport:
         self._told = False
         self._busy = False
         self._work: deque[Callable[[], None]] = deque()
-        self._ring = threading.Event()
+        self._bell = Bell()
         self._thread: threading.Thread | None = None
         self._channels: dict[int, Channel] = {}
         self._by_epoch: dict[int, Channel] = {}
@@ -157,7 +152,7 @@ class PolledTransport:
 
     def expect(self, handoffs: int) -> None:
         self._expected = handoffs
-        self._ring.set()
+        self._bell.ring()
 
     def poll(self) -> list[TransportEvent]:
         found = []
@@ -179,7 +174,7 @@ class PolledTransport:
 
     def _do(self, work: Callable[[], Any]) -> None:
         self._work.append(work)
-        self._ring.set()
+        self._bell.ring()
 
     def _call(self, work: Callable[[], None]) -> None:
         """Let the thread do it, and wait."""
@@ -203,11 +198,11 @@ class PolledTransport:
 
     # -------------------------------------------------------------------------------------------------------- the thread
     def _run(self) -> None:
-        sleep_precisely()
-        begun = moved = time.monotonic()
+        keep_time()
+        handed = moved = time.monotonic()
         while not self._closed:
             if self._work:
-                begun = time.monotonic()
+                handed = time.monotonic()
             try:
                 active = self._turn()
             except Exception as error:
@@ -218,13 +213,11 @@ class PolledTransport:
                 self._wake()
             now = time.monotonic()
             if active:
-                moved = now
-            nap = BUSY_NAP if now - moved < BUSY_FOR else EAGER_NAP if self._expected else IDLE_NAP
-            if active:
-                nap = min(nap, max(SHORT_NAP, (now - begun) / PATIENCE))
+                moved, nap = now, moving_nap(now - handed)
+            else:
+                nap = BUSY_NAP if now - moved < BUSY_FOR else EAGER_NAP if self._expected else IDLE_NAP
             if not self._work and not self._busy:
-                self._ring.wait(nap)
-            self._ring.clear()
+                self._bell.wait(nap)
 
     def _turn(self) -> bool:
         """One look at everything. Returns whether something moves."""

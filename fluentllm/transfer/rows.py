@@ -19,25 +19,27 @@ class AddressMap:
     def __init__(self, regions: Sequence[Region]) -> None:
         sizes = np.array([region.size for region in regions], dtype=np.int64)
         self.sizes = tuple(sizes.tolist())
-        self._ends = np.cumsum(sizes)
-        self._starts = self._ends - sizes
-        self._addresses = np.array([region.address for region in regions], dtype=np.uint64)
+        ends = np.cumsum(sizes)
+        addresses = np.array([region.address for region in regions], dtype=np.uint64)
+        # One more than there are regions: what lies behind the last has no bytes.
+        self._ends = np.append(ends, 0)
+        self._shifts = np.append(addresses - (ends - sizes).astype(np.uint64), np.uint64(0))
 
     def addresses(self, offsets: np.ndarray, lengths: np.ndarray, whose: str) -> np.ndarray:
         """int64 offsets and lengths (all > 0) [N] → uint64 addresses [N]. Raises `WriteRefused` for a range outside, or
         across the border of two regions; `whose` names the side in the error."""
-        region = np.searchsorted(self._ends, offsets, side="right")
-        outside = (offsets < 0) | (region >= len(self._ends))
-        region = np.where(outside, 0, region)
+        if not len(offsets):
+            return np.empty(0, dtype=np.uint64)
+        region = self._ends[:-1].searchsorted(offsets, side="right")
         # Compared by what is left of the region: the sum of offset and length could overflow.
-        wrong = outside | (lengths > self._ends[region] - offsets) if len(self._ends) else np.ones(len(offsets), dtype=bool)
-        if wrong.any():
-            row = int(np.argmax(wrong))
+        wrong = lengths > self._ends[region] - offsets
+        if wrong.any() or offsets.min() < 0:
+            row = int(np.argmax(wrong | (offsets < 0)))
             raise WriteRefused(
                 f"Bytes {int(offsets[row])} … {int(offsets[row]) + int(lengths[row])} of write {row} lie in no single tensor "
                 f"that {whose} registered; it registered {len(self.sizes)} of {list(self.sizes)} bytes."
             )
-        return self._addresses[region] + (offsets - self._starts[region]).astype(np.uint64)
+        return self._shifts[region] + offsets.astype(np.uint64)
 
 
 def check_rows(writes: np.ndarray) -> np.ndarray:
@@ -50,9 +52,10 @@ def check_rows(writes: np.ndarray) -> np.ndarray:
     if rows.dtype.kind == "u" and (rows > np.iinfo(np.int64).max).any():
         raise WriteRefused("An offset or length of a write is above 2⁶³ - 1.")
     rows = rows.astype(np.int64, copy=False)
-    if (rows[:, 2] < 0).any():
-        raise WriteRefused(f"A write has the length {int(rows[:, 2].min())}.")
-    return rows[rows[:, 2] > 0]
+    shortest = int(rows[:, 2].min())
+    if shortest < 0:
+        raise WriteRefused(f"A write has the length {shortest}.")
+    return rows if shortest else rows[rows[:, 2] > 0]
 
 
 def cut(rows: np.ndarray, chunk_bytes: int, chunk_rows: int) -> list[np.ndarray]:
