@@ -12,12 +12,8 @@ CAPTURED_TOKENS = 8192
 take the device longer than launching takes the host."""
 CAPTURED_KEYS = 16384
 """Of all sequences of such a pass, where its memory grows with them: where MLA expands what was computed before."""
-
-
-def captured_pages(kv_lengths: Iterable[int], page_size: int) -> int | None:
-    """Pages that a captured pass expands: a few more than its sequences fill, so that fewer programs serve; None: too many."""
-    pages = bucket_of(sum(-(-keys // page_size) for keys in kv_lengths))
-    return pages if pages * page_size <= CAPTURED_KEYS else None
+SMALL_PASS = 512
+"""Rows of a pass up to which padding costs next to nothing: reading the weights takes as long as computing."""
 
 
 def bucket_of(batch: int) -> int:
@@ -29,9 +25,24 @@ def bucket_of(batch: int) -> int:
     return -(-batch // step) * step
 
 
-def bucket_within(batch: int) -> int:
-    """The largest bucket of at most `batch` > 0."""
-    if batch < 8:
-        return 1 << batch.bit_length() - 1
-    step = max(1, (1 << batch.bit_length()) // 8)
-    return batch // step * step
+def pass_rows(tokens: int) -> int:
+    """Rows of the captured pass that computes `tokens` prompt tokens. Few sizes, for each is captured: powers of two from 32 on
+    up to SMALL_PASS, then as `bucket_of`."""
+    return bucket_of(tokens) if tokens > SMALL_PASS else max(32, 1 << (tokens - 1).bit_length())
+
+
+def without_padding(tokens: int) -> int:
+    """How many of `tokens` a pass should take that could take more: so many that it has no padding which costs anything."""
+    if tokens <= SMALL_PASS:
+        return tokens
+    step = (1 << tokens.bit_length()) // 8
+    return tokens // step * step
+
+
+def captured_pages(kv_lengths: Iterable[int], page_size: int) -> int | None:
+    """Pages that a captured pass expands, two sizes between powers of two: at least as many as its sequences fill; None: too
+    many."""
+    filled = sum(-(-keys // page_size) for keys in kv_lengths)
+    whole = 1 << max(0, filled - 1).bit_length()
+    pages = whole * 3 // 4 if whole >= 4 and filled <= whole * 3 // 4 else whole
+    return pages if pages * page_size <= CAPTURED_KEYS else None

@@ -24,7 +24,7 @@ from math import sqrt
 from statistics import median
 from typing import TYPE_CHECKING
 
-from .buckets import bucket_within
+from .buckets import without_padding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -133,7 +133,7 @@ class StepAllowance:
         *,
         padded: bool = False,
     ) -> None:
-        """padded: a pass takes as long as if it filled its bucket, so that a chunk which is cut ends there."""
+        """padded: passes are, so that a chunk which is cut ends where there is no padding."""
         self._tokens, self._seconds, self._cost, self._floor, self._part = tokens, seconds, cost, floor, part
         self._padded = padded
         self._taken = 0
@@ -152,8 +152,8 @@ class StepAllowance:
             if self._seconds is not None:
                 self._seconds = max(self._seconds, self._floor(start)) - self._cost.fixed(0)
         count = min(wanted, max(least, int(self._part * self._fitting(start))))
-        if self._padded and LEAST < count < wanted:
-            count = max(least, bucket_within(self._taken + count) - self._taken)
+        if self._padded and count < wanted:
+            count = max(least, without_padding(self._taken + count) - self._taken)
         if count > 0:
             self._begun = True
             self._taken += count
@@ -175,7 +175,7 @@ class PrefillBudget:
     """`most` tokens where nobody decodes, or without a `ratio` (> 1). Torch-free; fed by the engine with collected steps."""
 
     def __init__(self, most: int, ratio: float | None, *, padded: bool = False) -> None:
-        """padded: passes are, to buckets."""
+        """padded: passes are (`buckets.pass_rows`)."""
         self.most = most
         self._padded = padded
         self.ratio = ratio

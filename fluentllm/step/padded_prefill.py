@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.batch import Batch
-from ..core.buckets import CAPTURED_TOKENS, bucket_of
+from ..core.buckets import CAPTURED_TOKENS, pass_rows
 from ..core.handoff import watched
 from ..core.staging import upload
 from ..kernels import in_kernels
@@ -78,7 +78,7 @@ class PaddedPrefill:
         count = sum(chunk.count for chunk in chunks)
         if count > CAPTURED_TOKENS:
             return None
-        rows = bucket_of(count)
+        rows = pass_rows(count)
         self._upload(chunks, count, rows)
         padded = self._batch(chunks, self._tables.slots + 1, rows)
         padded.plan = self._attention.plan_prefill(padded)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fluentllm.core.buckets import bucket_of, bucket_within
+from fluentllm.core.buckets import captured_pages, pass_rows, without_padding
 from fluentllm.core.prefill_budget import AIM, LEAST, PROBES, PrefillBudget
 from fluentllm.core.types import PrefillChunk, StepPlan, StepResult
 
@@ -249,7 +249,7 @@ def test_a_prompt_always_gets_on() -> None:
     assert LEAST <= budget.tokens(1) < 100
 
 
-def test_cut_chunks_fill_the_bucket_of_a_padded_pass() -> None:
+def test_cut_chunks_leave_no_padding_that_costs_anything() -> None:
     """The device computes the rows of padding too."""
     plain, padded = PrefillBudget(8192, None), PrefillBudget(8192, None, padded=True)
     assert [plain.allow(0).take(0, wanted) for wanted in (100, 8191, 9000)] == [100, 8191, 8192]
@@ -257,15 +257,26 @@ def test_cut_chunks_fill_the_bucket_of_a_padded_pass() -> None:
     padded.most = 1000
     allowance = padded.allow(0)
     assert [allowance.take(0, wanted) for wanted in (600, 900, 900)] == [600, 296, 0]
-    for total in range(17, 5000):
+    for total in range(1, 5000):
         padded.most = total
         count = padded.allow(0).take(0, 5001)
-        assert bucket_of(count) == count
-        assert count > total * 0.8
+        assert count == total if total <= 512 else pass_rows(count) == count > total * 0.8
 
 
-def test_the_bucket_within() -> None:
-    for batch in range(1, 3000):
-        found = bucket_within(batch)
-        assert bucket_of(found) == found <= batch
-        assert batch == found or bucket_of(found + 1) > batch
+def test_passes_come_in_few_sizes() -> None:
+    sizes = [pass_rows(tokens) for tokens in range(1, 8193)]
+    assert all(tokens <= rows for tokens, rows in enumerate(sizes, 1))
+    assert sizes == sorted(sizes)
+    assert sorted(set(sizes)) == [
+        32, 64, 128, 256, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192,
+    ]  # fmt: skip
+    for tokens in range(1, 8193):
+        assert pass_rows(without_padding(tokens)) in (without_padding(tokens), pass_rows(tokens))
+
+
+def test_pages_of_a_captured_pass() -> None:
+    assert [captured_pages([keys], 64) for keys in (0, 1, 64, 65, 129, 200, 257, 64 * 6, 64 * 7, 64 * 97)] == [
+        1, 1, 1, 2, 3, 4, 6, 6, 8, 128,
+    ]  # fmt: skip
+    assert captured_pages([16384 - 64, 60], 64) == 256
+    assert captured_pages([16384, 1], 64) is None

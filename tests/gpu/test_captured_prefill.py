@@ -50,7 +50,7 @@ def compare(programs: StepPrograms, seed: int) -> None:
             assert torch.isfinite(hidden).all()
             error = (hidden.double() - expected.double()).norm() / expected.double().norm()
             assert error < 2e-2, (lengths, float(error))  # bfloat16, products of other shapes
-    assert len(graphs) - before >= 4, "passes of so many sizes"
+    assert len(graphs) - before >= 3, "passes of so many sizes"
     assert not graphs._uncapturable
 
 

@@ -104,8 +104,9 @@ class PaddedPlans:
         for first in range(own, rows, each):
             count = min(each, rows - first)
             tiles.append((0, first, count, -count))
-        # Each sequence may end in a tile that is not full. Few sizes: each is a program of its own.
-        spare = 4
+        # Each sequence may end in a tile that is not full. Few sizes: each is a program of its own. What is spare ends at once,
+        # but where many programs share a tile.
+        spare = 64 if splits == 1 else 4
         while -(-rows // each) + spare < len(tiles):
             spare *= 4
         size = -(-rows // each) + spare

@@ -71,10 +71,10 @@ def test_padded_passes_see_no_keys_for_their_padding(
 def test_padded_plans_are_few() -> None:
     """How sequences divide the rows of a pass changes neither its grid nor where its tiles stand, but for many short ones."""
     plans = PaddedPlans(16, 8, torch.device("cpu"))
-    made = [plans.plan(counts, counts, 1024) for counts in ([1000], [300, 500, 200], [1] * 2 + [1000], [10] * 16)]
-    assert {plan.key for plan in made[:3]} == {(12, 1, 1)}
+    made = [plans.plan(counts, counts, 1024) for counts in ([1000], [300, 500, 200], [1] * 24 + [1000], [10] * 80)]
+    assert {plan.key for plan in made[:3]} == {(72, 1, 1)}
     assert made[0].made.table is made[1].made.table
-    assert made[3].key == (24, 1, 1)
+    assert made[3].key == (264, 1, 1)
     (split,) = {plans.plan([count], [50_000], 16).key for count in range(1, 17)}
     assert split == (5, 2, 32), "a power of two"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fluentllm.core.batch import Batch
-from fluentllm.core.buckets import bucket_of
+from fluentllm.core.buckets import pass_rows
 from fluentllm.core.kv.pool import KVPool
 from fluentllm.core.protocols import AttentionContext, AttentionSpec
 from fluentllm.core.settings import Settings
@@ -117,7 +117,7 @@ def test_padded_passes_are_the_same(fused: bool, device: torch.device, rng: torc
     padded = PaddedPrefill(None, case.fast, case.tables, None)  # type: ignore[arg-type]  # the model is not asked
     for chunks in CHUNKS:
         plain = prefill_batch(chunks, case.tables)
-        rows, own = bucket_of(plain.tokens.shape[0]), plain.tokens.shape[0]
+        rows, own = pass_rows(plain.tokens.shape[0]), plain.tokens.shape[0]
         batch = padded.prepared(chunks)
         assert batch is not None
         assert batch.tokens.shape[0] == rows
