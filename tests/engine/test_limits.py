@@ -61,12 +61,15 @@ async def test_the_largest_steps_run_on_scratch_pages(tiny: Harness, largest: La
     async with tiny.engine(**{"scheduler.max_running": 3}) as running:
         programs, tables = running.engine.executor.programs, running.engine.executor.tables
         executor = Executor(programs, tables, threads=1)
-        results = [executor.launch(plan).result() for plan in plans(largest)]
+        planned = plans(largest)
+        results = [executor.launch(plan).result() for plan in planned]
         executor.close()
-        prefilled = sum(chunk.count for chunk in plans(largest)[0].prefill)
-        assert prefilled == min(largest.prefill_tokens, largest.sequences * 511)
+        prefilled = [sum(chunk.count for chunk in plan.prefill) for plan in planned]
+        assert prefilled == [min(largest.prefill_tokens, largest.sequences * 511)] * 4 + [0] * 4
         assert all(len(slot.tokens) == 1 for slot in results[0].slots)
         assert results[0].slots[0].prompt_logprobs is not None
-        for result in results[1:]:
+        for plan, result in zip(planned[:4], results, strict=False):
+            assert [slot.slot for slot in result.slots] == [chunk.slot for chunk in plan.prefill]
+        for result in results[4:]:
             assert [slot.slot for slot in result.slots] == list(range(largest.sequences))
             assert all(len(slot.tokens) == 1 and slot.finished is None for slot in result.slots)
