@@ -48,10 +48,17 @@ class Prewarm:
         """Kernels that were asked for, each for one set of types and constants."""
         self._given_up = threading.Event()
 
-    def start(self, steps: Callable[[], Iterator[list[Launch]]], device: torch.device, timeline: Timeline) -> None:
-        """`steps` gives what each step will launch, the first needed first; it runs on a thread."""
-        run = self._run
-        self._thread = threading.Thread(target=run, args=(steps, device, timeline), name="fluent-prewarm", daemon=True)
+    def start(
+        self,
+        steps: Callable[[], Iterator[list[Launch]]],
+        device: torch.device,
+        timeline: Timeline,
+        done: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`steps` gives what each step will launch, the first needed first; it runs on a thread. `done` is called there when
+        all have been compiled."""
+        arguments = steps, device, timeline, done
+        self._thread = threading.Thread(target=self._run, args=arguments, name="fluent-prewarm", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -63,7 +70,13 @@ class Prewarm:
         self._given_up.set()
         self.wait()
 
-    def _run(self, steps: Callable[[], Iterator[list[Launch]]], device: torch.device, timeline: Timeline) -> None:
+    def _run(
+        self,
+        steps: Callable[[], Iterator[list[Launch]]],
+        device: torch.device,
+        timeline: Timeline,
+        done: Callable[[], None],
+    ) -> None:
         started = time.time()
         try:
             with Compiler(device) as compiler, timeline.stage("kernels listed"), torch.inference_mode():
@@ -73,6 +86,8 @@ class Prewarm:
                     compiler.add(launches)
             self.compiled = compiler.count
             timeline.add(f"{self.compiled} kernels compiled", started, time.time())
+            if not compiler.failed:
+                done()
         except Exception as error:
             log.info("kernels are compiled when they are launched: %s: %s", type(error).__name__, error)
             log.debug("", exc_info=True)
@@ -167,6 +182,7 @@ class Compiler:
     def __init__(self, device: torch.device, threads: int | None = None) -> None:
         self.count = 0
         """Kinds so far."""
+        self.failed = 0
         self._seen: set[tuple[Any, ...]] = set()
         threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
         use_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
@@ -178,7 +194,7 @@ class Compiler:
             if key not in self._seen:
                 self._seen.add(key)
                 self.count += 1
-                self._pool.submit(_compile, launch)
+                self._pool.submit(self._compile, launch)
 
     def __enter__(self) -> Self:
         return self
@@ -186,13 +202,13 @@ class Compiler:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=error[0] is not None)
 
-
-def _compile(launch: Launch) -> None:
-    try:
-        launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
-    except Exception as error:
-        log.info("%s is compiled when it is launched: %s: %s", launch.kernel.__name__, type(error).__name__, error)
-        log.debug("", exc_info=True)
+    def _compile(self, launch: Launch) -> None:
+        try:
+            launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+        except Exception as error:
+            self.failed += 1
+            log.info("%s is compiled when it is launched: %s: %s", launch.kernel.__name__, type(error).__name__, error)
+            log.debug("", exc_info=True)
 
 
 def key_of(launch: Launch) -> tuple[Any, ...]:

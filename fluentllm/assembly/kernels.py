@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from ..core.protocols import DraftTarget
 from ..prewarm import META, Prewarm
 from ..rehearsal import Largest
 from .choices import DEFAULT_PREFILL_TOKENS, DEFAULT_SLOTS, draft_length, draft_memory, max_model_len
+from .known_kernels import mark_of, remember
 from .step import PartsMaker, Sizes
 
 if TYPE_CHECKING:
@@ -30,10 +32,14 @@ log = logging.getLogger(__name__)
 def start_compiling(
     settings: Settings, plugins: PluginManager, family: Any, config: Any, context: BuildContext, path: Path, timeline: Timeline
 ) -> Prewarm:
-    """In the background; nothing to do on a CPU."""
+    """In the background; nothing to do on a CPU, and where a start like this one has compiled them all."""
     kernels = Prewarm()
     if context.device.type == "cuda":
-        kernels.start(lambda: launches_of(settings, plugins, family, config, context, path), context.device, timeline)
+        versions = {info.name: f"{info.distribution} {info.version}" for info in plugins.infos}
+        mark = mark_of(settings, config, context.device, versions)
+        if not mark.exists():
+            steps = partial(launches_of, settings, plugins, family, config, context, path)
+            kernels.start(steps, context.device, timeline, partial(remember, mark))
     return kernels
 
 
