@@ -124,8 +124,8 @@ class Executor:
             self._rows = replace(self._rows, generations=tuple(generations), logprobs=tuple(logprobs))
         for masks in plan.masks:
             self.tables.mask(masks)
-        for grant in plan.grants:
-            self.tables.grant(grant)
+        if plan.grants:
+            self.tables.grant(plan.grants)
 
     @torch.inference_mode()
     def _read(
