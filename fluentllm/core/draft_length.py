@@ -191,11 +191,11 @@ class DraftLength:
             return k, steps, True
         rested = {k: self._steps - self._tried.get((bucket, k), 0) for k in known if k != best}
         due = {k: steps for k, steps in rested.items() if steps >= (REST if HOPE * self._rate(bucket, k) > rate else LONG_REST)}
-        # One that cannot be paid for yet keeps no other waiting.
-        affordable = [k for k in due if self._affordable(bucket, k, AGAIN, rate)]
-        if not affordable:
+        if not due:
             return None
-        k = max(affordable, key=due.__getitem__)
+        k = max(due, key=due.__getitem__)
+        if not self._affordable(bucket, k, AGAIN, rate):
+            return None
         self._tried[bucket, k] = self._steps
         return k, AGAIN, False
 

@@ -10,7 +10,7 @@ import pytest
 from drafting import Cost, World
 
 from fluentllm.core.buckets import bucket_of
-from fluentllm.core.draft_length import AGAIN, LONG_REST, DraftLength
+from fluentllm.core.draft_length import DraftLength
 from fluentllm.core.types import Drafting, PrefillChunk, SlotResult, StepPlan, StepResult
 
 
@@ -136,21 +136,6 @@ def test_a_k_that_cannot_be_afforded_was_not_tried() -> None:
     seen.run(lengths, 50)
     assert set(seen.chosen) == {0}
     assert lengths._tried == before
-
-
-def test_a_k_that_cannot_be_afforded_again_keeps_no_other_waiting() -> None:
-    """Both have rested for long; one takes a thousand steps' time, and has rested for longer."""
-    lengths = DraftLength("auto", 2)
-    for k, seconds in ((0, 0.010), (1, 0.011), (2, 10.0)):
-        for _ in range(lengths.times.runs_needed):
-            lengths.times.add(4, k, k, seconds)
-    lengths._for_trials.earn(0.010, 0.010)
-    lengths._steps = 2 * LONG_REST
-    lengths._tried = {(4, 2): 0, (4, 1): 10}
-    assert lengths._next_trial(4, 0) == (1, AGAIN, False)
-    assert lengths._next_trial(4, 0) is None
-    lengths._for_trials.earn(1e6, 0.010)
-    assert lengths._next_trial(4, 0) == (2, AGAIN, False), "all that can be saved pays for anything"
 
 
 def test_a_time_that_another_program_made_long_is_measured_again() -> None:
