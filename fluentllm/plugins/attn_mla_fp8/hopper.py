@@ -1,4 +1,5 @@
-"""The backend `mla_fp8` on Hopper. In decode nothing waits for the host and the device divides the work, so it can be captured.
+"""The backend `mla_fp8` on Hopper. In decode nothing waits for the host and the device divides the work, so it can be captured;
+so can prefill, whose tiles the host plans in front of its program.
 
 A layer of decode of few tokens: the queries' product with up_k in one launch with norm, rotary, quantisation and KV write;
 rotary and quantisation of the queries in one; the decode; merging its splits and the product with up_v in one, or two.
@@ -10,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fluentllm.core.buckets import captured_pages
-from fluentllm.core.protocols import FusedMLA, PassPlan, PlannedPrefill
+from fluentllm.core.protocols import FusedMLA, PlannedPrefill
 from fluentllm.kernels.attention_mla import expanded_keys_and_values
 from fluentllm.kernels.mla_decode import fp8_planes
 from fluentllm.kernels.mla_decode.append import absorb_norms, append_norms
@@ -21,6 +21,7 @@ from fluentllm.kernels.triton.gqa_prefill import gqa_prefill
 from fluentllm.kernels.triton.gqa_prefill_plan import PaddedPlan, PaddedPlans, PrefillPlan
 from fluentllm.kernels.triton.mla_absorb import absorbs
 from fluentllm.kernels.triton.mla_rows import rotate_queries
+from fluentllm.layers.pass_plans import plan_pass
 
 from .mla_only import MlaOnly
 from .prefix import Workspace, plan_workspace, workspace_on_device
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fluentllm.core.batch import Batch
-    from fluentllm.core.protocols import AttentionContext, MlaProducts
+    from fluentllm.core.protocols import AttentionContext, MlaProducts, PassPlan
 
 
 class HopperMlaFp8(MlaOnly, FusedMLA, PlannedPrefill):
@@ -66,14 +67,8 @@ class HopperMlaFp8(MlaOnly, FusedMLA, PlannedPrefill):
             self._workspace = plan_workspace(batch)
 
     def plan_prefill(self, batch: Batch) -> PassPlan | None:
-        assert batch.query_lengths is not None
-        assert batch.kv_lengths_host is not None
         batch.refuse_first_key()
-        pages = captured_pages(batch.kv_lengths_host, batch.page_size)
-        if pages is None:
-            return None
-        tiles = self._padded.plan(batch.query_lengths, batch.kv_lengths_host, batch.tokens.shape[0])
-        return PassPlan((tiles.key, pages), (tiles, pages))
+        return plan_pass(self._padded, batch, expands=True)
 
     def mla(
         self,

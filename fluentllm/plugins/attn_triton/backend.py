@@ -1,6 +1,7 @@
 """The backend `triton`: KV rows by one launch, grouped heads by our decode and prefill kernels, MLA by ours on Hopper.
 
-In decode nothing waits for the host, so a step can be captured; prefill knows its lengths on the host.
+In decode nothing waits for the host, so a step can be captured; so can prefill, whose tiles the host plans in front of its
+program.
 """
 
 from __future__ import annotations
@@ -9,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fluentllm.core.buckets import captured_pages
-from fluentllm.core.protocols import PassPlan, PlannedPrefill
+from fluentllm.core.protocols import PlannedPrefill
 from fluentllm.kernels.triton.gqa_decode import gqa_decode, query_tiles
 from fluentllm.kernels.triton.gqa_plan import GqaPlan, plan_gqa
 from fluentllm.kernels.triton.gqa_prefill import gqa_prefill
@@ -18,6 +18,7 @@ from fluentllm.kernels.triton.gqa_prefill_plan import PaddedPlan, PaddedPlans, P
 from fluentllm.kernels.triton.mla_absorb import absorb, absorbs
 from fluentllm.kernels.triton.mla_rows import rotate_queries
 from fluentllm.kernels.triton.qkv_product import from_product_fits
+from fluentllm.layers.pass_plans import plan_pass
 from fluentllm.layers.pool_writes import PoolWrites
 
 from .expand import ExpandedPages, expand_on_device, expand_pages
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fluentllm.core.batch import Batch
-    from fluentllm.core.protocols import AttentionContext, MlaProducts
+    from fluentllm.core.protocols import AttentionContext, MlaProducts, PassPlan
     from fluentllm.kernels.mla_decode.decode import MlaDecode
     from fluentllm.kernels.triton.qkv_product import QkvProduct
 
@@ -88,16 +89,10 @@ class TritonAttention(PoolWrites, PlannedPrefill):
             self._expanded = expand_pages(batch)
 
     def plan_prefill(self, batch: Batch) -> PassPlan | None:
-        assert batch.query_lengths is not None
-        assert batch.kv_lengths_host is not None
-        pages: int | None = 0
-        if self._kv.kind == "mla":
+        expands = self._kv.kind == "mla"
+        if expands:
             batch.refuse_first_key()
-            pages = captured_pages(batch.kv_lengths_host, batch.page_size)
-            if pages is None:
-                return None
-        tiles = self._padded.plan(batch.query_lengths, batch.kv_lengths_host, batch.tokens.shape[0])
-        return PassPlan((tiles.key, pages), (tiles, pages))
+        return plan_pass(self._padded, batch, expands=expands)
 
     @property
     def _tile_rows(self) -> int:
