@@ -183,6 +183,7 @@ class Compiler:
         self.count = 0
         """Kinds so far."""
         self.failed = 0
+        """Kinds that were not compiled; from several threads, so good for no more than whether there are any."""
         self._seen: set[tuple[Any, ...]] = set()
         threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
         use_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None

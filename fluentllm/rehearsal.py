@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from msgspec import structs
 
 from .core.buckets import CAPTURED_KEYS, CAPTURED_TOKENS
 from .core.errors import OutOfMemory
@@ -118,6 +119,7 @@ def plans(largest: Largest) -> list[StepPlan]:
     features = EVERY_FEATURE | (Feature.GRAMMAR | Feature.TOKEN_MASKS if largest.grammars else 0)
     chunks, admitted = _prompts(largest, largest.prefill_tokens, largest.context)
     again, entering = _prompts(largest, min(largest.prefill_tokens, CAPTURED_TOKENS), min(largest.context, CAPTURED_KEYS))
+    again = [structs.replace(chunk, prompt_logprobs=None) for chunk in again]  # they follow what is captured
     slots = list(range(largest.sequences))
     budget = min(8 * (largest.drafts + 1), largest.context - 2)
     decoding = [_init(slot, [0, 0], 2, budget) for slot in slots]

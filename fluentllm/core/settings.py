@@ -59,7 +59,7 @@ class EngineSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     device: Annotated[str, _help("auto, cpu, cuda, cuda:N. auto takes a GPU where there is one.")] = "auto"
     overlap_depth: Annotated[int, _help("Steps launched ahead of what has been read.", "steps", ge=0, le=2)] = 1
     deterministic: Annotated[bool, _help("Fixed-order arithmetic: a token does not depend on what else runs. Slower.")] = False
-    cuda_graphs: Annotated[bool, _help("Capture decode programs on a GPU; off: launch each kernel by itself.")] = True
+    cuda_graphs: Annotated[bool, _help("Capture step programs on a GPU; off: launch each kernel by itself.")] = True
     moe_overlap: Annotated[
         Literal["auto", "on", "off"],
         _help(

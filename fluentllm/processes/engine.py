@@ -20,8 +20,8 @@ from fluentllm.core.errors import EngineUnavailable, OutOfMemory
 from fluentllm.core.session import Session, refusal
 from fluentllm.core.types import FromEngine, Generate, Outputs, RequestOutput, ToEngine
 from fluentllm.hub.cache import keep_kernels
+from fluentllm.settling import settle
 
-from ..settling import settle
 from .child import Child, run
 from .control import Progress, Up, die_with_parent
 from .first_token import FirstToken

@@ -20,8 +20,8 @@ from fluentllm.frontend.app import create_app
 from fluentllm.frontend.client import SocketEngineClient
 from fluentllm.frontend.http import HttpProtocol
 from fluentllm.frontend.services import Services
+from fluentllm.settling import settle
 
-from ..settling import settle
 from .child import Child, run
 from .control import Linked, Up
 

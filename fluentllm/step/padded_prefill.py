@@ -79,10 +79,12 @@ class PaddedPrefill:
         if count > CAPTURED_TOKENS:
             return None
         rows = pass_rows(count)
-        self._upload(chunks, count, rows)
         padded = self._batch(chunks, self._tables.slots + 1, rows)
         padded.plan = self._attention.plan_prefill(padded)
-        return padded if padded.plan is not None else None
+        if padded.plan is None:
+            return None
+        self._upload(chunks, count, rows)
+        return padded
 
     def _upload(self, chunks: list[PrefillChunk], count: int, rows: int) -> None:
         tables, given = self._tables, self._rows.given

@@ -1,8 +1,9 @@
 """A KV transport out of a transfer library: one thread that drives a `Wire`, and the state machine that all wires share.
 
 `submit` cuts a transfer into chunks and queues it; the thread keeps a window of chunks under way to every peer, in order,
-sends the notification when the last has landed, and turns what the library says into events. So the engine's loop never
-waits for the library, a frozen peer holds up no other, and a cancelled transfer is over after the chunks under way.
+sends the notification when the last has landed (or lets the library, behind a lone chunk), and turns what the library says
+into events. So the engine's loop never waits for the library, a frozen peer holds up no other, and a cancelled transfer is
+over after the chunks under way.
 """
 
 from __future__ import annotations

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SHORT = CAPTURED_KEYS
+"""Keys of a pass up to which launching it kernel by kernel, 10 ms and more, is taken to cost more than another backend's
+attention could save: estimated, not measured with one."""
+
 Reorder = Callable[[], Sequence[AttentionBackend]]
 
 
@@ -84,7 +88,7 @@ class PhasedAttention(PlannedPrefill):
     def plan_prefill(self, batch: Batch) -> PassPlan | None:
         """Over short contexts launching takes longer than attention, whoever does it: the first that can be captured is taken,
         unless another was asked for."""
-        first, short = self.prefill.pick(batch), sum(batch.kv_lengths_host or ()) <= CAPTURED_KEYS
+        first, short = self.prefill.pick(batch), sum(batch.kv_lengths_host or ()) <= SHORT
         for backend in (first, *(self.prefill.backends if short and not self.prefill.named else ())):
             plan = backend.plan_prefill(batch) if isinstance(backend, PlannedPrefill) else None
             if plan is not None:

@@ -111,9 +111,9 @@ class PlannedPrefill(AttentionBackend):
 
     @abstractmethod
     def plan_prefill(self, batch: Batch) -> PassPlan | None:
-        """Of a pass whose tensors stay where they are, at its launch; `begin` finds it in `batch.plan`, also when it is
-        captured, and then does nothing that a repetition of its launches would not do. None: this pass is launched kernel by
-        kernel."""
+        """Of a pass whose tensors stay where they are, at its launch, from what the host knows of it: they are filled after
+        this call. `begin` finds it in `batch.plan`, also when it is captured, and then does nothing that a repetition of its
+        launches would not do. None: this pass is launched kernel by kernel."""
         ...
 
 
