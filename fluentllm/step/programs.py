@@ -79,6 +79,8 @@ class StepPrograms:
     def watch(self, watcher: PassWatcher) -> None:
         """Let `watcher` follow prefill passes, layer by layer."""
         self._watcher = watcher
+        if self._graphs is not None:
+            self._graphs.clear()  # of passes that nobody followed
         self._prefill_attention = watched(self.attention, watcher)
         self._padded_prefill = self._padding_prefill(self.attention, watcher)
 
