@@ -273,9 +273,8 @@ def _a_dead_peer_is_told(bench: Bench) -> None:
     starts anew is another."""
     for busy in (True, False):
         with bench.pair(BIG) as pair:
-            transfers = []
-            if busy:
-                transfers = [pair.source.submit(pair.to_target, [[0, 0, BIG[0]]], b"x") for _ in range(8)]
+            # More than can be written before the peer has ended, however late this thread gets to end it.
+            transfers = [pair.source.submit(pair.to_target, [[0, 0, BIG[0]]], b"x") for _ in range(100 if busy else 0)]
             bench.kill(pair.target)
             seen = pair.gone()
             ends = {event[1]: event[2] for event in seen if event[0] == "done"}
