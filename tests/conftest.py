@@ -6,7 +6,6 @@ those that it starts. Tests that want one name it (`allow=[...]`, or the variabl
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import shutil
@@ -18,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from filelock import FileLock
 from hypothesis import settings
 
 os.environ["FLUENT_PLUGINS"] = ""
@@ -60,28 +58,21 @@ def make_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeDi
 
 @pytest.fixture(scope="module")
 def third_party_plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`tests/third_party_plugin`, installed by pip into this environment while a module's tests run → the plugin's name.
+    """`tests/third_party_plugin`, installed by pip while a module's tests run, for them alone → the plugin's name.
 
-    Other modules must not see it, even where they start servers with an environment of their own. Workers of pytest-xdist share
-    the environment: the first that comes installs it, the last that leaves uninstalls it.
+    It lies in a folder of its own on `sys.path` and `PYTHONPATH`. In this environment's `site-packages` the other workers of
+    pytest-xdist would see it too, and see it half there while pip is at work.
     """
     folder = tmp_path_factory.mktemp("third_party")
-    shared = folder.parent.parent if "PYTEST_XDIST_WORKER" in os.environ else folder.parent
-    users, lock = shared / "third_party_users", FileLock(shared / "third_party.lock")
-    with lock:
-        before = int(users.read_text()) if users.exists() else 0
-        if before == 0:
-            source = folder / "source"
-            shutil.copytree(Path(__file__).parent / "third_party_plugin", source)  # building leaves files behind
-            _pip("install", "--quiet", "--no-build-isolation", "--no-deps", str(source))
-        users.write_text(str(before + 1))
-    importlib.invalidate_caches()
-    yield "shortest_first"
-    with lock:
-        left = int(users.read_text()) - 1
-        users.write_text(str(left))
-        if left == 0:
-            _pip("uninstall", "--quiet", "--yes", "fluent-shortest-first")
+    source, site = folder / "source", folder / "site"
+    shutil.copytree(Path(__file__).parent / "third_party_plugin", source)  # building leaves files behind
+    _pip_install("--quiet", "--no-build-isolation", "--no-deps", "--target", str(site), str(source))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(site))
+        patch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+        yield "shortest_first"
+    for module in [name for name in sys.modules if name.split(".")[0] == "fluent_shortest_first"]:
+        del sys.modules[module]
 
 
 @pytest.fixture
@@ -90,11 +81,10 @@ def quick_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("numpy.memmap", lambda path, **_: np.fromfile(path, np.uint8))
 
 
-def _pip(command: str, *arguments: str) -> None:
+def _pip_install(*arguments: str) -> None:
     if importlib.util.find_spec("pip") is not None:
-        line = [sys.executable, "-m", "pip", "--disable-pip-version-check", command, *arguments]
+        line = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *arguments]
     else:  # environments that uv made have no pip
-        known = [argument for argument in arguments if argument != "--yes"]
-        line = ["uv", "pip", command, "--python", sys.executable, *known]
+        line = ["uv", "pip", "install", "--python", sys.executable, *arguments]
     result = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -9,6 +9,7 @@ import pytest
 
 from fluentllm.core.errors import ConfigError, PluginError
 from fluentllm.core.plugins import PluginManager
+from fluentllm.core.plugins.discovery import discover
 
 POLICY = """
 from fluentllm.core.hookspecs import hookimpl
@@ -49,6 +50,14 @@ def test_an_entry_without_extras_loads_everywhere(make_distribution):
     make_distribution("acme", {"acme": "acme_c:plugin"}, acme_c=policy("fast"))
     for process in ("frontend", "engine", "executor", "cli"):
         assert PluginManager.load({process}, allow=["acme"]).info("acme").state == "loaded"
+
+
+def test_a_distribution_that_pip_is_removing_is_left_out(make_distribution, caplog):
+    site = make_distribution("acme", {"acme": "acme_half:plugin"}, acme_half=policy("fast"))
+    assert "acme" in {info.name for info in discover()}
+    (site / "acme-1.2.dist-info" / "METADATA").unlink()
+    assert "acme" not in {info.name for info in discover()}
+    assert "'acme' is left out: its distribution is being installed or removed" in caplog.text
 
 
 def test_an_unknown_process_is_an_error(make_distribution):

@@ -6,6 +6,7 @@ processes it runs in: `my_policy = "my_package.plugin:plugin [engine]"`.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from ..hookspecs import ENTRY_POINT_GROUP
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
+
+log = logging.getLogger("fluentllm.plugins")
 
 OWN_DISTRIBUTION = "fluentllm"
 PROCESSES = ("frontend", "engine", "executor", "cli")
@@ -68,8 +71,10 @@ def discover(entries: Iterable[metadata.EntryPoint] | None = None) -> list[Plugi
     """Every plugin that is installed, by name. Raises `PluginError` for an entry that no process could load."""
     found = []
     for entry in metadata.entry_points(group=ENTRY_POINT_GROUP) if entries is None else entries:
-        distribution = entry.dist
-        name, version = (distribution.name, distribution.version) if distribution else ("unknown distribution", "?")
+        name, version = ("unknown distribution", "?") if entry.dist is None else _identity(entry.dist)
+        if name is None:
+            log.warning("The plugin %r is left out: its distribution is being installed or removed right now.", entry.name)
+            continue
         info = PluginInfo(
             name=normalized(entry.name),
             value=entry.value.split("[")[0].strip(),
@@ -91,6 +96,12 @@ def discover(entries: Iterable[metadata.EntryPoint] | None = None) -> list[Plugi
             )
         found.append(info)
     return sorted(found, key=lambda info: (not info.builtin, info.name, info.distribution))
+
+
+def _identity(distribution: metadata.Distribution) -> tuple[str | None, str]:
+    """Name and version; no name if the file that says so is missing, which pip, at work, leaves so for a moment."""
+    fields = distribution.metadata
+    return (fields["Name"], fields["Version"]) if fields else (None, "?")
 
 
 def allowed_by_environment(environ: Mapping[str, str] | None = None) -> list[str] | None:
