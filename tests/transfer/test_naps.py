@@ -5,14 +5,10 @@ from __future__ import annotations
 import threading
 import time
 
-import numpy as np
-import torch
-
-from fluentllm.core.settings import Settings
-from fluentllm.core.transport import PeerReady, TransferDone, TransportContext
 from fluentllm.plugins.kv_loopback.wire import LoopbackWire
 from fluentllm.transfer.naps import BUSY_NAP, GROWTH, SHORT_NAP, Bell, moving_nap
-from fluentllm.transfer.polled import PolledTransport
+
+from .pairs import pair_on
 
 
 def test_a_bell_rung_while_nobody_naps_ends_the_next_nap_and_only_that() -> None:
@@ -68,32 +64,15 @@ class Held(LoopbackWire):
 
 
 def test_the_thread_naps_while_a_transfer_takes_long() -> None:
-    woken, wire = threading.Event(), Held()
-    ours, theirs = (
-        PolledTransport(TransportContext(name, "127.0.0.1", Settings(), woken.set), each)
-        for name, each in (("ours", wire), ("theirs", LoopbackWire()))
-    )
-    memory = torch.zeros(8, dtype=torch.uint8)
-    ours.register([memory])
-    theirs.register([memory.clone()])
-    events: list[object] = []
-
-    def wait(kind: type) -> None:
-        while not any(isinstance(event, kind) for event in events):
-            woken.wait(1)
-            woken.clear()
-            events.extend(ours.poll())
-
-    peer = ours.connect(theirs.metadata())
-    wait(PeerReady)
-    started = time.monotonic()
-    ours.submit(peer, np.array([[0, 0, 8]]))
-    while time.monotonic() - started < 0.3 or not wire.looks:
-        time.sleep(0.01)
-    looks, seconds = wire.looks, time.monotonic() - started
-    # A look within a nap's time follows only where the thread lost its core inside the library, a few hundred times a second.
-    assert looks <= 1.5 * seconds / BUSY_NAP + 40
-    wire.over.set()
-    wait(TransferDone)
-    ours.close()
-    theirs.close()
+    wire = Held()
+    with pair_on(wire, [8]) as pair:
+        started = time.monotonic()
+        transfer = pair.source.submit(pair.to_target, [[0, 0, 8]], None)
+        while time.monotonic() - started < 0.3 or not wire.looks:
+            time.sleep(0.01)
+        looks, seconds = wire.looks, time.monotonic() - started
+        # A look within a nap's time follows only where the thread lost its core inside the library, a few hundred times a
+        # second.
+        assert looks <= 1.5 * seconds / BUSY_NAP + 40
+        wire.over.set()
+        assert pair.done(transfer) == {transfer: "done"}
