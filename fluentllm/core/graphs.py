@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 Outputs = TypeVar("Outputs")
 
 MOST = 192
-"""Programs that are kept. Prefill passes have 21 sizes, and as many plans each as their contexts have sizes."""
+"""Programs that are kept. Prefill passes have 25 sizes, and as many plans each as their contexts have sizes."""
 
 
 @dataclass(slots=True)

@@ -249,7 +249,7 @@ def test_a_prompt_always_gets_on() -> None:
     assert LEAST <= budget.tokens(1) < 100
 
 
-def test_cut_chunks_leave_no_padding_that_costs_anything() -> None:
+def test_cut_chunks_leave_no_padding() -> None:
     """The device computes the rows of padding too."""
     plain, padded = PrefillBudget(8192, None), PrefillBudget(8192, None, padded=True)
     assert [plain.allow(0).take(0, wanted) for wanted in (100, 8191, 9000)] == [100, 8191, 8192]
@@ -260,7 +260,7 @@ def test_cut_chunks_leave_no_padding_that_costs_anything() -> None:
     for total in range(1, 5000):
         padded.most = total
         count = padded.allow(0).take(0, 5001)
-        assert count == total if total <= 512 else pass_rows(count) == count > total * 0.8
+        assert count == total if total <= 32 else pass_rows(count) == count > total * 0.66
 
 
 def test_passes_come_in_few_sizes() -> None:
@@ -268,7 +268,7 @@ def test_passes_come_in_few_sizes() -> None:
     assert all(tokens <= rows for tokens, rows in enumerate(sizes, 1))
     assert sizes == sorted(sizes)
     assert sorted(set(sizes)) == [
-        32, 64, 128, 256, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192,
+        32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192,
     ]  # fmt: skip
     for tokens in range(1, 8193):
         assert pass_rows(without_padding(tokens)) in (without_padding(tokens), pass_rows(tokens))
