@@ -268,7 +268,8 @@ def test_passes_come_in_few_sizes() -> None:
     assert all(tokens <= rows for tokens, rows in enumerate(sizes, 1))
     assert sizes == sorted(sizes)
     assert sorted(set(sizes)) == [
-        32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192,
+        32, 48, 64, 96, 128, 192, 256, 384, 512,
+        640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192,
     ]  # fmt: skip
     for tokens in range(1, 8193):
         assert pass_rows(without_padding(tokens)) in (without_padding(tokens), pass_rows(tokens))
