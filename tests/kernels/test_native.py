@@ -138,13 +138,14 @@ def test_many_rows_take_the_copy(library: Library) -> None:
     packed = weights.pack_blocks("q4_1", parts, "packed", twice=True, library=library)
     COPIES.wait()
     exact = dequantise_blocks("q4_1", parts)
+    half_step = exact.abs().amax(1) / 254  # a copy may round weights to int8 rows
     assert packed is not None
     assert not (library.multiplies_bytes and weights.copy_bytes(packed))
     for rows in (*ROWS, 200, 256, 257, 520):
         x = torch.randn(rows, 64)
         expected = x @ exact.T
         if rows:
-            assert (packed.product(x, None) - expected).abs().max() <= 1e-2 * expected.abs().max()
+            assert ((packed.product(x, None) - expected).abs() <= 1.01 * x.abs().sum(1, keepdim=True) * half_step + 1e-3).all()
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -1,4 +1,4 @@
-"""Runs the kernel tests of this folder under Triton's interpreter, in a process of its own."""
+"""Runs the kernel tests of this folder under Triton's interpreter, each file in a process of its own: they share the cores."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+HERE = Path(__file__).parent
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel tests of this folder run on the GPU itself")
-def test_kernels_agree_with_their_references_under_the_interpreter() -> None:
+@pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("test_kernel_*.py")))
+def test_kernels_agree_with_their_references_under_the_interpreter(file: str) -> None:
     # Without this run's own options: no second report, no workers of workers.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here)]
-    done = subprocess.run(command, env=environ, cwd=here.parents[2], capture_output=True, text=True, timeout=600, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    done = subprocess.run(command, env=environ, cwd=HERE.parents[2], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
