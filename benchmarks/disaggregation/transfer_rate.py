@@ -18,7 +18,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +34,7 @@ from fluentllm.plugins.kv_nixl.wire import NixlWire
 from fluentllm.testing.ends import read_frame, write_frame
 from fluentllm.transfer.descriptors import plan_writes
 from fluentllm.transfer.layout import KVLayout
+from fluentllm.transfer.naps import Bell
 from fluentllm.transfer.polled import PolledTransport
 from fluentllm.transfer.wire import Region
 
@@ -51,9 +51,9 @@ class Ours:
     """The transport, and what the benchmark asks of it."""
 
     def __init__(self, name: str, memory: torch.Tensor, settings: NixlSettings) -> None:
-        self.woken = threading.Event()
+        self.woken = Bell()
         self.events: list[Any] = []
-        context = TransportContext(name, "127.0.0.1", Settings(plugin={"kv_nixl": settings}), self.woken.set)
+        context = TransportContext(name, "127.0.0.1", Settings(plugin={"kv_nixl": settings}), self.woken.ring)
         self.transport = PolledTransport(context, NixlWire("127.0.0.1", settings))
         self.transport.register([memory])
         self.transport.expect(1)
@@ -71,7 +71,6 @@ class Ours:
                     self.events.remove(event)
                     return event
             self.woken.wait(1)
-            self.woken.clear()
 
     def once(self, rows: np.ndarray) -> float:
         """Seconds from submit until it is done."""

@@ -58,6 +58,8 @@ class Channel:
     connection: Any = None
     error: TransportError | None = None
     gone: bool = False
+    ready: bool = False
+    """The first probe was answered; until then nothing is written."""
     _queue: deque[Transfer] = field(default_factory=deque)
     """Open transfers, oldest first."""
     _operations: list[tuple[Any, Transfer | None]] = field(default_factory=list)
@@ -65,8 +67,6 @@ class Channel:
     _leaving: float | None = None
     _probed: float = 0.0
     _probing: bool = False
-    _ready: bool = False
-    """The first probe was answered; until then nothing is written."""
 
     def add(self, transfer: Transfer) -> None:
         self._queue.append(transfer)
@@ -150,15 +150,15 @@ class Channel:
                 transfer.under_way -= 1
 
     def _answered(self) -> None:
-        if not self._ready:
-            self._ready = True
+        if not self.ready:
+            self.ready = True
             self.tell(PeerReady(self.peer))
 
     def _advance(self, transfer: Transfer) -> None:
         """End it, or send its notification, if its time has come."""
         if transfer.cancelled or transfer.error:
             transfer.chunks.clear()
-        if transfer.chunks or transfer.under_way or (not self._ready and not transfer.cancelled):
+        if transfer.chunks or transfer.under_way or (not self.ready and not transfer.cancelled):
             return
         if transfer.notification is None or transfer.notifying or transfer.cancelled or transfer.error:
             self._end(transfer)
@@ -169,7 +169,7 @@ class Channel:
             self._end(transfer)
 
     def _post(self) -> None:
-        if not self._ready:
+        if not self.ready:
             return
         for transfer in self._queue:
             if len(self._operations) >= self.wire.window:

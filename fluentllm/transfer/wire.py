@@ -1,11 +1,13 @@
 """What a transfer library must do for `PolledTransport` to make a KV transport of it.
 
-A wire is driven by one thread. It may be slow where it says so, never anywhere else; it keeps no state machine of its own.
+A wire is driven by one thread at a time: the one that opened it, or one that it is lent to for a moment. It may be slow where
+it says so, never anywhere else; it keeps no state machine of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -79,6 +81,10 @@ class Wire(Protocol):
 
     def open(self, name: str, epoch: int, tensors: Sequence[Tensor], regions: Sequence[Region]) -> bytes:
         """Register the memory, start listening. May take seconds. Only called when closed. Returns `Address.wire`."""
+        ...
+
+    def lent(self) -> AbstractContextManager[object]:
+        """Held by another thread than the one that opened it around `post`, `send`, `probe`, `finished` and `abandon`."""
         ...
 
     def connect(self, address: Address) -> Any:

@@ -6,6 +6,7 @@ import ctypes
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from ...core.transport import PeerDied, TransportError, WriteRefused
@@ -45,6 +46,9 @@ class LoopbackWire:
         self._inbox.clear()
         _open[epoch] = self
         return b""
+
+    def lent(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def connect(self, address: Address) -> tuple[str, int]:
         self._target((address.name, address.epoch))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,9 @@ class MooncakeWire:
             raise TransportError(f"Mooncake cannot register {sum(sizes):,} bytes.")
         self._engine, self._tensors = engine, tensors
         return f"{self._host}:{engine.get_rpc_port()}:{self._mailbox.data_ptr()}".encode()
+
+    def lent(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def connect(self, address: Address) -> Connection:
         try:

@@ -12,7 +12,7 @@ import ipaddress
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,8 @@ class NixlWire:
         self._memory = "DRAM"
         self._device = 0
         self._tensors: Sequence[Tensor] = ()
+        self._bound = threading.local()
+        """`here`: set where the thread has a CUDA context."""
 
     @property
     def chunk_bytes(self) -> int:
@@ -72,7 +74,7 @@ class NixlWire:
         if self._memory == "VRAM":
             import torch
 
-            torch.cuda.set_device(tensors[0].device)  # UCX copies in the context of the thread that drives it: this one
+            torch.cuda.set_device(tensors[0].device)  # UCX copies in the context of the thread that calls it
         config = self._nixl.nixl_agent_config(enable_prog_thread=False, enable_listen_thread=False, backends=[])
         try:
             with _environment(self._variables):
@@ -87,6 +89,16 @@ class NixlWire:
             self.close()
             raise TransportError(f"NIXL cannot register {sum(r.size for r in regions):,} bytes: {error}.") from error
         return metadata
+
+    def lent(self) -> AbstractContextManager[object]:
+        if self._memory == "DRAM":
+            return nullcontext()
+        import torch
+
+        if not hasattr(self._bound, "here"):
+            torch.cuda.mem_get_info(self._device)  # a thread's first call makes its context
+            self._bound.here = True
+        return torch.cuda.device(self._device)
 
     def connect(self, address: Address) -> tuple[str, str, int]:
         memory = "DRAM" if address.memory == "cpu" else "VRAM"
