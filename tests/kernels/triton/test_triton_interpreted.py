@@ -1,4 +1,4 @@
-"""Runs the kernel tests of this folder under Triton's interpreter, each file in a process of its own with a limit of its own."""
+"""Runs the kernel tests of this folder under Triton's interpreter: each file in a process, with a limit of its own."""
 
 from __future__ import annotations
 
