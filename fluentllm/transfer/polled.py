@@ -146,7 +146,7 @@ class PolledTransport:
             here = len(chunks) <= 1 and len(rows) <= FEW_ROWS and self._post_here(transfer)
             if not here:
                 self._do(lambda: self._channels[peer.number].add(transfer))
-        if here and self._told:
+        if here:
             self._pass_on()
         return transfer.number
 

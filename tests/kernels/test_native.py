@@ -20,6 +20,7 @@ from fluentllm.kernels.native.ops import NativeOps
 from fluentllm.kernels.native.pack import TiledWeight
 from fluentllm.kernels.plain import PlainOps
 from fluentllm.kernels.quantise import dequantise_blocks
+from fluentllm.kernels.weights import TwoWeights
 
 ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 40, 70)
 
@@ -145,7 +146,12 @@ def test_many_rows_take_the_copy(library: Library) -> None:
         x = torch.randn(rows, 64)
         expected = x @ exact.T
         if rows:
-            assert ((packed.product(x, None) - expected).abs() <= 1.01 * x.abs().sum(1, keepdim=True) * half_step + 1e-3).all()
+            found = packed.product(x, None)
+            assert ((found - expected).abs() <= 1.01 * x.abs().sum(1, keepdim=True) * half_step + 1e-3).all()
+            taken = (packed.many if rows > packed.border else packed.few) if isinstance(packed, TwoWeights) else packed
+            assert taken is not None
+            as_taken = x @ taken.dequantised().T
+            assert (found - as_taken).abs().max() <= 1e-3 * as_taken.abs().max()
 
 
 @pytest.mark.parametrize("rows", ROWS)

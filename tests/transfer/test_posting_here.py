@@ -17,7 +17,7 @@ SIZE = 4 * FEW_ROWS
 
 
 class Written(LoopbackWire):
-    """Writes down who posted; `looking` can hold the thread up inside the library."""
+    """Writes down who posted; without `go_on` the thread is held up inside the library."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -58,7 +58,7 @@ class NixlWire:
         self._device = 0
         self._tensors: Sequence[Tensor] = ()
         self._bound = threading.local()
-        """`here`: set where the thread has a CUDA context."""
+        """`here`: set where the thread has the CUDA context of the memory registered now."""
 
     @property
     def chunk_bytes(self) -> int:
@@ -75,6 +75,7 @@ class NixlWire:
             import torch
 
             torch.cuda.set_device(tensors[0].device)  # UCX copies in the context of the thread that calls it
+            self._bound = threading.local()
         config = self._nixl.nixl_agent_config(enable_prog_thread=False, enable_listen_thread=False, backends=[])
         try:
             with _environment(self._variables):
