@@ -72,7 +72,7 @@ def load_model(settings: Settings, files: ModelFiles, plugins: PluginManager, ti
         ops=choose_ops(device, settings.engine.deterministic, library),
         weight_precision=precision,
         max_positions=max_model_len(settings, spec) + positions_ahead(settings),
-        moe_overlap=settings.engine.moe_overlap == "on",
+        moe_overlap=settings.engine.moe_overlap != "off",
     )
     kernels = start_compiling(settings, plugins, family, config, context, files.path, timeline)
     model: Model | None = None
