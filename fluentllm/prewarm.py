@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .rehearsal import Largest
     from .step.decode import Target
 
+    Step = Callable[[Target], object]
+
 log = logging.getLogger(__name__)
 
 META = torch.device("meta")
@@ -93,16 +95,18 @@ class Prewarm:
             log.debug("", exc_info=True)
 
 
-def record(model: Model, make: Callable[[], Target], largest: Largest) -> Iterator[list[Launch]]:
+def record(
+    model: Model, make: Callable[[], Target], largest: Largest, steps: Sequence[Step] | None = None
+) -> Iterator[list[Launch]]:
     """What steps of `model`, which is on `meta` and still empty, will launch: a list a step, the first needed first. `make`
-    puts a step around it, once it is filled."""
+    puts a step around it, once it is filled. `steps`: instead of those that an engine will make."""
     from .kernels.triton.launch import recording
 
     thin(model)
     with recording():  # packing may launch too, and a launch without memory must never reach the device
         fill(model)
         target = make()
-    for step in _steps(largest):
+    for step in _steps(largest) if steps is None else steps:
         with recording() as launches:
             step(target)
         yield launches
@@ -144,7 +148,7 @@ def fill(model: Model) -> None:
     model.finalize()
 
 
-def _steps(largest: Largest) -> list[Callable[[Target], object]]:
+def _steps(largest: Largest) -> list[Step]:
     """A short prompt, one sequence; then all sizes, the largest prompt, a chunk far into one, what sampling needs."""
     plain, sampled = 0, Feature.SAMPLING
     filtered = sampled | Feature.FILTER
@@ -161,14 +165,14 @@ def _steps(largest: Largest) -> list[Callable[[Target], object]]:
     return [*steps, _decode(most, EVERY_FEATURE, 0), _prefill([16] * min(most, 16), EVERY_FEATURE, largest)]
 
 
-def _decode(batch: int, features: int, drafts: int) -> Callable[[Target], object]:
+def _decode(batch: int, features: int, drafts: int) -> Step:
     from .step.decode import decode
 
     slots = torch.empty(batch, dtype=torch.int64, device=META)
     return lambda target: decode(slots, Drafting(drafts, drafts), features, target)
 
 
-def _prefill(lengths: list[int], features: int, largest: Largest, behind: int = 0) -> Callable[[Target], object]:
+def _prefill(lengths: list[int], features: int, largest: Largest, behind: int = 0) -> Step:
     from .step.prefill import prefill
 
     chunks = [PrefillChunk(min(slot, largest.sequences - 1), behind, count, True) for slot, count in enumerate(lengths)]

@@ -17,7 +17,7 @@ from .known_kernels import mark_of, remember
 from .step import PartsMaker, Sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from ..core.plugins import PluginManager
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..core.settings import Settings
     from ..core.timeline import Timeline
     from ..kernels.triton.launch import Launch
+    from ..prewarm import Step
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +45,15 @@ def start_compiling(
 
 
 def launches_of(
-    settings: Settings, plugins: PluginManager, family: Any, config: Any, context: BuildContext, path: Path
+    settings: Settings,
+    plugins: PluginManager,
+    family: Any,
+    config: Any,
+    context: BuildContext,
+    path: Path,
+    steps: Sequence[Step] | None = None,
 ) -> Iterator[list[Launch]]:
-    """A list for each step, the first needed first."""
+    """A list for each step, the first needed first. `steps`: instead of those that an engine will make."""
     from ..prewarm import record
     from .loading import LoadedModel
 
@@ -67,7 +74,7 @@ def launches_of(
     own = draft_memory(entry, DraftTarget(settings, spec, dtype.itemsize))
     sizes = Sizes(slots, largest.context, max_drafts, 0)
     maker = PartsMaker(settings, loaded, plugins, sizes, entry, own, None, place=META)
-    yield from record(model, lambda: maker.make(1).programs, largest)
+    yield from record(model, lambda: maker.make(1).programs, largest, steps)
 
 
 def without_memory(family: Any, config: Any, context: BuildContext) -> Model | None:
