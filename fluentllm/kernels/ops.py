@@ -107,6 +107,20 @@ class Ops(Protocol):
         """tokens [T] int64, table [V, D] → [T, D]."""
         ...
 
+    def draft_input(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        table: Tensor,
+        hidden: Tensor,
+        token_norm: Tensor,
+        hidden_norm: Tensor,
+        eps: float,
+    ) -> Tensor:
+        """What a draft layer projects: tokens, positions [T] int64, table [V, D], hidden [T, D], norms [D] each →
+        [rms_norm(table[token]) ; rms_norm(hidden)], [T, 2 D]; at position 0 zeros stand for hidden."""
+        ...
+
     def ngram_embedding(
         self,
         tokens: Tensor,

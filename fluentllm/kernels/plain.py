@@ -109,6 +109,20 @@ class PlainOps:
     def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
         return F.embedding(tokens, table)
 
+    def draft_input(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        table: Tensor,
+        hidden: Tensor,
+        token_norm: Tensor,
+        hidden_norm: Tensor,
+        eps: float,
+    ) -> Tensor:
+        hidden = torch.where((positions == 0).unsqueeze(1), 0.0, hidden)
+        words = self.rms_norm(self.embedding(tokens, table), token_norm, eps)
+        return torch.cat((words, self.rms_norm(hidden, hidden_norm, eps)), -1)
+
     def ngram_embedding(
         self,
         tokens: Tensor,

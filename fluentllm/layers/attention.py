@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.protocols import FusedGQA
 from .linear import Linear
@@ -58,12 +58,7 @@ class Attention(Module):
         heads = self.shape.heads
         product = self.qkv(x)
         if isinstance(backend, FusedGQA):
-            out = backend.gqa_from_product(
-                self.layer, product, heads, rope, batch, self._scale,
-                q_weight=self.q_norm.weight if self.q_norm is not None else None,
-                k_weight=self.k_norm.weight if self.k_norm is not None else None,
-                eps=self.shape.norm_eps or 0.0, interleaved=self._rotary.interleaved,
-            )  # fmt: skip
+            out = backend.gqa_from_product(self.layer, product, heads, rope, batch, self._scale, **self._norms())
             return self.o.later(out.flatten(1))
         qkv = product.view(-1, *self._heads)
         v = qkv[:, self._first_v :]
@@ -75,3 +70,19 @@ class Attention(Module):
             k = self._rotary(self.k_norm(qkv[:, heads : self._first_v]), rope)
         out = backend.gqa(self.layer, q, k, v, batch, self._scale)
         return self.o.later(out.flatten(1))
+
+    def append(self, x: Rows, rope: tuple[Tensor, Tensor], batch: Batch, backend: AttentionBackend) -> None:
+        """The KV of all rows, and no more where the backend can do that alone."""
+        if isinstance(backend, FusedGQA):
+            backend.gqa_append(self.layer, self.qkv(x), self.shape.heads, rope, batch, **self._norms())
+        else:
+            self(x, rope, batch, backend)
+
+    def _norms(self) -> dict[str, Any]:
+        """What `FusedGQA` is told of queries and keys."""
+        return {
+            "q_weight": self.q_norm.weight if self.q_norm is not None else None,
+            "k_weight": self.k_norm.weight if self.k_norm is not None else None,
+            "eps": self.shape.norm_eps or 0.0,
+            "interleaved": self._rotary.interleaved,
+        }

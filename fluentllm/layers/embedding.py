@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ..core.batch import Batch
     from ..core.protocols import BuildContext, PackedTensor
     from ..kernels.weights import Weight
+    from .norm import RMSNorm
 
 
 class Embedding(Module):
@@ -24,10 +26,17 @@ class Embedding(Module):
     def __init__(self, ctx: BuildContext, name: str, rows: int, size: int) -> None:
         self.name = name
         self.table = torch.zeros(rows, size, dtype=ctx.dtype, device=ctx.device)
-        self._embedding = ctx.ops.embedding
+        self._embedding, self._draft_input = ctx.ops.embedding, ctx.ops.draft_input
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return self._embedding(tokens, self.table)
+
+    def with_states(self, batch: Batch, states: Tensor, token_norm: RMSNorm, state_norm: RMSNorm) -> Tensor:
+        """What a draft layer begins with: states [T, size], of the positions before the batch's rows, zeros being taken at
+        position 0 → [token_norm(embedding) ; state_norm(state)], [T, 2 · size]. Both norms have one epsilon."""
+        return self._draft_input(
+            batch.tokens, batch.positions, self.table, states, token_norm.weight, state_norm.weight, token_norm.eps
+        )
 
     def own_slots(self) -> Iterator[WeightSlot]:
         yield WeightSlot(join(self.name, "weight"), tuple(self.table.shape), self.table.copy_)

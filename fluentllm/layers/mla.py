@@ -98,6 +98,18 @@ class MLA(Module):
         out = attention.mla(self.layer, q_nope, q_rope, latent, k_rope, self.up_k, self.up_v, batch, self.scale)
         return self.out.later(out.flatten(1))
 
+    def append(self, x: Rows, rows: tuple[Tensor, Tensor], batch: Batch, attention: AttentionBackend) -> None:
+        """The KV of all rows, and no more where the backend can do that alone."""
+        if not isinstance(attention, FusedMLA):
+            self(x, rows, batch, attention)
+            return
+        shape = self.shape
+        kv = self.down(x)[:, -(shape.kv_lora + shape.rope) :]
+        attention.mla_append(
+            self.layer, kv, self.latent_norm.weight, rows, batch, eps=LATENT_EPS, latent_scale=shape.latent_scale,
+            interleaved=self.rotary.interleaved,
+        )  # fmt: skip
+
     def own_slots(self) -> Iterator[WeightSlot]:
         shape = self.shape
         rows = shape.heads * (shape.nope + shape.value)
@@ -133,11 +145,11 @@ class MLALayer(Module):
     def some_rows(
         self, residual: Tensor, rows: tuple[Tensor, Tensor], batch: Batch, attention: AttentionBackend, wanted: Tensor
     ) -> tuple[Addend, Tensor]:
-        """The same where nothing follows that needs all rows: KV for all of them, and for those of `wanted` [W] int64 what is
-        left to be added and their residual, [W, hidden] each."""
+        """The same where nothing follows that needs all rows: KV for all of them, and for those of `wanted` [W] int64, W > 0,
+        what is left to be added and their residual, [W, hidden] each."""
         attended = self.attention(self.input_norm(residual), rows, batch, attention).of(wanted)
         residual = residual[wanted]
-        return self.feed_forward.later(self.post_norm.enter(attended, residual)) if wanted.shape[0] else attended, residual
+        return self.feed_forward.later(self.post_norm.enter(attended, residual)), residual
 
 
 def softmax_scale(rotary: Rotary, head: int) -> float:

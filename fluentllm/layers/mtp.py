@@ -70,14 +70,17 @@ class MTP(Module):
         + 1 is drafted from. A row at position 0 has no state before it: zeros are taken there. With `wanted` [W] int64 only
         these rows are returned, and the others cost no more than their KV."""
         attention.begin(batch)
-        hidden = torch.where((batch.positions == 0).unsqueeze(1), 0.0, hidden)
-        tokens = self.token_norm(self.embedding(batch.tokens))
-        residual = self.project(torch.cat((tokens, self.hidden_norm(hidden)), -1))
+        # A launch of torch's, in front of those that may overlap each other.
         rows = self.layer.attention.rotary.rows(batch.positions)
+        both = self.embedding.with_states(batch, hidden, self.token_norm, self.hidden_norm)
+        if wanted is not None and not wanted.shape[0]:
+            normed, _ = self.project.with_norm(both, self.layer.input_norm)
+            self.layer.attention.append(normed, rows, batch, attention)
+            return hidden[:0]
+        residual = self.project(both)
         if wanted is None:
             return self.norm.leave(self.layer(None, residual, rows, batch, attention), residual)
-        delta, residual = self.layer.some_rows(residual, rows, batch, attention, wanted)
-        return self.norm.leave(delta, residual) if wanted.shape[0] else residual
+        return self.norm.leave(*self.layer.some_rows(residual, rows, batch, attention, wanted))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] → [R, vocab] float32."""

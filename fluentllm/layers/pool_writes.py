@@ -49,14 +49,31 @@ class PoolWrites(FusedGQA, FusedMLA):
         product = QkvProduct(qkv, *rope, batch.kv_rows, heads, q_weight, k_weight, eps, interleaved)
         return self._attend_product(layer, product, batch, scale)
 
+    def gqa_append(
+        self,
+        layer: int,
+        qkv: Tensor,
+        heads: int,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        *,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float = 0.0,
+        interleaved: bool = False,
+    ) -> None:
+        self._append_product(layer, QkvProduct(qkv, *rope, batch.kv_rows, heads, q_weight, k_weight, eps, interleaved))
+
     def _attend_product(self, layer: int, product: QkvProduct, batch: Batch, scale: float) -> Tensor:
-        """Norms, rotary and the KV write are one launch."""
+        return self._attend(layer, self._append_product(layer, product), batch, scale)
+
+    def _append_product(self, layer: int, product: QkvProduct) -> Tensor:
+        """Norms, rotary and the KV write in one launch → queries [T, H, D]."""
         k_rows, v_rows = self._rows[layer]
-        q = rotate_and_append(
+        return rotate_and_append(
             product.qkv, product.cos, product.sin, product.kv_rows, k_rows, v_rows, product.heads,
             q_weight=product.q_weight, k_weight=product.k_weight, eps=product.eps, interleaved=product.interleaved,
         )  # fmt: skip
-        return self._attend(layer, q, batch, scale)
 
     def _append_latents(self, layer: int, latent: Tensor, k_rope: Tensor, batch: Batch) -> None:
         """latent [T, C] and k_rope [T, rope], as `mla` is given them."""

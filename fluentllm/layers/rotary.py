@@ -143,12 +143,14 @@ class Rotary:
             tables = torch.stack((cos, cos), -1).flatten(1), torch.stack((-sin, sin), -1).flatten(1)
         else:
             tables = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        self.cos, self.sin = (table.to(ctx.device, ctx.dtype).unsqueeze(1) for table in tables)
+        # Side by side, so that a pass looks both up in one launch.
+        self._tables = torch.stack(tables).to(ctx.device, ctx.dtype).unsqueeze(2)
         self._rotary = ctx.ops.rotary
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [T] int64 → cos and sin, [T, 1, dim] each. Once a forward pass."""
-        return self.cos[positions], self.sin[positions]
+        cos, sin = self._tables.index_select(1, positions)
+        return cos, sin
 
     def __call__(self, x: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
         """x [T, H, D], D ≥ dim → rotated, the same shape."""

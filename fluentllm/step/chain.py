@@ -14,7 +14,7 @@ import torch
 from ..core.types import Feature
 from ..kernels.argmax import argmax_rows
 from .draft_backlog import Backlog
-from .draft_rows import next_rows, shifted, shifted_chunks
+from .draft_rows import keep_page_ends, next_rows, shifted, shifted_chunks
 from .grammar import after, forbid_drafts
 from .processors import process_logits
 from .sample import draw
@@ -90,53 +90,49 @@ class ChainProposer:
         return self._draft(batch, self._page_states[batch.kv_rows // batch.page_size], slots, count)
 
     def _draft(self, batch: Batch, states: Tensor, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        self._keep_page_ends(batch, states)
         if batch.query_length is None:
+            self._keep_page_ends(batch, states)
             rows, states = shifted_chunks(batch, self._page_states, states)
         else:
-            rows = shifted(batch, self._tables)
+            rows, newest = shifted(batch, self._tables, states, self._page_states)
         rows.first_key = self._layer.first_key
-        wanted = self._newest_rows(batch, rows, slots) if count else slots[:0]
-        state = self._layer.forward(states, rows, self._attention, wanted)
-        if not wanted.shape[0]:
-            return slots.new_empty(slots.shape[0], count), slots.new_zeros(slots.shape[0])
-        drafts = self._chain(state, slots, self._tables.page_table[slots], rows, count)
-        return drafts, torch.full_like(slots, count)
+        if not (count and slots.shape[0]):
+            self._layer.forward(states, rows, self._attention, slots[:0])
+            return slots.new_empty(slots.shape[0], count), torch.empty_like(slots)
+        if batch.query_length is None:
+            newest, page_table = self._ends_of(slots, batch, rows), self._tables.page_table[slots]
+        else:
+            page_table = batch.page_table
+        state = self._layer.forward(states, rows, self._attention, newest)
+        return self._chain(state, slots, page_table, rows, count), torch.full_like(slots, count)
 
     def _keep_page_ends(self, batch: Batch, states: Tensor) -> None:
-        """Those of wrong drafts are written too, and again when the position is; inert rows write to page 0."""
+        """Of a prefill pass, where a chunk's last row counts as an end too."""
         ends = (batch.positions + 1) % batch.page_size == 0
-        if batch.query_length is None:
-            ends[batch.query_start[1:].to(torch.int64) - 1] = True
-        pages = (batch.kv_rows // batch.page_size).where(ends, 0)
-        self._page_states[pages] = states
+        ends[batch.query_start[1:].to(torch.int64) - 1] = True
+        keep_page_ends(batch, states, self._page_states, ends)
 
-    def _newest_rows(self, batch: Batch, rows: Batch, slots: Tensor) -> Tensor:
-        """[B]: for each of the slots the row of its newest token."""
-        if batch.query_length is None:
-            sequence = (batch.slots.unsqueeze(0) == slots.unsqueeze(1)).to(torch.int64).argmax(1)
-            return rows.query_start[sequence + 1].to(torch.int64) - 1
-        first = rows.query_start[:-1].to(torch.int64)
-        # Nothing was added to slots that had finished before: any row will do.
-        return first + (self._tables.length[slots] - 1 - rows.positions[first]).clamp(min=0)
+    def _ends_of(self, slots: Tensor, batch: Batch, rows: Batch) -> Tensor:
+        """[B]: for each of the slots of a prefill pass the last of its rows."""
+        sequence = (batch.slots.unsqueeze(0) == slots.unsqueeze(1)).to(torch.int64).argmax(1)
+        return rows.query_start[sequence + 1].to(torch.int64) - 1
 
     def _chain(self, state: Tensor, slots: Tensor, page_table: Tensor, rows: Batch, count: int) -> Tensor:
-        """state [B, width]: the layer's at the newest token → drafts [B, count]."""
-        position, allowed = self._tables.length[slots], self._tables.grammar_state[slots]
+        """state [B, width]: the layer's at the newest token; page_table [B, P]: the slots' → drafts [B, count]."""
+        tables, features = self._tables, rows.features
+        allowed = tables.grammar_state[slots] if features & Feature.GRAMMAR else None
         drafts: list[Tensor] = []
-        while True:
-            drafts.append(self._draw(self._layer.logits(state), slots, position, allowed, rows.features))
-            if len(drafts) == count:
-                return torch.stack(drafts, 1)
-            if rows.features & Feature.GRAMMAR:
-                allowed = after(allowed, drafts[-1], self._tables)
-            row = next_rows(slots, drafts[-1], position, page_table, self._tables, rows)
-            state = self._layer.forward(state, row, self._attention)
-            position = position + 1
+        for row in next_rows(slots, count, page_table, tables, rows):
+            row.tokens = self._draw(self._layer.logits(state), slots, row.positions, allowed, features)
+            drafts.append(row.tokens)
+            if len(drafts) < count:
+                state = self._layer.forward(state, row, self._attention)
+                allowed = after(allowed, row.tokens, tables) if allowed is not None else None
+        return torch.stack(drafts, 1) if count > 1 else drafts[0].unsqueeze(1)
 
-    def _draw(self, logits: Tensor, slots: Tensor, position: Tensor, allowed: Tensor, features: int) -> Tensor:
+    def _draw(self, logits: Tensor, slots: Tensor, position: Tensor, allowed: Tensor | None, features: int) -> Tensor:
         """As the target draws its token, with the same noise: where both agree on the logits, they agree on the token.
-        allowed [B]: the states of the slots' grammars."""
+        allowed [B]: the states of the slots' grammars, None if no request has one."""
         tables, tokens = self._tables, self._layer.vocabulary
         if tokens is not None:
             if not features & ~Feature.LOGPROBS:
@@ -144,6 +140,6 @@ class ChainProposer:
             every = logits.new_full((logits.shape[0], tables.vocab_size), float("-inf"))
             logits = every.index_copy_(1, tokens, logits)
         logits = process_logits(logits, slots, position, slots.new_empty(slots.shape[0], 0), tables, features)
-        if features & Feature.GRAMMAR:
+        if allowed is not None:
             forbid_drafts(logits, allowed, tables)
         return draw(logits, slots, position, tables, features)

@@ -112,16 +112,22 @@ def _append(drawn: Tensor, new: Tensor, length: Tensor, slots: Tensor, tables: S
 
 
 def leave_drafts(drafts: Tensor, valid: Tensor, slots: Tensor, tables: SlotTables) -> None:
+    """As `leave_drafts_reference`, of which this is one launch on a GPU."""
+    if not in_kernels(drafts):
+        leave_drafts_reference(drafts, valid, slots, tables)
+        return
+    from ..kernels.triton.commit import leave_drafts as launch
+
+    drafts, valid = drafts.contiguous(), valid.contiguous()
+    launch(drafts, valid, slots, tables.length, tables.drafted, tables.history, tables.vocab_size)
+
+
+def leave_drafts_reference(drafts: Tensor, valid: Tensor, slots: Tensor, tables: SlotTables) -> None:
     """Write drafts [B, K] int64, of which the first `valid` [B] count, behind the slots' histories for the next step.
 
     Ids outside the vocabulary would be read outside the embedding: they become ids inside it, which are wrong drafts.
     """
     drafts = drafts.clamp(0, tables.vocab_size - 1)
-    if in_kernels(drafts):
-        from ..kernels.triton.commit import leave_drafts as launch
-
-        launch(drafts, valid.clamp(0, drafts.shape[1]), slots, tables.length, tables.drafted, tables.history)
-        return
     index = tables.length[slots].unsqueeze(1) + torch.arange(drafts.shape[1], device=drafts.device)
     tables.history[slots.unsqueeze(1), index] = drafts.to(torch.int32)
     tables.drafted[slots] = valid.clamp(0, drafts.shape[1])

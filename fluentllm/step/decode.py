@@ -39,15 +39,14 @@ def decode_batch(slots: Tensor, drafts: int, tables: SlotTables) -> Batch:
         return decode_batch_reference(slots, drafts, tables)
     from ..kernels.triton.commit import decode_rows
 
-    rows, batch, device = drafts + 1, slots.shape[0], slots.device
+    rows = drafts + 1
     found = decode_rows(slots, rows, tables.length, tables.finished, tables.history, tables.page_table, tables.page_size)
-    sequences = torch.arange(batch, device=device)
     return Batch(
         tokens=found.tokens,
         positions=found.positions,
-        sequences=sequences.repeat_interleave(rows, output_size=batch * rows) if drafts else sequences,
+        sequences=found.sequences,
         slots=slots,
-        query_start=torch.arange(0, batch * rows + 1, rows, dtype=torch.int32, device=device),
+        query_start=found.query_start,
         kv_lengths=found.kv_lengths,
         page_table=found.page_table,
         kv_rows=found.kv_rows,
@@ -158,7 +157,7 @@ def draw_and_commit(
     """logits [B × q, V] float32 of a pass with q rows a slot → tokens in the slots' histories."""
     rows = batch.query_length or 1
     slots = batch.slots
-    row_slots = slots[batch.sequences]
+    row_slots = slots[batch.sequences] if rows > 1 else slots
     positions = batch.positions + 1
     drafts = batch.tokens.view(-1, rows)[:, 1:]
     raw = logits.clone() if features & Feature.LOGPROBS else logits

@@ -23,7 +23,7 @@ def check_plan(slack: int) -> None:
         table = torch.randint(1, 10_000, (len(lengths), 120), generator=generator, dtype=torch.int32)
         for given, cells in ((None, 0), (table, 6)):
             expected = plan.new_plan(torch.tensor(lengths, dtype=torch.int32), parts, page_table=given, cells=cells)
-            starts, spans, records = (torch.zeros_like(x) for x in (expected.starts, expected.spans, expected.records))
+            starts, spans, records = (torch.full_like(x, 9) for x in (expected.starts, expected.spans, expected.records))
             counters = torch.full((len(lengths) * cells + 7,), 5, dtype=torch.int32) if cells else None
             plan.plan_kernel[(parts,)](
                 expected.lengths, starts, spans, records, given, counters, len(lengths), 120, CELLS=cells, PARTS=parts,

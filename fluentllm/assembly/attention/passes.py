@@ -122,6 +122,9 @@ class FusedPhasedAttention(PhasedAttention, FusedGQA, FusedMLA):
         out: Tensor = self._current.gqa_from_product(layer, qkv, heads, *operands, **options)
         return out
 
+    def gqa_append(self, layer: int, *operands: Any, **options: Any) -> None:
+        self._current.gqa_append(layer, *operands, **options)
+
     def mla_from_products(self, layer: int, *operands: Any, **options: Any) -> Tensor:
         if self._in_prefill:
             return super().mla_from_products(layer, *operands, **options)  # in two steps, the first of which is followed

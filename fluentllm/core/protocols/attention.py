@@ -139,6 +139,24 @@ class FusedGQA(AttentionBackend):
         sin of the rows, as `layers.rotary.Rotary.rows` gives them) and the KV write are the backend's → [T, H, D]."""
         ...
 
+    def gqa_append(
+        self,
+        layer: int,
+        qkv: Tensor,
+        heads: int,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        *,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        interleaved: bool,
+    ) -> None:
+        """The KV write of `gqa_from_product`, where nobody asks what the rows attend to: by default with the rest."""
+        self.gqa_from_product(
+            layer, qkv, heads, rope, batch, 1.0, q_weight=q_weight, k_weight=k_weight, eps=eps, interleaved=interleaved
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class MlaProducts:

@@ -87,11 +87,12 @@ def new_plan(lengths: Tensor, parts: int, *, page_table: Tensor | None = None, c
     plan = DecodePlan(
         parts=parts,
         lengths=lengths,
-        starts=torch.zeros_like(lengths),
-        spans=torch.zeros(lengths.shape[0], 2, dtype=torch.int32, device=lengths.device),
-        records=torch.zeros(parts, RECORD, dtype=torch.int32, device=lengths.device),
+        # All of it is written below: zeros would be a launch each.
+        starts=torch.empty_like(lengths),
+        spans=torch.empty(lengths.shape[0], 2, dtype=torch.int32, device=lengths.device),
+        records=torch.empty(parts, RECORD, dtype=torch.int32, device=lengths.device),
         page_table=page_table,
-        counters=torch.zeros(lengths.shape[0], cells, dtype=torch.int32, device=lengths.device) if cells else None,
+        counters=torch.empty(lengths.shape[0], cells, dtype=torch.int32, device=lengths.device) if cells else None,
     )
     plan.refresh()
     return plan
@@ -210,8 +211,12 @@ def plan_kernel(
     tl.store(record + 3, first_page)
     tl.store(record + 4, last_page)
     tl.store(record + 5, own_keys)
-    if page_table is not None:
-        ahead = tl.arange(0, RECORD - PAGES_AT)
+    for unused in tl.static_range(6, PAGES_AT):
+        tl.store(record + unused, 0)
+    ahead = tl.arange(0, RECORD - PAGES_AT)
+    if page_table is None:
+        tl.store(record + PAGES_AT + ahead, ahead * 0)
+    else:
         there = first_page + ahead < tl.where(begin < end, last_page, 0)
         ids = tl.load(page_table + begin.to(tl.int64) * table_width + first_page + ahead, mask=there, other=0)
         tl.store(record + PAGES_AT + ahead, ids)

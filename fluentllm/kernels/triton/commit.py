@@ -23,8 +23,10 @@ class DecodeRows:
     """[B · q] int64."""
     positions: Tensor
     """[B · q] int64."""
-    slots: Tensor
-    """[B · q] int64, each row's slot."""
+    sequences: Tensor
+    """[B · q] int64, each row's sequence."""
+    query_start: Tensor
+    """[B + 1] int32."""
     kv_rows: Tensor
     """[B · q] int64."""
     kv_lengths: Tensor
@@ -34,8 +36,8 @@ class DecodeRows:
 
 
 @triton.jit
-def _rows_kernel(tokens, positions, row_slots, kv_rows, kv_lengths, page_table, slots, length, finished, history, table,
-                 pages, length_stride, history_row, table_row, ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+def _rows_kernel(tokens, positions, sequences, query_start, kv_rows, kv_lengths, page_table, slots, length, finished, history,
+                 table, pages, length_stride, history_row, table_row, ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
                  PAGE: tl.constexpr, BLOCK_PAGES: tl.constexpr):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + sequence)
@@ -49,7 +51,11 @@ def _rows_kernel(tokens, positions, row_slots, kv_rows, kv_lengths, page_table, 
     at = sequence * ROWS + j
     tl.store(tokens + at, tl.load(history + slot * history_row + position, mask=inside, other=0).to(tl.int64), mask=inside)
     tl.store(positions + at, position, mask=inside)
-    tl.store(row_slots + at, j * 0 + slot, mask=inside)
+    tl.store(sequences + at, j * 0 + sequence, mask=inside)
+    # Each sequence its first row, and the last one where the rows end.
+    tl.store(query_start + sequence, (sequence * ROWS).to(tl.int32))
+    if sequence == tl.num_programs(0) - 1:
+        tl.store(query_start + sequence + 1, ((sequence + 1) * ROWS).to(tl.int32))
     tl.store(kv_rows + at, row, mask=inside)
     tl.store(kv_lengths + sequence, (first + ROWS).to(tl.int32))
     for base in range(0, pages, BLOCK_PAGES):
@@ -75,15 +81,16 @@ def decode_rows(
     """
     batch, device = slots.shape[0], slots.device
     pages = page_table.shape[1] if pages is None else pages
-    tokens, positions, row_slots, kv_rows = (torch.empty(batch * rows, dtype=torch.int64, device=device) for _ in range(4))
+    tokens, positions, sequences, kv_rows = (torch.empty(batch * rows, dtype=torch.int64, device=device) for _ in range(4))
+    query_start = torch.empty(batch + 1, dtype=torch.int32, device=device)
     kv_lengths = torch.empty(batch, dtype=torch.int32, device=device)
     gathered = torch.empty(batch, pages, dtype=torch.int32, device=device)
     launch(
-        _rows_kernel, (batch,), tokens, positions, row_slots, kv_rows, kv_lengths, gathered, slots, length,
+        _rows_kernel, (batch,), tokens, positions, sequences, query_start, kv_rows, kv_lengths, gathered, slots, length,
         finished, history, page_table, pages, length.stride(0), history.stride(0), page_table.stride(0),
         ROWS=rows, BLOCK_ROWS=power_of_2(rows), PAGE=page_size, BLOCK_PAGES=1024, num_warps=4,
     )  # fmt: skip
-    return DecodeRows(tokens, positions, row_slots, kv_rows, kv_lengths, gathered)
+    return DecodeRows(tokens, positions, sequences, query_start, kv_rows, kv_lengths, gathered)
 
 
 @triton.jit
@@ -165,22 +172,25 @@ def commit_tokens(
 
 
 @triton.jit
-def _leave_kernel(drafts, valid, slots, length, drafted, history, int_stride, history_row, COUNT: tl.constexpr,
+def _leave_kernel(drafts, valid, slots, length, drafted, history, vocab, int_stride, history_row, COUNT: tl.constexpr,
                   BLOCK: tl.constexpr):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + sequence)
     known = tl.load(length + slot * int_stride)
     j = tl.arange(0, BLOCK)
     draft = tl.load(drafts + sequence * COUNT + j, mask=j < COUNT, other=0)
+    draft = tl.minimum(tl.maximum(draft, 0), vocab - 1)
     tl.store(history + slot * history_row + known + j, draft.to(tl.int32), mask=j < COUNT)
-    tl.store(drafted + slot * int_stride, tl.load(valid + sequence))
+    tl.store(drafted + slot * int_stride, tl.minimum(tl.maximum(tl.load(valid + sequence), 0), COUNT))
 
 
-def leave_drafts(drafts: Tensor, valid: Tensor, slots: Tensor, length: Tensor, drafted: Tensor, history: Tensor) -> None:
-    """drafts [B, K] int64, contiguous, of which the first `valid` [B] int64 count, behind the slots' histories. Tables as in
-    `commit_tokens`. Reference: `step.commit.leave_drafts`."""
+def leave_drafts(
+    drafts: Tensor, valid: Tensor, slots: Tensor, length: Tensor, drafted: Tensor, history: Tensor, vocab: int
+) -> None:
+    """drafts [B, K] int64, contiguous, of which the first `valid` [B] int64 count, behind the slots' histories; ids and counts
+    are clamped to what there can be. Tables as in `commit_tokens`. Reference: `step.commit.leave_drafts_reference`."""
     batch, count = drafts.shape
     launch(
-        _leave_kernel, (batch,), drafts, valid, slots, length, drafted, history, length.stride(0), history.stride(0),
+        _leave_kernel, (batch,), drafts, valid, slots, length, drafted, history, vocab, length.stride(0), history.stride(0),
         COUNT=count, BLOCK=power_of_2(count), num_warps=1,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from ..moe import Routing
 from ..prefill_rows import PrefillRows
 from .commit import commit_tokens, decode_rows, leave_drafts
+from .draft_rows import next_rows, shift_rows
 from .draw import argmax, draw
 from .elementwise import embedding, rotary, silu_mul
 from .filter import filter_thresholds
@@ -38,7 +39,7 @@ from .moe_sort import sort_by_expert
 from .moe_stream import stream_down, stream_gate_up
 from .moe_tiles import Tile
 from .ngram import ngram_embedding, ngram_gather
-from .norm import add_rms_norm, rms_norm
+from .norm import add_rms_norm, draft_input, rms_norm
 from .normed import NormAfter
 from .prefill_rows import prefill_rows
 from .prompt_lookup import prompt_lookup
@@ -160,6 +161,7 @@ def small_operations() -> None:
         x, weight = _empty(8, size), _empty(size)
         rms_norm(x, weight, 1e-5)
         add_rms_norm(x, x, weight, 1e-5)
+        draft_input(_longs(8), _longs(8), _empty(32000, size), x, weight, weight, 1e-5)
     rms_norm(_empty(8, 16, 128), _empty(128), 1e-5)
     silu_mul(_empty(8, 2 * 14336))
     embedding(_longs(8), _empty(32000, 4096))
@@ -186,7 +188,11 @@ def step() -> None:
         columns = ints[:, 0], ints[:, 2], ints[:, 7]
         for counts, equal in ((None, None), (_ints(33, 128256), None), (None, _empty(32, rows - 1, dtype=torch.bool))):
             commit_tokens(tokens, tokens[:, 1:], slots, *columns, finished, _ints(33, 8), history, counts, equal)
-    leave_drafts(_longs(32, 3), _longs(32), slots, ints[:, 0], ints[:, 7], history)
+    leave_drafts(_longs(32, 3), _longs(32), slots, ints[:, 0], ints[:, 7], history, 128256)
+    for rows, width in ((1, 2048), (4, 3072)):
+        passed, table, states = _longs(32 * rows), _ints(32, 128), _empty(32 * rows, width)
+        shift_rows(passed, passed, _ints(32), table, slots, rows, ints[:, 0], history, 64, states, _empty(1000, width))
+        next_rows(slots, rows, ints[:, 0], finished, _ints(33, 128), 64)
     prompt_lookup(history, slots, ints[:, 0], 4, 2, 4)
     prefill_rows(PrefillRows.create(33, 4096, torch.device("meta")), 1000, 1024, history, _ints(33, 128), 64)
 

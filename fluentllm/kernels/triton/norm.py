@@ -1,4 +1,4 @@
-"""RMS norm, alone or after adding to the residual stream: one program a row."""
+"""RMS norm, alone, after adding to the residual stream, or of what a draft layer begins with: one program a row."""
 
 from __future__ import annotations
 
@@ -64,5 +64,42 @@ def add_rms_norm(delta: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
     launch(
         _rms_norm_kernel, (residual.shape[0],), out, residual, delta, weight, eps, 1, residual.stride(0), 0, delta.stride(0),
         size, SIZE=size, BLOCK=block, num_warps=_warps(block), **programmatic(residual.device),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _draft_input_kernel(out, tokens, positions, table, hidden, token_norm, hidden_norm, eps, table_row, hidden_row,
+                      SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Grid (rows, 2): the token's half of a row, then that of the state."""
+    row = tl.program_id(0).to(tl.int64)
+    half = tl.program_id(1)
+    i = tl.arange(0, BLOCK)
+    start_next(PDL, FIRST)
+    factor = tl.load((token_norm if half == 0 else hidden_norm) + i, mask=i < SIZE, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
+    at = table + tl.load(tokens + row) * table_row
+    there = half * 0 + SIZE
+    if half == 1:
+        at = hidden + row * hidden_row
+        # No state comes before position 0: zeros, whose norm is zeros.
+        there = tl.where(tl.load(positions + row) == 0, 0, SIZE)
+    y = tl.load(at + i, mask=i < there, other=0.0).to(tl.float32)
+    start_next(PDL, LOADED)
+    y = y * tl.rsqrt(tl.sum(y * y, 0) / SIZE + eps) * factor
+    tl.store(out + row * (2 * SIZE) + half * SIZE + i, y.to(out.dtype.element_ty), mask=i < SIZE)
+
+
+def draft_input(
+    tokens: Tensor, positions: Tensor, table: Tensor, hidden: Tensor, token_norm: Tensor, hidden_norm: Tensor, eps: float
+) -> Tensor:
+    """tokens, positions [T] int64, table [V, D], hidden [T, D], rows contiguous in both, norms [D] → [T, 2 D]. All but the
+    first two of one dtype. Reference: `PlainOps.draft_input`."""
+    rows, size = hidden.shape
+    out = hidden.new_empty(rows, 2 * size)
+    block = power_of_2(size)
+    launch(
+        _draft_input_kernel, (rows, 2), out, tokens, positions, table, hidden, token_norm, hidden_norm, eps, table.stride(0),
+        hidden.stride(0), SIZE=size, BLOCK=block, num_warps=_warps(block), **programmatic(hidden.device),
     )  # fmt: skip
     return out

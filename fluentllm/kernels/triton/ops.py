@@ -65,6 +65,20 @@ class TritonOps(PlainOps):
             return weight.stream(hidden, out_dtype=torch.float32)
         return torch.mm(hidden, weight.weight.T, out_dtype=torch.float32)
 
+    def draft_input(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        table: Tensor,
+        hidden: Tensor,
+        token_norm: Tensor,
+        hidden_norm: Tensor,
+        eps: float,
+    ) -> Tensor:
+        if hidden.stride(-1) != 1:
+            return super().draft_input(tokens, positions, table, hidden, token_norm, hidden_norm, eps)
+        return norm.draft_input(tokens, positions, table, hidden, token_norm, hidden_norm, eps)
+
     def ngram_embedding(
         self,
         tokens: Tensor,

@@ -52,6 +52,7 @@ class DraftLayer(Module):
         self.mlp = MLP(ctx, join(prefix, "mlp"), hidden, config.inner, bias=config.mlp_bias)
         # The target's parts are held as functions: as modules they would count as the draft's.
         self._embed: Callable[[Tensor], Tensor] = self.embedding.__call__
+        self._with_states = self.embedding.with_states
         self._target_logits: Callable[[Tensor], Tensor] = target.logits
 
     def share_embedding(self, target: Any) -> None:
@@ -63,15 +64,17 @@ class DraftLayer(Module):
                 fix="Use a draft model that brings its embedding.",
                 param="speculative.model",
             )
-        self.embedding, self._embed = None, embedding.__call__
+        self.embedding, self._embed, self._with_states = None, embedding.__call__, embedding.with_states
 
     def _layer(self, x: Tensor, residual: Tensor, batch: Batch, attention: AttentionBackend, wanted: Tensor | None) -> Tensor:
         """x [T, inputs] → attention, + `residual`, feed-forward: [T, hidden] or [W, hidden]. `residual` may change."""
-        attended = self.attention(x, self.rotary.rows(batch.positions), batch, attention)
+        rows = self.rotary.rows(batch.positions)
+        if wanted is not None and not wanted.shape[0]:
+            self.attention.append(x, rows, batch, attention)
+            return residual[:0]
+        attended = self.attention(x, rows, batch, attention)
         if wanted is not None:
             attended, residual = attended.of(wanted), residual[wanted]
-            if not wanted.shape[0]:
-                return residual
         x = self.mlp(self.post_norm.enter(attended, residual))
         return residual + x
 
@@ -116,9 +119,9 @@ class Eagle3(DraftLayer):
 
     def forward(self, states: Tensor, batch: Batch, attention: AttentionBackend, wanted: Tensor | None = None) -> Tensor:
         attention.begin(batch)
-        normed = self.state_norm(states)
-        x = torch.cat((self.token_norm(self._embed(batch.tokens)), normed), -1)
-        residual = normed if self._config.norm_before_residual else states
+        # Rows at position 0, whose states are not taken, are before the first key: they mean nothing.
+        x = self._with_states(batch, states, self.token_norm, self.state_norm)
+        residual = x[:, self.width :] if self._config.norm_before_residual else states
         # The layer adds to it in place, and the states are the caller's.
         return self._layer(x, residual.clone() if wanted is None else residual, batch, attention, wanted)
 

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from fluentllm.kernels.plain import PlainOps
 from fluentllm.kernels.triton.elementwise import embedding, rotary, silu_mul
-from fluentllm.kernels.triton.norm import add_rms_norm, rms_norm
+from fluentllm.kernels.triton.norm import add_rms_norm, draft_input, rms_norm
 
 PLAIN = PlainOps()
 
@@ -22,6 +22,18 @@ def test_norms(rows: int, size: int, device: torch.device, rng: torch.Generator)
     out = add_rms_norm(delta, residual, weight, 1e-5)
     assert_close(out, PLAIN.add_rms_norm(delta, expected, weight, 1e-5))
     assert torch.equal(residual, expected)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(0, 8), (1, 576), (5, 1024), (4, 50)])
+def test_what_a_draft_layer_begins_with(rows: int, size: int, device: torch.device, rng: torch.Generator) -> None:
+    """Position 0 has no state before it."""
+    table, states = torch.randn(30, size, generator=rng).to(device), torch.randn(rows, size, generator=rng).to(device)
+    norms = [(torch.rand(size, generator=rng) + 0.5).to(device) for _ in range(2)]
+    tokens = torch.randint(0, 30, (rows,), generator=rng).to(device)
+    positions = torch.randint(0, 3, (rows,), generator=rng).to(device)
+    expected = PLAIN.draft_input(tokens, positions, table, states, *norms, 1e-5)
+    assert_close(draft_input(tokens, positions, table, states, *norms, 1e-5), expected)
+    assert not expected[positions == 0, size:].any()
 
 
 def test_norm_of_a_slice_and_of_heads(device: torch.device, rng: torch.Generator) -> None:

@@ -12,7 +12,7 @@ from fluentllm.core.types import Feature
 from fluentllm.kernels.prompt_lookup import prompt_lookup as plain_lookup
 from fluentllm.kernels.triton.commit import commit_tokens, decode_rows, leave_drafts
 from fluentllm.kernels.triton.prompt_lookup import prompt_lookup
-from fluentllm.step.commit import commit_reference as commit, leave_drafts as plain_leave
+from fluentllm.step.commit import commit_reference as commit, leave_drafts_reference as plain_leave
 from fluentllm.step.decode import decode_batch_reference as decode_batch
 
 VOCAB = 12
@@ -55,9 +55,8 @@ def test_a_step_of_the_tables(drafts: int, told: bool, device: torch.device, rng
 
     batch = decode_batch(slots, drafts, plain)
     rows = decode_rows(slots.to(device), drafts + 1, ours.length, ours.finished, ours.history, ours.page_table, 16)
-    for name in ("tokens", "positions", "kv_rows", "kv_lengths", "page_table"):
+    for name in ("tokens", "positions", "sequences", "query_start", "kv_rows", "kv_lengths", "page_table"):
         assert torch.equal(getattr(rows, name).cpu(), getattr(batch, name)), name
-    assert torch.equal(rows.slots.cpu(), slots.repeat_interleave(drafts + 1))
 
     tokens = batch.tokens.view(-1, drafts + 1)
     # Half of what is drawn is what was drafted.
@@ -80,9 +79,12 @@ def test_a_step_of_the_tables(drafts: int, told: bool, device: torch.device, rng
         assert torch.equal(getattr(ours, name).cpu()[:-1], getattr(plain, name)[:-1]), name
 
     if drafts:
-        proposed, valid = torch.randint(0, VOCAB, (9, drafts), generator=rng), torch.randint(0, drafts + 1, (9,), generator=rng)
+        # Ids and counts that cannot be are clamped.
+        proposed = torch.randint(-2, VOCAB + 2, (9, drafts), generator=rng)
+        valid = torch.randint(-1, drafts + 2, (9,), generator=rng)
         plain_leave(proposed, valid, slots[:9], plain)
-        leave_drafts(proposed.to(device), valid.to(device), slots[:9].to(device), ours.length, ours.drafted, ours.history)
+        given = proposed.to(device), valid.to(device), slots[:9].to(device)
+        leave_drafts(*given, ours.length, ours.drafted, ours.history, VOCAB)
         assert torch.equal(ours.history.cpu()[:-1], plain.history[:-1])
         assert torch.equal(ours.ints.cpu(), plain.ints)
 
