@@ -56,18 +56,20 @@ class TorchLaunches(TorchDispatchMode):
         return out
 
 
-def counted(args: argparse.Namespace, method: str, drafts: Sequence[int]) -> Iterator[Counter[str]]:
-    """Name → launches of a decode step that verifies and leaves so many drafts of each of `args.batch` sequences."""
-    overrides = {"speculative.method": method, "speculative.max_k": max(1, *args.drafts), "kv.dtype": args.kv_dtype}
+def counted(
+    model: str, method: str, drafts: Sequence[int], *, batch: int = 1, kv_dtype: str = "auto", precision: str = "bfloat16"
+) -> Iterator[Counter[str]]:
+    """Name → launches of a decode step of `batch` sequences, for each number of drafts that it verifies and leaves. `model`: a
+    folder with a config."""
+    overrides = {"speculative.method": method, "speculative.max_k": max(1, *drafts), "kv.dtype": kv_dtype}
     settings = config.load(None, overrides, {}).settings
-    files, device = resolve(args.model, weights=False), torch.device("cuda", 0)
+    files, device = resolve(model, weights=False), torch.device("cuda", 0)
     plugins = PluginManager.load({"engine", "executor"}, allow=[])
     given = load_config(files)
     family = plugins.registry("models").get(given["architectures"][0]).factory
-    context = BuildContext(
-        device, torch.bfloat16, choose_ops(device, False), args.weight_precision, family.spec(given).max_position + 16
-    )
-    slots = torch.empty(args.batch, dtype=torch.int64, device="meta")
+    positions = family.spec(given).max_position + 16
+    context = BuildContext(device, torch.bfloat16, choose_ops(device, False), precision, positions)
+    slots = torch.empty(batch, dtype=torch.int64, device="meta")
     by_torch: list[Counter[str]] = []
 
     def step(count: int, target: Target) -> None:
@@ -91,8 +93,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     with torch.inference_mode():
-        columns = {"none": next(counted(args, "none", [0]))}
-        for drafts, found in zip(args.drafts, counted(args, args.method, args.drafts), strict=True):
+        given = {"batch": args.batch, "kv_dtype": args.kv_dtype, "precision": args.weight_precision}
+        columns = {"none": next(counted(args.model, "none", [0], **given))}
+        for drafts, found in zip(args.drafts, counted(args.model, args.method, args.drafts, **given), strict=True):
             columns[f"K = {drafts}"] = found
     rows = {name: [found[name] for found in columns.values()] for name in sorted(set().union(*columns.values()))}
     rows["in all"] = [found.total() for found in columns.values()]

@@ -14,6 +14,7 @@ from fluentllm.core.types import KVSpec, ModelSpec, PrefillChunk
 from fluentllm.kernels.ops import Ops
 from fluentllm.kernels.plain import PlainOps
 from fluentllm.kernels.triton.ops import TritonOps
+from fluentllm.layers.attention import Attention, AttentionShape
 from fluentllm.layers.mla import MLA, MLAShape
 from fluentllm.layers.rotary import Rotary
 from fluentllm.plugins.attn_torch.backend import TorchAttention
@@ -125,6 +126,40 @@ def test_an_mla_layer_through_both(q_lora: int | None, device: torch.device, rng
             attention.begin(batch)
             outs.append(layer(x, layer.rotary.rows(batch.positions), batch, attention).tensor())
         torch.testing.assert_close(outs[1], outs[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_keys_and_values_alone(kind: str, device: torch.device, rng: torch.Generator) -> None:
+    """What a draft layer writes where nobody asks for its rows is what it writes beside attending."""
+    made = tables(device, rng)
+    kv = {
+        "mla": KVSpec(kind="mla", layers=1, latent_dim=48, rope_dim=16),
+        "gqa": KVSpec(kind="gqa", layers=1, heads=2, head_dim=32, v_head_dim=32),
+    }[kind]
+    plain, ours = backends(kv, made)
+    seed, layers = int(torch.randint(1 << 30, (1,), generator=rng)), []
+    for ops in (PlainOps(), TritonOps()):
+        context = BuildContext(device=device, dtype=torch.float32, ops=ops)
+        rotary = Rotary(context, {"rope_theta": 10000.0, "max_position_embeddings": 64}, 16 if kind == "mla" else 32, 64)
+        if kind == "mla":
+            shape = MLAShape(hidden=64, heads=3, q_lora=40, kv_lora=48, nope=32, rope=16, value=24, latent_scale=1.5)
+            layer: MLA | Attention = MLA(context, "", shape, rotary, 0)
+        else:
+            layer = Attention(context, "", AttentionShape(64, 4, 2, 32, norm_eps=1e-6), 0, rotary)
+        generator = torch.Generator().manual_seed(seed)
+        for slot in layer.weight_slots():
+            slot.load(torch.randn(slot.shape, generator=generator) * 0.2 + (1.0 if slot.init == "ones" else 0.0))
+        layer.finalize()
+        layers.append((layer, rotary))
+    for batch in passes(made):
+        x = torch.randn(batch.tokens.shape[0], 64, generator=rng).to(device)
+        plain.begin(batch)
+        ours.begin(batch)
+        (attending, rotary), (appending, _) = layers
+        attending(x, rotary.rows(batch.positions), batch, plain)
+        appending.append(x, rotary.rows(batch.positions), batch, ours)
+        for expected, found in zip(plain._rows[0], ours._rows[0], strict=True):
+            torch.testing.assert_close(found[PAGE:], expected[PAGE:], rtol=1e-4, atol=1e-5)
 
 
 def test_mla_without_its_first_key_is_refused(device: torch.device, rng: torch.Generator) -> None:
