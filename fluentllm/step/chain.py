@@ -98,6 +98,7 @@ class ChainProposer:
         rows.first_key = self._layer.first_key
         if not (count and slots.shape[0]):
             self._layer.forward(states, rows, self._attention, slots[:0])
+            # How many of no drafts count is not looked at, and zeros would be a launch.
             return slots.new_empty(slots.shape[0], count), torch.empty_like(slots)
         if batch.query_length is None:
             newest, page_table = self._ends_of(slots, batch, rows), self._tables.page_table[slots]
