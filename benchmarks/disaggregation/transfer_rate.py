@@ -3,9 +3,9 @@
     python benchmarks/disaggregation/transfer_rate.py [--repeat 15] [--in-a-row 8] [--device cuda] [--json FILE]
 
 Two ways to send take turns: ours submits to `kv_nixl` and waits for its events; the plain loop makes one NIXL transfer of all
-rows with its notification, posts it and polls it every 50 µs (`--poll-us`). Both write from the same memory to the same
-endpoint of the other process, a `kv_nixl` transport, which so polls for both in the same way, counts their notifications and
-answers when all have come. Each is measured in two ways:
+rows with its notification, posts it and polls it every 50 µs (`--poll-us`; 0: without a pause). Both write from the same memory
+to the same endpoint of the other process, a `kv_nixl` transport, which so polls for both in the same way, counts their
+notifications and answers when all have come. Each is measured in two ways:
 
 - in a row, as prefill sends its layers: N transfers, each with a notification of its own, none waited for before all are
   submitted. The loop makes and posts one after the other and polls them only then, all of them until all are done; ours submits
@@ -44,7 +44,7 @@ from fluentllm.plugins.kv_nixl.wire import NixlWire
 from fluentllm.testing.ends import read_frame, write_frame
 from fluentllm.transfer.descriptors import plan_writes
 from fluentllm.transfer.layout import KVLayout
-from fluentllm.transfer.naps import Bell
+from fluentllm.transfer.naps import Bell, keep_time
 from fluentllm.transfer.polled import PolledTransport
 from fluentllm.transfer.wire import Address, Envelope, read_address, regions_of
 
@@ -256,6 +256,7 @@ def main() -> int:
     parser.add_argument("--poll-us", type=float, default=POLL * 1e6, help="the plain loop's nap between looks; 0: none")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_time()  # or Linux makes the loop's naps twice as long
     config = NixlSettings(kernel_copies=options.kernel_copies)
     control, theirs = socket.socketpair()
     with theirs:
