@@ -22,6 +22,10 @@ log = logging.getLogger("fluentllm.transfer")
 
 PROBE_EVERY = 0.5
 """Seconds between looks whether a peer still lives."""
+MOST_UNDER_WAY = 64
+"""Posts to one peer, however small: each is asked about at every look, 1 to 2 µs."""
+POST_FOR = 1e-3
+"""Seconds of one step after which no more is posted in it: other peers, cancellations and what has come wait meanwhile."""
 LEAVE_WITHIN = 5.0
 """Seconds that chunks may be under way after `disconnect`; then the connection is cut under them."""
 
@@ -46,6 +50,16 @@ class Transfer:
 
 
 @dataclass(slots=True, eq=False)
+class Operation:
+    """What the library is at. transfer: None for a probe. rows, size: what it takes of the window."""
+
+    handle: Any
+    transfer: Transfer | None
+    rows: int = 0
+    size: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class Channel:
     """The thread calls `step` again and again; when `gone`, all of its transfers have ended and nothing is under way."""
 
@@ -60,10 +74,17 @@ class Channel:
     gone: bool = False
     ready: bool = False
     """The first probe was answered; until then nothing is written."""
+    waits: bool = False
+    """After the last `step` more is to be posted."""
+    hurry: bool = False
+    """More can be posted if `step` is called again at once, perhaps: its time was over, or room was made or taken in it."""
     _queue: deque[Transfer] = field(default_factory=deque)
     """Open transfers, oldest first."""
-    _operations: list[tuple[Any, Transfer | None]] = field(default_factory=list)
-    """Under way; None: a probe."""
+    _operations: list[Operation] = field(default_factory=list)
+    """Under way."""
+    _rows: int = 0
+    _bytes: int = 0
+    """Of what is under way."""
     _leaving: float | None = None
     _probed: float = 0.0
     _probing: bool = False
@@ -97,18 +118,21 @@ class Channel:
             self._end(transfer)
 
     def _drop_operations(self) -> None:
-        for operation, _ in self._operations:
-            self.wire.abandon(operation)
+        for operation in self._operations:
+            self.wire.abandon(operation.handle)
         self._operations.clear()
+        self._rows = self._bytes = 0
 
     def step(self) -> bool:
         """Look at what is under way, end what is over, post what fits. Returns whether anything moves."""
+        self.waits = self.hurry = False
         if self.gone:
             return False
         try:
-            self._look()
+            ended = self._look()
             self._probe()
-            self._post()
+            posted = self._post()
+            self.hurry = self.waits and (ended or posted)
             for transfer in list(self._queue):
                 self._advance(transfer)
         except PeerDied as error:
@@ -119,35 +143,43 @@ class Channel:
             self.lose(TransportError(f"{type(error).__name__}: {error}"))
             return True
         if self._leaving is not None:
-            if not self._queue and all(transfer is None for _, transfer in self._operations):
+            if not self._queue and all(item.transfer is None for item in self._operations):
                 self._drop_operations()
                 self.gone = True
             elif time.monotonic() - self._leaving > LEAVE_WITHIN:
                 self.lose(PeerDied(f"{self.peer.name!r} kept what was under way to it; its connection was cut."))
         return bool(self._queue)
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
+        """Returns whether something ended."""
+        before = len(self._operations)
         for item in self._operations[:]:
-            operation, transfer = item
+            transfer = item.transfer
             try:
-                if not self.wire.finished(operation):
+                if not self.wire.finished(item.handle):
                     continue
             except PeerDied:
-                self._operations.remove(item)
+                self._over(item)
                 raise
             except TransportError as error:
                 if transfer is None:
-                    self._operations.remove(item)
+                    self._over(item)
                     raise PeerDied(f"{self.peer.name!r} does not answer: {error}") from error
                 transfer.error = transfer.error or error
                 # Why it failed is not always told: the next probe says whether the peer is gone.
                 self._probed = 0.0
-            self._operations.remove(item)
+            self._over(item)
             if transfer is None:
                 self._probing = False
                 self._answered()
             else:
                 transfer.under_way -= 1
+        return len(self._operations) < before
+
+    def _over(self, item: Operation) -> None:
+        self._operations.remove(item)
+        self._rows -= item.rows
+        self._bytes -= item.size
 
     def _answered(self) -> None:
         if not self.ready:
@@ -168,14 +200,22 @@ class Channel:
         if not transfer.under_way:
             self._end(transfer)
 
-    def _post(self) -> None:
+    def _post(self) -> bool:
+        """Returns whether something was posted."""
+        posted = False
         if not self.ready:
-            return
+            return False
+        until = time.perf_counter() + POST_FOR
         for transfer in self._queue:
-            if len(self._operations) >= self.wire.window:
-                return
-            while transfer.wants and len(self._operations) < self.wire.window:
-                rows = transfer.chunks.popleft()
+            while transfer.wants:
+                rows = transfer.chunks[0]
+                # Of a transfer in several chunks each counts as a full one.
+                size = min(transfer.size, self.wire.chunk_bytes)
+                if not self._fits(len(rows), size) or (posted and time.perf_counter() > until):
+                    self.waits = True
+                    return posted
+                posted = True
+                transfer.chunks.popleft()
                 self.counters.descriptors += len(rows)
                 post = partial(self.wire.post, self.connection, rows)
                 alone = not transfer.chunks and not transfer.under_way
@@ -183,13 +223,26 @@ class Channel:
                     # All that is left to be written: the library sends the note behind it, which spares a look at the end.
                     transfer.notifying = True
                     post = partial(post, self._note(transfer.notification))
-                self._start(transfer, post)
+                self._start(transfer, post, len(rows), size)
+        return posted
 
-    def _start(self, transfer: Transfer | None, begin: Callable[[], Any]) -> None:
+    def _fits(self, rows: int, size: int) -> bool:
+        """The window is as many rows and bytes as `wire.window` full chunks have, so that a stream of small transfers does not
+        wait for looks, and a cancelled one waits for no more than that."""
+        window = self.wire.window
+        return (
+            len(self._operations) < MOST_UNDER_WAY
+            and self._rows + rows <= window * self.wire.chunk_rows
+            and self._bytes + size <= window * self.wire.chunk_bytes
+        )
+
+    def _start(self, transfer: Transfer | None, begin: Callable[[], Any], rows: int = 0, size: int = 0) -> None:
         try:
-            operation = begin()
-            if not self.wire.finished(operation):
-                self._operations.append((operation, transfer))
+            handle = begin()
+            if not self.wire.finished(handle):
+                self._operations.append(Operation(handle, transfer, rows, size))
+                self._rows += rows
+                self._bytes += size
                 if transfer is None:
                     self._probing = True
                 else:

@@ -3,8 +3,8 @@
 `submit` cuts a transfer into chunks and queues it; the thread keeps a window of chunks under way to every peer, in order,
 sends the notification when the last has landed (or lets the library, behind a lone chunk), and turns what the library says
 into events. So the engine's loop never waits for the library, a frozen peer holds up no other, and a cancelled transfer is
-over after the chunks under way. A transfer of few rows is posted by `submit` itself while the thread naps: handing it over
-would take as long as writing it.
+over after the chunks under way. A transfer of few rows and bytes is posted by `submit` itself while the thread naps: handing it
+over would take as long as writing it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ..core.transport import (
 )
 from .channel import Channel, Transfer
 from .naps import BUSY_NAP, EAGER_NAP, IDLE_NAP, Bell, keep_time, moving_nap
-from .rows import AddressMap, check_rows, cut
+from .rows import AddressMap, addressed, cut
 from .wire import EPOCH_LIMIT, MAX_METADATA, Address, Envelope, Wire, read_address, regions_of
 
 if TYPE_CHECKING:
@@ -124,26 +124,20 @@ class PolledTransport:
         return peer
 
     def submit(self, peer: Peer, writes: np.ndarray, notification: bytes | None = None) -> int:
-        import numpy as np
-
         if notification is not None and len(notification) > MAX_NOTIFICATION:
             raise WriteRefused(f"A notification has {len(notification):,} bytes; the most is {MAX_NOTIFICATION:,}.")
-        rows = check_rows(writes)
         with self._lock:
             self._ready()
             known, remote = self._peers.get(peer.number, (None, None))
             if known is not peer or remote is None:
                 raise PeerDied(f"{peer.name!r} (epoch {peer.epoch}) is not connected.")
-            lengths = rows[:, 2]
-            addresses = np.empty(rows.shape, dtype=np.uint64)
-            addresses[:, 0] = self._map.addresses(rows[:, 0], lengths, f"this end, {self._name!r},")
-            addresses[:, 1] = remote.addresses(rows[:, 1], lengths, f"the peer {peer.name!r}")
-            addresses[:, 2] = lengths
+            rows, size = addressed(writes, self._map, remote, (f"this end, {self._name!r},", f"the peer {peer.name!r}"))
             self._transfers += 1
-            chunks = deque(cut(addresses, self._wire.chunk_bytes, self._wire.chunk_rows))
-            transfer = Transfer(self._transfers, peer, int(lengths.sum()), chunks, notification)
+            chunks = deque(cut(rows, self._wire.chunk_bytes, self._wire.chunk_rows))
+            transfer = Transfer(self._transfers, peer, size, chunks, notification)
             self.counters.transfers += 1
-            here = len(chunks) <= 1 and len(rows) <= FEW_ROWS and self._post_here(transfer)
+            quick = len(chunks) <= 1 and len(rows) <= FEW_ROWS and size <= self._wire.quick_bytes
+            here = quick and self._post_here(transfer)
             if not here:
                 self._do(lambda: self._channels[peer.number].add(transfer))
         if here:
@@ -156,7 +150,7 @@ class PolledTransport:
             return False
         try:
             channel = self._channels.get(transfer.peer.number)
-            if self._work or channel is None or not channel.ready:
+            if self._work or channel is None or not channel.ready or channel.waits:
                 return False
             with self._wire.lent():
                 channel.add(transfer)
@@ -254,16 +248,19 @@ class PolledTransport:
             self._work.popleft()()
         if not self._epoch or self._closed:
             return active
+        hurry = False
         for channel in list(self._channels.values()):
             active |= channel.step()
+            hurry |= channel.hurry
             if channel.gone:
                 self._forget(channel)
         self._pass_on()  # before the library takes its time
         started = time.perf_counter()
         notes = self._wire.received()
         # Libraries do not say that a peer's bytes came, but the call that takes them in lasts longer than an idle one.
-        self._busy = time.perf_counter() - started > BUSY_CALL
-        active |= self._busy
+        taking = time.perf_counter() - started > BUSY_CALL
+        active |= taking
+        self._busy = taking or hurry
         for note in notes:
             active |= self._deliver(note)
         return active

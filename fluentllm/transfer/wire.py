@@ -65,13 +65,18 @@ class Wire(Protocol):
     kind: str
     chunk_rows: int
     window: int
-    """Posts under way to one peer."""
+    """Full chunks under way to one peer, or as many rows and bytes in smaller posts."""
     carries_notes: bool
     """Does `post` take a note?"""
 
     @property
     def chunk_bytes(self) -> int:
         """The most that one `post` is given, with `chunk_rows`, so that cancelling waits for no more."""
+        ...
+
+    @property
+    def quick_bytes(self) -> int:
+        """A `post` of few rows that copies no more than this takes no longer than waking a thread."""
         ...
 
     @property

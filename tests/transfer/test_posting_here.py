@@ -1,4 +1,4 @@
-"""Transfers of few rows are posted by the thread that submits them, if the transport's own is not at it."""
+"""Transfers of few rows and bytes are posted by the thread that submits them, if the transport's own is not at it."""
 
 from __future__ import annotations
 
@@ -63,6 +63,39 @@ def test_few_rows_are_posted_by_the_caller_and_more_by_the_thread() -> None:
             assert pair.target.memory() == copied(before, source, rows_of(count))
         assert {thread for thread, _ in wire.posts} <= {threading.get_ident(), wire.thread}
         assert set(wire.borrowers) == {threading.get_ident()}
+
+
+def test_few_rows_of_many_bytes_are_the_threads() -> None:
+    wire = Written()
+    wire.quick_bytes = 2
+    with pair_on(wire, [SIZE]) as pair:
+        for _ in range(20):
+            transfer = pair.source.submit(pair.to_target, [[0, 0, 2], [2, 2, 1]], None)
+            assert pair.done(transfer) == {transfer: "done"}
+        assert {thread for thread, _ in wire.posts} == {wire.thread}
+
+
+def test_nobody_posts_before_what_waits_for_room() -> None:
+    class Full(Written):
+        window, chunk_rows = 1, 2
+        over = threading.Event()
+
+        def post(self, connection, rows, note=None):
+            super().post(connection, rows)
+            return rows
+
+        def finished(self, operation):
+            return operation is None or self.over.is_set()
+
+    wire = Full()
+    with pair_on(wire, [SIZE]) as pair:
+        transfers = [pair.source.submit(pair.to_target, rows_of(2), None) for _ in range(2)]
+        time.sleep(0.01)
+        transfers.append(pair.source.submit(pair.to_target, rows_of(1), None))
+        wire.over.set()
+        assert pair.done(*transfers) == dict.fromkeys(transfers, "done")
+        assert [count for _, count in wire.posts] == [2, 2, 1]
+        assert wire.posts[2][0] == wire.thread, "it waits behind the second"
 
 
 def test_nobody_overtakes_what_waits_for_the_thread() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from fluentllm.core.transport import WriteRefused
-from fluentllm.transfer.rows import AddressMap, check_rows, cut
+from fluentllm.transfer.rows import FEW, AddressMap, addressed, check_rows, cut
 from fluentllm.transfer.wire import Region
 
 REGIONS = [Region(1000, 10, 0), Region(50, 0, 0), Region(2**63 + 8, 7, 0), Region(5000, 3, 0)]
@@ -24,6 +24,28 @@ def test_offsets_to_addresses(offset: int, length: int) -> None:
     else:
         with pytest.raises(WriteRefused, match="x registered"):
             AddressMap(REGIONS).addresses(*arguments, "x")
+
+
+@given(rows=st.lists(st.tuples(st.integers(-1, 21), st.integers(-1, 21), st.integers(-1, 8)), max_size=FEW))
+def test_few_rows_come_out_as_many(rows: list[tuple[int, int, int]]) -> None:
+    """The same addresses, or the same error, one by one and as arrays: many are few and then valid ones."""
+    here, there = AddressMap(REGIONS), AddressMap(REGIONS[::-1])
+    valid = [(0, 0, 1)] * (FEW + 1)
+
+    def outcome(rows: list[tuple[int, int, int]]) -> tuple[list[list[int]], int] | str:
+        try:
+            found, size = addressed(np.array(rows, dtype=np.int64).reshape(-1, 3), here, there, ("x", "y"))
+        except WriteRefused as error:
+            return str(error)
+        assert found.dtype == np.uint64
+        return found.tolist(), size
+
+    few, many, rest = outcome(rows), outcome(rows + valid), outcome(valid)
+    if isinstance(few, str):
+        assert few == many
+    else:
+        assert not isinstance(rest, str)
+        assert (few[0] + rest[0], few[1] + rest[1]) == many
 
 
 def test_nothing_registered_nothing_allowed() -> None:

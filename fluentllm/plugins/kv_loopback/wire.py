@@ -26,6 +26,7 @@ class LoopbackWire:
     kind = "loopback"
     chunk_bytes = 4 * 1024 * 1024
     chunk_rows = 1024
+    quick_bytes = 256 * 1024
     window = 2
     carries_notes = False
     revokes = True

@@ -45,6 +45,7 @@ class MooncakeWire:
     # Over TCP it rejects batches of more than about 2048 rows.
     chunk_rows = 1024
     window = 2
+    quick_bytes = chunk_bytes  # its own threads copy
     carries_notes = False
     # The receiving side checks every write against what is registered now.
     revokes = True
