@@ -108,7 +108,14 @@ def latency(
         tpot = (whole - first) / steps
         if tpot <= 0:
             raise ConfigError(f"{steps} steps of batch {batch} are lost in the noise.", fix="Measure more --steps.")
-        row: dict[str, Any] = {"batch": batch, "ctx": context, "prefill_s": first, "tpot_ms": tpot * 1e3, "tok_s": batch / tpot}
+        row: dict[str, Any] = {
+            "batch": batch,
+            "ctx": context,
+            "prefill_s": first,
+            "tpot_ms": tpot * 1e3,
+            "tok_s": batch / tpot,
+            "rounds_ms": [(seconds - alone) / steps * 1e3 for alone, seconds in zip(firsts, alls, strict=True)],
+        }
         if drafts is not None:
             drafts.merge(own)
         line = f"batch {batch:>3}  ctx {context}  prefill {first:.3f} s  TPOT {row['tpot_ms']:.2f} ms  {row['tok_s']:.1f} tok/s"

@@ -32,6 +32,7 @@ def latency(
     batch: Annotated[str, typer.Option(help="Batch sizes, such as 1,8,32.")] = "1,8,32",
     ctx: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 128,
     steps: Annotated[int, typer.Option(min=1, help="New tokens that are timed.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="How often, after a warm-up; medians count.")] = 3,
     json: Json = None,
     config: options.Config = None,
     sets: options.Sets = None,
@@ -47,7 +48,7 @@ def latency(
     batches = [_positive("--batch", part) for part in batch.split(",")]
 
     def measure(local: LocalEngine, drafts: Drafts) -> dict[str, Any]:
-        return {"decode": offline.latency(local, batches, ctx, steps, tell=typer.echo, drafts=drafts)}
+        return {"decode": offline.latency(local, batches, ctx, steps, rounds, tell=typer.echo, drafts=drafts)}
 
     flags = {"model.name": model, "engine.device": device, "model.load_format": load_format}
     flags |= {"speculative.method": speculative, "speculative.k": k, "speculative.synthetic_acceptance": synthetic_acceptance}

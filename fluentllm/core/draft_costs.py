@@ -1,17 +1,17 @@
 """What the choice of a draft length knows of time: how long a step takes, for each program. Torch-free.
 
 A program is (bucket of slots, drafts verified, drafts left). What it takes is measured whenever it runs without a prompt
-beside it; until then there are two guesses, from the programs that are known: what it may well take, and what it can
-hardly be shorter than. An `Allowance` is what finding out may cost.
+beside it. Until then there are two guesses from programs that are known, of this bucket or another: what is expected, and what
+it can hardly be shorter than. An `Allowance` is what finding out may cost.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterable
 
 ENOUGH = 2
 """Runs of a program that tell what it takes: of two the shorter, so one that was interrupted does not matter."""
@@ -32,84 +32,135 @@ class StepTimes:
 
     def __init__(self, dropped: int) -> None:
         """`dropped`: first runs of a program that do not count: they warm caches, compile, and on a GPU capture."""
-        self.dropped = dropped
-        self._runs: dict[tuple[int, int, int], int] = {}
+        self._dropped = dropped
+        self._runs: Counter[tuple[int, int, int]] = Counter()
+        self._first: dict[tuple[int, int, int], list[float]] = {}
+        """Runs that were dropped, and had no prompt beside them."""
         self._last: dict[tuple[int, int, int], deque[float]] = {}
         self._known: dict[tuple[int, int, int], float] = {}
-        self._lengths: dict[int, list[int]] = {}
+        self._lengths: dict[int, dict[int, float]] = {}
+        """Bucket → K → what verifying and leaving K takes, where that is known."""
+        self._stalls: deque[float] = deque(maxlen=KEPT)
+        self._spent: dict[int, float] = {}
+        self.measured: set[int] = set()
+        """K that are known in any bucket. The plain step is the first."""
 
-    @property
-    def runs_needed(self) -> int:
-        """Runs in a row that make a program known."""
-        return self.dropped + ENOUGH
-
-    def add(self, bucket: int, verify: int, draft: int, seconds: float) -> None:
+    def add(self, bucket: int, verify: int, draft: int, seconds: float | None) -> None:
+        """A program has run, in so many seconds; None: with a prompt beside it."""
         key = bucket, verify, draft
-        runs = self._runs[key] = self._runs.get(key, 0) + 1
-        if runs > self.dropped:
-            last = self._last.setdefault(key, deque(maxlen=KEPT))
-            last.append(seconds)
-            if runs >= self.runs_needed:
-                if verify == draft and key not in self._known:
-                    self._lengths.setdefault(bucket, []).append(verify)
-                time = self._known[key] = sorted(last)[len(last) // 4]
-                plain = self._known.get((bucket, 0, 0))
-                if not verify and plain is not None:
-                    # Without drafts to leave it is no longer; this one runs still when the plain one has not for long.
-                    self._known[bucket, 0, 0] = min(plain, time)
+        self._runs[key] += 1
+        if seconds is None:
+            return
+        if self._runs[key] <= self._dropped:
+            self._first.setdefault(key, []).append(seconds)
+            return
+        last = self._last.setdefault(key, deque(maxlen=KEPT))
+        last.append(seconds)
+        self._spent[bucket] = self._spent.get(bucket, 0.0) + seconds
+        if len(last) < ENOUGH:
+            return
+        time = _typical(last)
+        first = self._first.pop(key, [])
+        if first and len(first) == self._dropped:
+            self._stalls.append(max(0.0, sum(first) - len(first) * time))
+        self._know(key, time)
+        plain = self._known.get((bucket, 0, 0))
+        if not verify and plain is not None:
+            # Without drafts to leave it is no longer; this one runs still when the plain one has not for long.
+            self._know((bucket, 0, 0), min(plain, time))
+
+    def _know(self, key: tuple[int, int, int], time: float) -> None:
+        bucket, verify, draft = key
+        self._known[key] = time
+        if verify == draft:
+            self._lengths.setdefault(bucket, {})[verify] = time
+            self.measured.add(verify)
 
     def known(self, bucket: int, verify: int, draft: int) -> float | None:
         """The lower quartile of the last runs; None before there are enough."""
         return self._known.get((bucket, verify, draft))
 
-    def lengths(self, bucket: int) -> Sequence[int]:
+    def lengths(self, bucket: int) -> Collection[int]:
         """K of which the time of verifying and leaving K is known."""
-        return self._lengths.get(bucket, ())
+        return self._lengths.get(bucket, {})
 
-    def drafting(self, bucket: int, draft: int) -> float:
-        """What it takes to leave drafts. The plain step must be known."""
-        plain = self._known[bucket, 0, 0]
-        known = self._known.get((bucket, 0, draft))
-        if known is not None:
-            return max(0.0, known - plain)
-        one = self._known.get((bucket, 0, 1))
-        return draft * (plain * DRAFT_SHARE if one is None else max(0.0, one - plain))
+    def runs(self, bucket: int, verify: int, draft: int) -> int:
+        return self._runs[bucket, verify, draft]
+
+    def runs_missing(self, bucket: int, k: int) -> int:
+        """Runs until the time of verifying and leaving K is known."""
+        return max(0, self._dropped + ENOUGH - self._runs[bucket, k, k])
+
+    @property
+    def stall(self) -> float:
+        """What the first runs of a program take beyond the time of as many others."""
+        return _typical(self._stalls) if self._stalls else 0.0
+
+    def spent(self, bucket: int) -> float:
+        """What all steps of this bucket have taken, beside those that stalled or had a prompt with them."""
+        return self._spent.get(bucket, 0.0)
+
+    def expected(self, bucket: int, k: int) -> float:
+        """What verifying and leaving K takes, as far as is known. Of a bucket of which nothing is, all times are those of the
+        nearest: they say which K is best. K must be measured somewhere, or the plain step in this bucket be known."""
+        if bucket not in self._lengths:
+            bucket = min(self._lengths, key=lambda other: _distance(other, bucket))
+        known = self._lengths[bucket].get(k)
+        if known is None:
+            known = self._elsewhere(bucket, k)
+        return self._extrapolated(bucket, k) if known is None else known
 
     def shortest(self, bucket: int, k: int) -> float:
-        """A time that verifying and leaving K can hardly be shorter than: that of fewer drafts, or by how much more it took at
-        the nearest batch. The plain step must be known."""
-        times = [time for fewer in range(k) if (time := self._known.get((bucket, fewer, fewer))) is not None]
-        elsewhere = self._elsewhere(bucket, k)
-        return max(times) if elsewhere is None else max(*times, DOUBT * elsewhere)
+        """A time that verifying and leaving K can hardly be shorter than: fewer sequences or fewer drafts take no longer, and
+        nobody would run a large batch at once that is faster in parts. Drafts also take about as much more as elsewhere."""
+        bound = max(
+            time / max(1, -(-other // bucket))
+            for other, lengths in self._lengths.items()
+            for fewer, time in lengths.items()
+            if fewer <= k
+        )
+        elsewhere = self._elsewhere(bucket, k) if k else None
+        return bound if elsewhere is None else max(bound, DOUBT * elsewhere)
 
-    def likely(self, bucket: int, k: int) -> float:
-        """What verifying and leaving K may well take: each draft more as much as the drafts before it did, or at first half a
-        step. The plain step must be known."""
-        plain = self._known[bucket, 0, 0]
-        fewer = max(j for j in self.lengths(bucket) if j < k)
-        time = self._known[bucket, fewer, fewer]
-        slope = (time - plain) / fewer if fewer else ROW_SHARE * plain + self.drafting(bucket, 1)
-        guess = time + (k - fewer) * max(0.0, slope)
-        elsewhere = self._elsewhere(bucket, k)
-        return guess if elsewhere is None else min(guess, elsewhere / DOUBT)
+    def drafting(self, bucket: int, draft: int) -> float:
+        """What it takes to leave drafts."""
+        plain = self._known.get((bucket, 0, 0))
+        if plain is not None:
+            for drafts in (draft, 1):
+                known = self._known.get((bucket, 0, drafts))
+                if known is not None:
+                    return max(0.0, known - plain) * (draft / drafts if drafts else 0)
+        return draft * DRAFT_SHARE * self.expected(bucket, 0)
 
     def leaving(self, bucket: int, verify: int, draft: int) -> float:
-        """What a step takes that verifies and leaves so many, as far as is known. The plain step must be known."""
+        """What a step takes that verifies and leaves so many, as far as is known."""
         known = self._known.get((bucket, verify, draft))
         if known is not None:
             return known
-        time = self._known.get((bucket, verify, verify))
-        if time is None:
-            time = self.likely(bucket, verify)
-        return time + self.drafting(bucket, draft) - self.drafting(bucket, verify)
+        return self.expected(bucket, verify) + self.drafting(bucket, draft) - self.drafting(bucket, verify)
 
     def _elsewhere(self, bucket: int, k: int) -> float | None:
-        """As much more than the plain step as at the nearest batch where both are known."""
-        known = [b for b, verify, draft in self._known if verify == draft == k and b != bucket and (b, 0, 0) in self._known]
-        if not known:
-            return None
-        nearest = min(known, key=lambda b: max(b, bucket) / min(b, bucket))
-        return self._known[bucket, 0, 0] * self._known[nearest, k, k] / self._known[nearest, 0, 0]
+        """As much longer than what is known here as at the nearest batch where both are known."""
+        here = self._lengths.get(bucket, {})
+        guesses = [
+            (_distance(other, bucket), abs(j - k), here[j] * lengths[k] / lengths[j])
+            for other, lengths in self._lengths.items()
+            if other != bucket and k in lengths
+            for j in here.keys() & lengths.keys()
+        ]
+        return min(guesses)[2] if guesses else None
+
+    def _extrapolated(self, bucket: int, k: int) -> float:
+        """Each draft more takes as much as the drafts before it did, or at first half a step."""
+        lengths = self._lengths[bucket]
+        if 0 not in lengths:
+            fewest = min(lengths)
+            plain = lengths[fewest] / (1 + ROW_SHARE * fewest)
+            return plain * (1 + ROW_SHARE * k)
+        plain = lengths[0]
+        fewer = max(j for j in lengths if j < k)
+        slope = (lengths[fewer] - plain) / fewer if fewer else ROW_SHARE * plain + self.drafting(bucket, 1)
+        return lengths[fewer] + (k - fewer) * max(0.0, slope)
 
 
 class Allowance:
@@ -118,20 +169,31 @@ class Allowance:
     def __init__(self, share: float, first: float) -> None:
         """`first`: plain steps' time that it begins with."""
         self._share, self._first = share, first
-        self._left = self._start = self._most = 0.0
+        self._left = self._plain = 0.0
 
     def earn(self, seconds: float, plain: float) -> None:
-        """A step has taken `seconds`, and a plain one of its batch takes `plain`."""
-        if not self._most:
-            self._left = self._first * plain
-        self._start, self._most = self._first * plain, SAVED * plain
-        self._left = max(self._left, min(self._left + self._share * seconds, self._most))
+        """A step has taken `seconds`, and a plain one of its batch takes `plain`. What is left stays as many plain steps: what
+        many sequences have saved is not for few to spend at once."""
+        left = self._left * plain / self._plain if self._plain else self._first * plain
+        self._plain = plain
+        self._left = max(left, min(left + self._share * seconds, SAVED * plain))
 
     def covers(self, seconds: float) -> bool:
         """All that can be saved is enough for anything."""
-        return self._left >= min(seconds, self._most) and self._most > 0
+        return self._left >= min(seconds, SAVED * self._plain) and self._plain > 0
 
     def spend(self, seconds: float) -> None:
         """Less than nothing where it was a gain: that makes good for a loss, and is no more to spend. No loss, which may be the
         machine's, forbids spending for ever."""
-        self._left = max(min(self._left - seconds, max(self._left, self._start)), -self._most / 2)
+        most = max(self._left, self._first * self._plain)
+        self._left = max(min(self._left - seconds, most), -SAVED * self._plain / 2)
+
+
+def _typical(times: Iterable[float]) -> float:
+    """The lower quartile."""
+    ordered = sorted(times)
+    return ordered[len(ordered) // 4]
+
+
+def _distance(bucket: int, other: int) -> float:
+    return max(bucket, other) / min(bucket, other)

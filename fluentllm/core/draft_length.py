@@ -6,12 +6,18 @@ them, so speculation that does not pay turns itself off.
 
 It begins at K = 0, and what else it must know it finds out as cheaply as that can be had:
 
-* *acceptance* by looking: a step leaves one draft more than the next will verify, and that one is only compared with the token
-  that comes in its place. This takes the time of making a draft; nothing is verified in vain.
-* *times* by trying a K that could be the best if its time is as short as it can be.
+* *acceptance* by looking: a step leaves one draft more than it verifies, and that one is only compared with the token that
+  comes in its place. This takes the time of making a draft; nothing is verified in vain. On a GPU, where it takes a program of
+  its own, only while nothing is verified.
+* *times* by trying a K that could be the best if its time is as short as it can be. A bucket that was not seen begins with what
+  is best at the nearest.
 
 Both are paid from an allowance, a share of all time, before they are done. So what is learnt costs at most that share, however
 wrong the drafts are, and where drafts are right it costs nothing: then trying is no loss.
+
+On a GPU the first runs of a program stall: it compiles and is captured. So there are few of them: a step verifies as many
+drafts as it leaves, whatever the one before it left. And one that is new to a bucket must promise to make good for its stall,
+if it runs for as long as the bucket has run so far: nobody knows how long that will be, and as long as before is a fair guess.
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ if TYPE_CHECKING:
 
 LOOK_SHARE, TRIAL_SHARE = 0.005, 0.005
 """Of all time: what looking and trying may cost."""
-FIRST_LOOKS, FIRST_TRIALS = 1.0, 1.0
+FIRST_LOOKS, FIRST_TRIALS = 1.0, 2.0
 """Plain steps' time that the allowances for them begin with."""
 LOOKS = 8
 """Of as many steps one is without a look: the time of the best K itself must stay known."""
@@ -51,7 +57,7 @@ DROPPED_EAGER, DROPPED_CAPTURED = 1, 2
 
 
 class Choice(NamedTuple):
-    """What a step leaves: `k` drafts for the next to verify, and with `look` one more, only to see whether it is right."""
+    """What a step does: it verifies `k` drafts and leaves as many, and with `look` one more, to see whether it is right."""
 
     k: int
     look: bool = False
@@ -59,6 +65,17 @@ class Choice(NamedTuple):
     @property
     def drafts(self) -> int:
         return self.k + self.look
+
+
+class Trial(NamedTuple):
+    """Steps of one K, for its time's sake."""
+
+    bucket: int
+    k: int
+    left: int
+    """How many more at most."""
+    unknown: bool
+    """It ends as soon as the time is known."""
 
 
 class DraftLength:
@@ -91,14 +108,21 @@ class DraftLength:
         self._rates: dict[tuple[int, int], float] = {}
         """By (bucket, K), since anything changed: on a CPU what the host computes is taken from the model."""
         self._best: dict[int, int] = {}
-        self._trial: tuple[int, int, bool] | None = None
-        """K that is tried, for how many more steps at most, and whether only until its time is known."""
+        self._trial: Trial | None = None
+        self._bucket = 0
+        """Of the last launched step."""
+        self._left = 0
+        """Drafts that the last launched step left in each slot."""
+        self._verifiable: dict[int, int] = {}
+        """Step in flight → drafts that it was left."""
         self._left_by_trial = False
         """What the last launched step left for the next to verify."""
         self._trials: set[int] = set()
         """Steps in flight that belong to a trial."""
         self._tried: dict[tuple[int, int], int] = {}
-        self._steps = 0
+        """(bucket, K) → steps of the bucket at its last trial."""
+        self._steps: Counter[int] = Counter()
+        """Launched, of each bucket."""
         self._stopped = False
 
     def stop(self) -> None:
@@ -106,19 +130,20 @@ class DraftLength:
         self._stopped = True
 
     def choose(self, batch: int) -> Choice:
-        """What a step of about `batch` sequences should leave."""
+        """What a step of about `batch` sequences should do."""
         if self._stopped or not self.watch.allows():
             return Choice(0)
         if self.fixed is not None:
             return Choice(self.fixed)
-        bucket = bucket_of(batch)
-        if self.times.known(bucket, 0, 0) is None:
+        if not self.times.measured:
             return Choice(0)
+        bucket = bucket_of(batch)
         best = self._best_of(bucket)
-        if self._trial is None or (self._trial[2] and self.times.known(bucket, self._trial[0], self._trial[0])):
+        trial = self._trial
+        if trial is None or trial.bucket != bucket or (trial.unknown and self.times.known(bucket, trial.k, trial.k)):
             self._trial = self._next_trial(bucket, best)
         if self._trial is not None:
-            return Choice(self._trial[0])
+            return Choice(self._trial.k)
         return Choice(best, look=self._may_look(bucket, best))
 
     def planned(self, plan: StepPlan) -> None:
@@ -132,13 +157,15 @@ class DraftLength:
         self._rates = {}
         for kind, new in Counter(self._classes[init.slot] for init in plan.admit).items():
             self.acceptance.renew(kind, new, self._mix[kind])
-        self._steps += 1
-        if self._left_by_trial or self._trial is not None:
+        self._bucket = bucket_of(len(plan.decode))
+        self._steps[self._bucket] += 1
+        self._verifiable[plan.step], self._left = min(self._left, plan.drafting.verify), plan.drafting.draft
+        trial = self._trial
+        if self._left_by_trial or trial is not None:
             self._trials.add(plan.step)
-        self._left_by_trial = self._trial is not None
-        if self._trial is not None:
-            k, left, unknown = self._trial
-            self._trial = (k, left - 1, unknown) if left > 1 else None
+        self._left_by_trial = trial is not None
+        if trial is not None:
+            self._trial = trial._replace(left=trial.left - 1) if trial.left > 1 else None
 
     def collected(self, plan: StepPlan, result: StepResult) -> None:
         """Learn from a step."""
@@ -149,68 +176,99 @@ class DraftLength:
         if self.fixed is not None:
             return
         self._rates = {}
+        verifiable = self._verifiable.pop(plan.step, 0)
         if live:
-            self._learn(plan, live)
+            self._learn(live, verifiable)
             self._account(plan, result, sum(len(slot.tokens) for slot in live) / len(live))
         self._looks.expect(plan, result)
 
     # -------------------------------------------------------------------------------------------------------------- choice
     def _best_of(self, bucket: int) -> int:
-        best = max(self.times.lengths(bucket), key=lambda k: self._rate(bucket, k))
-        held = self._best.get(bucket, best)
-        if self._rate(bucket, best) < MARGIN * self._rate(bucket, held):
+        """Of all K that were measured in any bucket; one whose program has not run in this one must be worth its stall."""
+        rates = {k: self._rate(bucket, k) for k in self.times.measured}
+        running = [k for k in rates if self.times.runs(bucket, k, k)] or list(rates)
+        best = max(running, key=rates.__getitem__)
+        held = self._best.get(bucket)
+        if held in running and rates[best] < MARGIN * rates[held]:
             best = held
+        other = max(rates, key=rates.__getitem__)
+        if rates[other] >= MARGIN * rates[best] and self._worth(bucket, other, rates[other] / rates[best]):
+            best = other
         self._best[bucket] = best
         return best
 
+    def _worth(self, bucket: int, k: int, gain: float, price: float = 0.0) -> bool:
+        """Whether a K that may be so many times as good as the best, had it run as long as the bucket has, makes good for its
+        price and for the first runs of a program. The first time that a K is measured anywhere it does."""
+        if k not in self.times.measured:
+            return True
+        if not self.times.runs(bucket, k, k):
+            price += self.times.stall
+        return (gain - 1) * self.times.spent(bucket) >= price
+
     def _may_look(self, bucket: int, best: int) -> bool:
-        if best == self.max_k or self._steps % LOOKS == 0:
+        if best == self.max_k or self._steps[bucket] % LOOKS == 0 or best not in self.times.lengths(bucket):
+            return False
+        if not self._eager and (best or (self.times.spent(bucket) < self.times.stall and not self.times.runs(bucket, 0, 1))):
             return False
         # While something is verified acceptance is known well, and what is saved is for times when nothing is.
         return self._for_looks.covers(self._price_of_look(bucket, best) * (LOOKS_SAVED if best else 1))
 
-    def _next_trial(self, bucket: int, best: int) -> tuple[int, int, bool] | None:
-        """Of what could be the best if its time is as short as it can be, the most hopeful; then, in turn, what has rested
-        longest, and long enough."""
-        rate, known = self._rate(bucket, best), set(self.times.lengths(bucket))
-        hopes = {
-            k: self.acceptance.tokens(self._mix, k) / self._mean(bucket, k, self.times.shortest(bucket, k))
-            for k in range(1, self.max_k + 1)
-            if k not in known
-        }
-        hopes = {k: hope for k, hope in hopes.items() if hope > MARGIN * rate}
+    def _next_trial(self, bucket: int, best: int) -> Trial | None:
+        """Of what could be the best if its time is as short as it can be, the most hopeful that can be afforded; where there is
+        no such, in turn, what has rested longest, and long enough. What is saved for the one is not spent on the other."""
+        known = self.times.lengths(bucket)
+        if bucket != self._bucket or best not in known:
+            return None
+        rate = self._rate(bucket, best)
+        hopes: dict[Trial, float] = {}
+        for k in range(self.max_k + 1):
+            if k not in known:
+                hope = self.acceptance.tokens(self._mix, k) / self._mean(bucket, k, self.times.shortest(bucket, k))
+                trial = Trial(bucket, k, self._steps_to_know(bucket, k), unknown=True)
+                if hope > MARGIN * rate and self._worth(bucket, k, hope / rate, self._price(trial, best, rate)):
+                    hopes[trial] = hope
         if hopes:
-            # The first leaves drafts; where some have none to verify, it takes more.
-            offered = self.acceptance.offered(self._mix) if self._eager else 1.0
-            steps = 1 + ceil(self.times.runs_needed / max(offered, 0.25))
-            affordable = [k for k in hopes if self._affordable(bucket, k, steps, rate)]
-            if not affordable:
-                return None
-            k = max(affordable, key=hopes.__getitem__)
-            self._tried[bucket, k] = self._steps
-            return k, steps, True
-        rested = {k: self._steps - self._tried.get((bucket, k), 0) for k in known if k != best}
+            # Without drafts nothing can be lost beside what no drafts take: this needs no allowance.
+            trials = [trial for trial in hopes if not trial.k or self._for_trials.covers(self._price(trial, best, rate))]
+            chosen = max(trials, key=hopes.__getitem__, default=None)
+        else:
+            chosen = self._again(bucket, best, rate)
+        if chosen is not None:
+            self._tried[bucket, chosen.k] = self._steps[bucket]
+        return chosen
+
+    def _again(self, bucket: int, best: int, rate: float) -> Trial | None:
+        """Of a K that is known: the machine may have changed, or the requests."""
+        rested = {k: self._steps[bucket] - self._tried.get((bucket, k), 0) for k in self.times.lengths(bucket) if k != best}
         due = {k: steps for k, steps in rested.items() if steps >= (REST if HOPE * self._rate(bucket, k) > rate else LONG_REST)}
         if not due:
             return None
-        k = max(due, key=due.__getitem__)
-        if not self._affordable(bucket, k, AGAIN, rate):
-            return None
-        self._tried[bucket, k] = self._steps
-        return k, AGAIN, False
+        trial = Trial(bucket, max(due, key=due.__getitem__), AGAIN, unknown=False)
+        return trial if self._for_trials.covers(self._price(trial, best, rate)) else None
 
-    def _affordable(self, bucket: int, k: int, steps: int, rate: float) -> bool:
-        seconds = self.times.known(bucket, k, k) or self.times.likely(bucket, k)
-        loss = self._mean(bucket, k, seconds) - self.acceptance.tokens(self._mix, k) / rate
-        price = steps * max(0.0, loss) + self.times.drafting(bucket, k)
-        return self._for_trials.covers(price)
+    def _steps_to_know(self, bucket: int, k: int) -> int:
+        """Where programs are not captured the first step has no drafts to verify, and others where none is offered neither."""
+        runs = max(1, self.times.runs_missing(bucket, k))
+        if not self._eager or not k:
+            return runs
+        return 1 + ceil(runs / max(self.acceptance.offered(self._mix), 0.25))
+
+    def _price(self, trial: Trial, best: int, rate: float) -> float:
+        """Seconds that are lost by it, as far as is known."""
+        bucket, k, steps, _ = trial
+        tokens, of_best = self.acceptance.tokens(self._mix, k), self.acceptance.tokens(self._mix, best)
+        lost = self._mean(bucket, k, self.times.expected(bucket, k)) - tokens / rate
+        if self._eager and k > best:
+            return steps * max(0.0, lost) + self.times.drafting(bucket, k)
+        # At one end of it a step verifies more drafts than it was left, at the other fewer.
+        return max(0.0, steps * lost + abs(of_best - tokens) / rate)
 
     def _rate(self, bucket: int, k: int) -> float:
-        """Tokens a second of a sequence. The time must be known."""
+        """Tokens a second of a sequence, as far as is known. K must be measured somewhere."""
         rate = self._rates.get((bucket, k))
         if rate is None:
-            seconds = self.times.known(bucket, k, k)
-            assert seconds is not None
+            seconds = self.times.expected(bucket, k)
             rate = self._rates[bucket, k] = self.acceptance.tokens(self._mix, k) / self._mean(bucket, k, seconds)
         return rate
 
@@ -225,7 +283,7 @@ class DraftLength:
         return max(0.0, self.times.leaving(bucket, k, k + 1) - self.times.leaving(bucket, k, k))
 
     # ------------------------------------------------------------------------------------------------------------ learning
-    def _learn(self, plan: StepPlan, live: list[SlotResult]) -> None:
+    def _learn(self, live: list[SlotResult], verifiable: int) -> None:
         """What ends a request cuts its drafts short: that says nothing of them."""
         verified: dict[Hashable, list[tuple[int, int]]] = {}
         looked: dict[Hashable, list[tuple[int, int]]] = {}
@@ -233,7 +291,7 @@ class DraftLength:
             if slot.finished is not None:
                 continue
             kind = self._classes.get(slot.slot)
-            if plan.drafting.verify:
+            if verifiable:
                 verified.setdefault(kind, []).append((slot.drafted, slot.accepted))
             seen = self._looks.see(slot)
             if seen is not None:
@@ -246,18 +304,16 @@ class DraftLength:
     def _account(self, plan: StepPlan, result: StepResult, tokens: float) -> None:
         """The step's time, and what it earned or spent."""
         bucket, drafting = bucket_of(len(plan.decode)), plan.drafting
-        if not plan.prefill:
-            self.times.add(bucket, result.verified, drafting.draft, result.seconds)
+        self.times.add(bucket, result.verified, drafting.draft, None if plan.prefill else result.seconds)
         of_trial = plan.step in self._trials
         self._trials.discard(plan.step)
-        plain = self.times.known(bucket, 0, 0)
-        if plain is None:
+        if not self.times.measured:
             return
         seconds = self.times.leaving(bucket, result.verified, drafting.draft)
         if not plan.prefill and self.times.known(bucket, result.verified, drafting.draft) is None:
             seconds = min(seconds, result.seconds)
         for allowance in (self._for_looks, self._for_trials):
-            allowance.earn(seconds, plain)
+            allowance.earn(seconds, self.times.expected(bucket, 0))
         if drafting.look:
             self._for_looks.spend(self._price_of_look(bucket, drafting.draft - 1))
         if of_trial:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Looks:
-    """What the last collected step left beyond what the next verifies: one draft a slot."""
+    """What the last collected step left beyond what it verified itself: one draft a slot."""
 
     def __init__(self, synthetic: float | None = None) -> None:
         """`synthetic`: share of drafts that are accepted whatever they are; what is looked at has the same chance."""
@@ -31,10 +31,11 @@ class Looks:
                 self._expected[slot.slot] = slot.generation, draft
 
     def see(self, slot: SlotResult) -> tuple[int, int] | None:
-        """What the step after it brought a slot → (drafts, right ones), those before it included; None: nothing to learn."""
+        """What the step after it brought a slot → (drafts, right ones), those before it included; None: nothing to learn, or
+        what was to be looked at has been verified."""
         generation, draft = self._expected.get(slot.slot, (-1, None))
         place = self.place
-        if generation != slot.generation or slot.accepted < place or len(slot.tokens) <= place:
+        if generation != slot.generation or slot.drafted > place or slot.accepted < place or len(slot.tokens) <= place:
             return None
         if draft is None:
             return (0, 0) if not place else None

@@ -103,8 +103,6 @@ class Engine:
         """None where nothing drafts."""
         watch = draft_length.watch if draft_length is not None else None
         self.draft_counts = DraftCounts(info.speculative, watch) if info.speculative is not None else None
-        self._left_drafts = 0
-        """Drafts of those that the last launched step leaves which the next verifies."""
         self.observers = observers or Observers()
         self.calls: Mapping[str, EngineCall] = calls or {}
         """What plugins offer to front ends."""
@@ -209,7 +207,6 @@ class Engine:
             self.handoffs.turn()
         plan = None if self._stopping else self.scheduler.plan(self._steps, self._drafting())
         if plan is not None:
-            self._left_drafts = plan.drafting.draft - plan.drafting.look
             if self.draft_length is not None:
                 self.draft_length.planned(plan)
             self.grammars.prepare(plan, self.scheduler)
@@ -237,13 +234,12 @@ class Engine:
             await asyncio.sleep(0)
 
     def _drafting(self) -> Drafting:
-        """Launches chain: what a step drafts is what the next verifies. One whose prompt came from elsewhere gets its first
-        drafts within the step that verifies them."""
+        """A step verifies as many drafts as it leaves. If the one before left fewer, the others do not count; if more, they
+        are forgotten."""
         if self.draft_length is None:
             return Drafting()
         choice = self.draft_length.choose(self.scheduler.running)
-        verify = max(self._left_drafts, choice.k) if self._resuming else self._left_drafts
-        return Drafting(verify, choice.drafts, choice.look)
+        return Drafting(choice.k, choice.drafts, choice.look)
 
     @property
     def has_work(self) -> bool:

@@ -39,7 +39,7 @@ def check_environment(figures: dict[str, Any], command: str) -> None:
 
 def test_latency(fluent_process: Fluent, model: str, tmp_path: Path) -> None:
     file = tmp_path / "latency.json"
-    arguments = ("--batch", "1,3", "--ctx", "24", "--steps", "16", "--json", str(file))
+    arguments = ("--batch", "1,3", "--ctx", "24", "--steps", "16", "--rounds", "2", "--json", str(file))
     printed = fluent_process("bench", "latency", model, *arguments, *DUMMY).stdout
     figures = json.loads(file.read_text())
     check_environment(figures, f"latency {model} --batch 1,3")
@@ -52,7 +52,8 @@ def test_latency(fluent_process: Fluent, model: str, tmp_path: Path) -> None:
     assert stages[-1]["end"] == figures["startup_s"]
     assert [(row["batch"], row["ctx"]) for row in figures["decode"]] == [(1, 24), (3, 24)]
     for row in figures["decode"]:
-        assert row.keys() == {"batch", "ctx", "prefill_s", "tpot_ms", "tok_s"}
+        assert row.keys() == {"batch", "ctx", "prefill_s", "tpot_ms", "tok_s", "rounds_ms"}
+        assert len(row["rounds_ms"]) == 2
         assert row["prefill_s"] > 0
         assert row["tok_s"] == pytest.approx(row["batch"] / row["tpot_ms"] * 1e3)
     assert printed.count("TPOT") == 2
@@ -193,6 +194,7 @@ def test_latency_is_the_difference_of_two_medians_over_fresh_prompts(model: str,
     firsts, alls = ([seconds for _, _, seconds in ran[start::2]] for start in (2, 3))
     assert row["prefill_s"] == statistics.median(firsts)
     assert row["tpot_ms"] == pytest.approx((statistics.median(alls) - statistics.median(firsts)) / 24 * 1e3)
+    assert row["rounds_ms"] == pytest.approx([(whole - first) / 24 * 1e3 for first, whole in zip(firsts, alls, strict=True)])
     prompts = [tuple(prompt) for given_prompts, _, _ in ran for prompt in given_prompts]
     assert {len(prompt) for prompt in prompts} == {40}
     assert len({prompt[:16] for prompt in prompts}) == len(prompts) == 16

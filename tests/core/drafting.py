@@ -42,7 +42,7 @@ class World:
     sampled: bool = False
 
     def __post_init__(self) -> None:
-        self._step, self._kept, self._new = 0, 0, True
+        self._step, self._new = 0, True
         self._left: list[list[int]] = [[]] * self.batch
 
     def run(self, lengths: DraftLength, steps: int) -> World:
@@ -73,14 +73,14 @@ class World:
             params = SamplingParams(max_tokens=9, temperature=float(self.sampled))
             admit = [SlotInit(slot, self._step, [1], 1, 0, [], params, []) for slot in range(self.batch)]
         self._new = False
-        drafting = Drafting(self._kept, k + look, look)
+        drafting = Drafting(k, k + look, look)
         plan = StepPlan(step=self._step, admit=admit, decode=list(range(self.batch)), drafting=drafting)
         lengths.planned(plan)
-        verify = self._kept if not self.eager or any(self._left) else 0
+        verify = k if not self.eager or any(self._left) else 0
         drafts = self._draft(k + look)
         slots = []
         for slot in range(self.batch):
-            left = self._left[slot][: self._kept]
+            left = self._left[slot][:k]
             right = left.index(WRONG) if WRONG in left else len(left)
             told = drafts[slot] if look else []
             slots.append(SlotResult(slot, 1, [RIGHT] * (right + 1), None, drafted=len(left), accepted=right, drafts=told))
@@ -91,7 +91,7 @@ class World:
         self.tokens += sum(len(slot.tokens) for slot in slots) / self.batch
         self.chosen.append(k)
         self.looks += look
-        self._step, self._kept, self._left = self._step + 1, k, drafts
+        self._step, self._left = self._step + 1, drafts
 
     def _draft(self, count: int) -> list[list[int]]:
         if not count:

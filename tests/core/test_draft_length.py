@@ -232,19 +232,23 @@ SHORT, LONG = 512, 3000
 """Steps from the very first on, in which all that is learnt must pay."""
 
 
-def long_run(cost: Pass, kind: str, batch: int, acceptance: float, steps: int) -> tuple[float, list[float]]:
-    """Tokens a second → of `auto`, all that it tries included, and of every fixed K. A draft layer takes a tenth of a pass a
-    draft, and its programs are captured. Prompt lookup takes next to nothing, has drafts for two sequences in five, and its
-    programs are eager."""
+def world_of(cost: Pass, kind: str, batch: int, acceptance: float, rng: random.Random) -> World:
+    """A draft layer takes a tenth of a pass a draft, and its programs are captured. Prompt lookup takes next to nothing, has
+    drafts for two sequences in five, and its programs are eager."""
     lookup = kind == "prompt lookup"
 
     def seconds(sequences: int, verify: int, leave: int) -> float:
         drafting = 0.005 * (leave > 0) if lookup else 0.1 * leave
         return cost(sequences, verify + 1) + drafting * cost(sequences, 1)
 
+    return World(seconds, batch, acceptance, 0.4 if lookup else 1.0, eager=lookup, noise=True, rng=rng)
+
+
+def long_run(cost: Pass, kind: str, batch: int, acceptance: float, steps: int) -> tuple[float, list[float]]:
+    """Tokens a second → of `auto`, all that it tries included, and of every fixed K."""
     rng = random.Random(f"{cost.__name__} {kind} {batch} {acceptance}")
-    seen = World(seconds, batch, acceptance, 0.4 if lookup else 1.0, eager=lookup, noise=True, rng=rng)
-    found = seen.run(DraftLength("auto", MAX_K, eager=lookup), steps).rate()
+    seen = world_of(cost, kind, batch, acceptance, rng)
+    found = seen.run(DraftLength("auto", MAX_K, eager=kind == "prompt lookup"), steps).rate()
     return found, [seen.fixed(k) for k in range(MAX_K + 1)]
 
 
@@ -263,6 +267,22 @@ def check(cost: Pass, kind: str, batch: int, acceptance: float) -> None:
 def test_never_slower_in_the_long_run(cost: Pass, kind: str, batch: int) -> None:
     for acceptance in (0.0, 0.4, 0.8):
         check(cost, kind, batch, acceptance)
+
+
+@pytest.mark.parametrize(
+    ("cost", "kind", "acceptance", "before", "after"),
+    [
+        (compute_bound, "draft layer", 0.6, 1, 33),
+        (in_tiles, "prompt lookup", 0.4, 8, 200),
+        (compute_bound, "prompt lookup", 0.6, 200, 4),
+    ],
+)
+def test_a_batch_where_drafts_no_longer_pay(cost: Pass, kind: str, acceptance: float, before: int, after: int) -> None:
+    """They paid at another, or what was saved there was many steps' time here: it costs little to notice."""
+    lengths, rng = DraftLength("auto", MAX_K, eager=kind == "prompt lookup"), random.Random(1)
+    world_of(cost, kind, before, acceptance, rng).run(lengths, 600)
+    seen = world_of(cost, kind, after, acceptance, rng).run(lengths, SHORT)
+    assert seen.rate() > 0.96 * seen.fixed(0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -66,8 +66,8 @@ class Drafting(Struct, frozen=True):
     verify: int = 0
     draft: int = 0
     look: bool = False
-    """The last of the drafts that it leaves is not verified: what is left comes back (`SlotResult.drafts`), for the host to
-    compare with the tokens that come instead."""
+    """It leaves one draft more than it verifies: what is left comes back (`SlotResult.drafts`), for the host to compare with
+    the tokens that come instead."""
 
 
 class StepPlan(Struct, frozen=True, kw_only=True):
