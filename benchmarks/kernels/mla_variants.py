@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from timing import Timer
 
 PAGES, MAPS, EARLY, TOGETHER = "PAGES_IN_RECORD", "FETCH_MAPS", "LAUNCH_EARLY", "MERGE_TOGETHER"
-SWAP, CONVERT = "SWAP_OPERANDS", "CONVERT_EARLY"
-NAMES = (PAGES, MAPS, EARLY, TOGETHER, SWAP, CONVERT)
+SWAP, CONVERT, REGISTERS = "SWAP_OPERANDS", "CONVERT_EARLY", "VALUES_IN_REGISTERS"
+NAMES = (PAGES, MAPS, EARLY, TOGETHER, SWAP, CONVERT, REGISTERS)
 TILES = "tiles"
 """The variant whose plan takes whole pieces only where they are no longer than tiles (`plan.SLACK` 0)."""
 PATIENCE = 120.0
@@ -42,10 +42,10 @@ def variants(shape: Shape) -> dict[str, tuple[str, ...]]:
     """Names and switches, the boldest last."""
     rows = shape.heads * shape.q_len
     own: tuple[str, ...] = ()
-    if shape.kv == "fp8" and rows <= 64:
-        own = (SWAP,) if rows <= 32 else (CONVERT,)
+    if shape.kv == "fp8":
+        own = (SWAP,) if rows <= 32 else (CONVERT,) if rows <= 64 else (REGISTERS,)
     found: dict[str, tuple[str, ...]] = {"base": ()}
-    found |= {"swap" if one == SWAP else "convert": (one,) for one in own}
+    found |= {{SWAP: "swap", CONVERT: "convert", REGISTERS: "registers"}[one]: (one,) for one in own}
     found |= {"pages": (PAGES,), "maps": (MAPS,), "pages maps": (PAGES, MAPS), "early": (EARLY,)}
     found |= {"all apart": (*own, PAGES, MAPS, EARLY), "together": (TOGETHER,), "pages together": (PAGES, TOGETHER)}
     if own:

@@ -54,7 +54,15 @@ def test_decode_agrees_with_float64(lengths: list[int], heads: int, query_length
     assert torch.equal(wide, run(case, "bf16")), "a moving result is a race"
 
 
-SWITCHES = ("PAGES_IN_RECORD", "FETCH_MAPS", "LAUNCH_EARLY", "CONVERT_EARLY", "SWAP_OPERANDS", "MERGE_TOGETHER")
+SWITCHES = (
+    "PAGES_IN_RECORD",
+    "FETCH_MAPS",
+    "LAUNCH_EARLY",
+    "CONVERT_EARLY",
+    "SWAP_OPERANDS",
+    "VALUES_IN_REGISTERS",
+    "MERGE_TOGETHER",
+)
 WAYS = [*((name,) for name in SWITCHES), ("SWAP_OPERANDS", "MERGE_TOGETHER"), SWITCHES]
 
 
@@ -73,12 +81,15 @@ MORE_ROWS = [
     ([17, 0, 3000, 640], 32, 2),
     ([900, 0, 100], 40, 3),
     ([5000, 333], 128, 1),
+    ([0, 700, 0, 5, 64, 65] * 30, 128, 1),
+    ([1000, 77, 8], 128, 8),
 ]
 
 
 @pytest.mark.parametrize(
     ("on", "lengths", "heads", "query_length"),
-    [(on, *shape) for on in WAYS for shape in FEW_ROWS] + [(SWITCHES, *shape) for shape in MORE_ROWS],
+    [(on, *shape) for on in WAYS for shape in FEW_ROWS]
+    + [(on, *shape) for on in (SWITCHES, ("VALUES_IN_REGISTERS",)) for shape in MORE_ROWS],
 )
 def test_every_switch_agrees_with_float64(
     on: tuple[str, ...], lengths: list[int], heads: int, query_length: int, monkeypatch: pytest.MonkeyPatch

@@ -28,7 +28,15 @@ def test_plain_kernels_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-SWITCHES = ("PAGES_IN_RECORD", "MERGE_TOGETHER", "SWAP_OPERANDS", "CONVERT_EARLY", "LAUNCH_EARLY", "FETCH_MAPS")
+SWITCHES = (
+    "PAGES_IN_RECORD",
+    "MERGE_TOGETHER",
+    "SWAP_OPERANDS",
+    "VALUES_IN_REGISTERS",
+    "CONVERT_EARLY",
+    "LAUNCH_EARLY",
+    "FETCH_MAPS",
+)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -67,7 +75,8 @@ def test_decode_compiles_for_hopper(
     launches = launched(kv, heads, queries)
     names = [one.kernel.__name__ for one in launches]
     swapped = "SWAP_OPERANDS" in on and kv == "fp8" and heads * queries <= 32
-    decode = f"decode_{kv}" + "_few" * swapped
+    registers = "VALUES_IN_REGISTERS" in on and kv == "fp8" and heads * queries > 64
+    decode = f"decode_{kv}" + "_few" * swapped + "_many" * registers
     assert names == ["plan_kernel", decode] + ["combine_splits"] * ("MERGE_TOGETHER" not in on)
     compiled = compile_launch(launches[1])
     ptx = compiled.asm["ptx"]
@@ -75,6 +84,8 @@ def test_decode_compiles_for_hopper(
     assert "cp.async.bulk.tensor" in ptx
     assert ("f32.e4m3.e4m3" in ptx) == (kv == "fp8")
     assert ("wgmma.mma_async.sync.aligned.m64n16k32" in ptx) == swapped
+    # Values' products whose first operand is in registers: two warpgroups, four runs of keys, four times 64 columns.
+    assert len(re.findall(r"m64n64k16\.f32\.f16\.f16 \{[^}]*\}, \{", ptx)) == 32 * registers
     assert compiled.metadata.shared <= 232_448
     if swapped:
         assert stack_bytes(compiled, tmp_path) == 0

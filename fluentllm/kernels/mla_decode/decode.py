@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..triton.launch import launch, multiprocessors, overlaps, programmatic
-from . import hopper_bf16, hopper_fp8, hopper_fp8_few, switches
+from . import hopper_bf16, hopper_fp8, hopper_fp8_few, hopper_fp8_many, switches
 from .combine import combine_splits
 from .expand import ALL, Shares, merge_and_expand, shares
 from .layout import LATENT, PAGE, ROPE, Fp8Planes
@@ -118,6 +118,13 @@ class MlaDecode:
                 hopper_fp8_few.decode_fp8_few, (self.plan.parts,),
                 _rows_descriptor(q_latent, LATENT, tile, 128), _rows_descriptor(q_rope, ROPE, tile), *rest, q_scale, *where,
                 NUM_STAGES=hopper_fp8.STAGES, TILE=tile, **shape,
+            )  # fmt: skip
+        elif switches.VALUES_IN_REGISTERS and self.rows > ROW_TILE:
+            groups = -(-self.rows // ROW_TILE)
+            launch(
+                hopper_fp8_many.decode_fp8_many, (self.plan.parts * groups,),
+                _rows_descriptor(q_latent, LATENT, ROW_TILE, 128), _rows_descriptor(q_rope, ROPE), *rest, q_scale, *where,
+                GROUPS=groups, NUM_STAGES=hopper_fp8_many.STAGES, **shape,
             )  # fmt: skip
         else:
             groups = -(-self.rows // ROW_TILE)

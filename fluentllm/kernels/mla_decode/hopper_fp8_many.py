@@ -1,0 +1,298 @@
+"""MLA decode over the FP8 cache on Hopper for more than 64 rows, where the MMAs set the pace: V goes from pages to registers.
+
+The output is O^T = V^T P^T: columns of V on the MMA's M, rows on its N. The MMA's first operand may come from registers. There
+V^T is made from the page as it lies, with no copy in FP16: a thread reads four neighbouring columns of a key at a time, and
+which columns an MMA's row stands for is ours to choose, so that what a thread has read is what it must hold. Bytes change
+places inside of a thread only, and are converted (exactly).
+
+The scores keep S = Q K^T, rows on the MMA's M, a row's keys in one quad; P is stored as [rows, keys], which is P^T as an MMA's
+second operand takes it. Queries come by TMA. Partitions and order are those of `hopper_fp8`.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper_common import (
+    exp2,
+    handshakes,
+    launch_dependents,
+    next_piece,
+    part_of,
+    probability_handshakes,
+    publish_sums,
+    row_max,
+    wait_for_inputs,
+)
+from .hopper_fp8 import loader
+from .hopper_merge import clear_inert, count_piece, ends_of_part, merge_splits
+
+STAGES = 4
+LAG: gl.constexpr = gl.constexpr(8.0)
+"""By how much, in log2 units, a logit may exceed the reference of the softmax before that follows: FP16 holds 2^15."""
+
+
+@gluon.jit
+def _raw_scores(q8, qr, k8, kr, stage, zero8, zeror):
+    """Q K^T of one page, unscaled. Two accumulators, since FP8 and BF16 products have different types of layout."""
+    s8 = zero8
+    for panel in gl.static_range(4):
+        keys = k8.index(stage * 4 + panel).reshape([64, 128]).permute((1, 0))
+        s8 = warpgroup_mma(q8.index(panel), keys, s8, use_acc=panel > 0, is_async=True)
+    sr = warpgroup_mma(qr, kr.index(stage).reshape([64, 64]).permute((1, 0)), zeror, use_acc=False, is_async=True)
+    s8, sr = warpgroup_mma_wait(0, deps=[s8, sr])
+    return s8 + gl.convert_layout(sr, zero8.type.layout)
+
+
+@gluon.jit
+def _softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total, p, alphas, p_full, p_empty, step,
+                  SUMS: gl.constexpr):  # fmt: skip
+    """As `hopper_fp8.softmax_page`, with sums [64, 4]: those of a quad's lanes stay apart until the piece ends."""
+    k_scale = scale_bits.to(gl.float32, bitcast=True)
+    log2_scale = ((scale_bits >> 23) | 0x4B000000).to(gl.float32, bitcast=True) - 8388735.0
+    reciprocal = (0x7F000000 - scale_bits).to(gl.float32, bitcast=True)
+    weighted = raw * k_scale[None, :] * factor[:, None] + log2_scale[None, :]
+    if hidden_from < 64:
+        weighted = gl.where(key[None, :] < visible[:, None], weighted, float("-inf"))
+    best = row_max(weighted)
+    # A reference that lags serves as well, and the output need not be scaled for every small step: P stays below 2^LAG.
+    new_top = gl.where(best > top + LAG, best, top)
+    alpha = exp2(top - new_top)
+    prob = exp2(weighted - new_top[:, None])
+    buffer = step % 2
+    mbarrier.wait(p_empty.index(buffer), ((step // 2) & 1) ^ 1)
+    p.index(buffer).store(prob.to(gl.float16))
+    alphas.index(buffer).store(alpha)
+    fence_async_shared()
+    mbarrier.arrive(p_full.index(buffer), count=1)
+    own = gl.sum(gl.sum((prob * reciprocal[None, :]).reshape([64, 8, 4, 2]), 1), 2)
+    kept = gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))
+    total = total * kept[:, None] + gl.convert_layout(own, SUMS, assert_trivial=True)
+    return new_top, total
+
+
+@gluon.jit
+def _scores(q_scale, lse, q8, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full, p_empty, l_full,
+            l_empty, lengths, starts, records, scale_log2, HEADS: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+            NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+    wait_for_inputs(EARLY)
+    part, begin, end, high, first, last, keys = part_of(records, GROUPS)
+    group = gl.program_id(0) % GROUPS
+    S8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
+    SR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    # The sums of a row's keys stay apart in the four lanes that hold them, until a piece ends.
+    SUMS: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[8, 0]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 4],
+    )
+    row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, S8))
+    key = gl.arange(0, 64, gl.SliceLayout(0, S8))
+    zero8 = gl.zeros([64, 64], gl.float32, S8)
+    zeror = gl.zeros([64, 64], gl.float32, SR)
+    step = 0
+    piece = 0
+    for sequence in range(begin, end):
+        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
+        if first < last:
+            factor = gl.load(q_scale + sequence * ROWS + row, mask=row < ROWS, other=0.0) * scale_log2
+            least = keys - ROWS // HEADS + 1
+            visible = least + row // HEADS
+            top = gl.full([64], -1.0e30, gl.float32, gl.SliceLayout(1, S8))
+            total = gl.zeros([64, 4], gl.float32, SUMS)
+            mbarrier.wait(q_full, piece & 1)
+            for index in range(first, last):
+                stage = step % NUM_STAGES
+                mbarrier.wait(k_full.index(stage), (step // NUM_STAGES) & 1)
+                raw = _raw_scores(q8, qr, k8, kr, stage, zero8, zeror)
+                bits = ks.index(stage).reshape([64]).load(gl.SliceLayout(0, S8)).to(gl.int32, bitcast=True)
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                top, total = _softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total, p,
+                                           alphas, p_full, p_empty, step, SUMS)  # fmt: skip
+                step += 1
+            mbarrier.arrive(q_empty, count=1)
+            total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
+            publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS, 64)
+            piece += 1
+        first = next_first
+        last = next_last
+        keys = next_keys
+
+
+@gluon.jit
+def _columns_of_keys(k8, panel, FROM: gl.constexpr, A: gl.constexpr):
+    """V^T of 16 keys, from FROM on, and the 128 columns of a panel: [128, 16] FP16, as an MMA's first operand."""
+    # Lane (g, t) of a warp holds keys 2t, 2t + 1, 2t + 8, 2t + 9 of columns 4g … 4g + 3: eight lanes read 32 contiguous bytes
+    # of each of four keys, which do not meet in a bank of the 128-byte swizzle.
+    READ: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [1, 0], [8, 0]],
+        lane_bases=[[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]],
+        warp_bases=[[0, 32], [0, 64]],
+        block_bases=[],
+        shape=[16, 128],
+    )
+    read = k8.index(panel).reshape([64, 128]).slice(FROM, 16, dim=0).load(READ)
+    # [pairs of keys, the two, 32 runs of columns, 4 columns] → of each pair's four columns a register of FP16 each, the two
+    # keys in it: the inputs' order in a thread is (key, column), the outputs' (column, key).
+    pairs = read.reshape([8, 2, 32, 4]).permute((0, 2, 1, 3))
+    pairs = gl.inline_asm_elementwise(
+        """{
+        .reg .b32 low, high; .reg .b16 a, b, c, d;
+        prmt.b32 low, $4, $5, 0x5140;
+        prmt.b32 high, $4, $5, 0x7362;
+        mov.b32 {a, b}, low;
+        mov.b32 {c, d}, high;
+        cvt.rn.f16x2.e4m3x2 $0, a;
+        cvt.rn.f16x2.e4m3x2 $1, b;
+        cvt.rn.f16x2.e4m3x2 $2, c;
+        cvt.rn.f16x2.e4m3x2 $3, d;
+        }""",
+        "=r,=r,=r,=r,r,r", [pairs], dtype=gl.float16, is_pure=True, pack=8,
+    )  # fmt: skip
+    # [pairs of keys, warp, g, tile, half, the two] → rows of the MMA in the order (tile, warp, half, g), then keys.
+    turned = pairs.reshape([8, 4, 8, 2, 2, 2]).permute((3, 1, 4, 2, 0, 5)).reshape([128, 16])
+    return gl.convert_layout(turned, A, assert_trivial=True)
+
+
+@gluon.jit
+def _in_order(rows):
+    """Columns of the output out of the order that `_columns_of_keys` gives the MMA's rows; a thread's four side by side."""
+    STORED: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[1, 0], [2, 0], [0, 1], [0, 8], [0, 16], [0, 32]],
+        lane_bases=[[0, 2], [0, 4], [4, 0], [8, 0], [16, 0]],
+        warp_bases=[[32, 0], [64, 0]],
+        block_bases=[],
+        shape=[128, 64],
+    )
+    turned = rows.reshape([2, 4, 2, 8, 64]).permute((1, 3, 0, 2, 4)).reshape([128, 64])
+    return gl.convert_layout(turned, STORED, assert_trivial=True)
+
+
+@gluon.jit
+def _write_columns(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, group, piece,
+                   HALF: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
+    """As `hopper_common.write_piece`, of [columns, rows]."""
+    mbarrier.wait(l_full, piece & 1)
+    factor = inverse.load(gl.SliceLayout(0, left.type.layout))[None, :]
+    mbarrier.arrive(l_empty, count=1)
+    left = _in_order(left * factor)
+    right = _in_order(right * factor)
+    row = group * 64 + gl.arange(0, 64, gl.SliceLayout(0, left.type.layout))
+    column = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(1, left.type.layout))
+    inside = (row < ROWS)[None, :]
+    if last - first == (keys + 63) // 64:
+        target = out + (sequence * ROWS + row).to(gl.int64)[None, :] * 512 + column[:, None]
+        gl.store(target, left.to(out.dtype.element_ty), mask=inside)
+        gl.store(target + 128, right.to(out.dtype.element_ty), mask=inside)
+    else:
+        slot = 2 * part + (first == 0).to(gl.int32)
+        place = partial + (slot * ROWS + row).to(gl.int64)[None, :] * 512 + column[:, None]
+        gl.store(place, left, mask=inside)
+        gl.store(place + 128, right, mask=inside)
+
+
+@gluon.jit
+def _values(out, partial, lse, k8, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths, starts,
+            spans, records, counters, count, parts, HALF: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+            NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr, MERGE: gl.constexpr):  # fmt: skip
+    wait_for_inputs(EARLY)
+    part, begin, end, high, first, last, keys = part_of(records, GROUPS)
+    if MERGE:
+        first_a, splits_a, first_b, splits_b = ends_of_part(spans, begin, end, count)
+        clear_inert(out, lengths, count, parts, GROUPS, ROWS, HALF)
+    group = gl.program_id(0) % GROUPS
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    step = 0
+    piece = 0
+    before_a = 0
+    before_b = 0
+    for sequence in range(begin, end):
+        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
+        if first < last:
+            left = gl.zeros([128, 64], gl.float32, OUT)
+            right = gl.zeros([128, 64], gl.float32, OUT)
+            for _ in range(first, last):
+                stage = step % NUM_STAGES
+                buffer = step % 2
+                panel = stage * 4 + HALF * 2
+                mbarrier.wait(k_full.index(stage), (step // NUM_STAGES) & 1)
+                v_left = _columns_of_keys(k8, panel, 0, A)
+                v_right = _columns_of_keys(k8, panel + 1, 0, A)
+                mbarrier.wait(p_full.index(buffer), (step // 2) & 1)
+                alpha = alphas.index(buffer).load(gl.SliceLayout(0, OUT))
+                if gl.min(alpha, 0) < 1.0:
+                    left = left * alpha[None, :]
+                    right = right * alpha[None, :]
+                for block in gl.static_range(4):
+                    probabilities = p.index(buffer).slice(block * 16, 16, dim=1).permute((1, 0))
+                    left = warpgroup_mma(v_left, probabilities, left, is_async=True)
+                    right = warpgroup_mma(v_right, probabilities, right, is_async=True)
+                    if block < 3:
+                        next_left = _columns_of_keys(k8, panel, (block + 1) * 16, A)
+                        next_right = _columns_of_keys(k8, panel + 1, (block + 1) * 16, A)
+                        left, right, v_left, v_right = warpgroup_mma_wait(0, deps=[left, right, v_left, v_right])
+                        v_left = next_left
+                        v_right = next_right
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                left, right, v_left, v_right = warpgroup_mma_wait(0, deps=[left, right, v_left, v_right])
+                mbarrier.arrive(p_empty.index(buffer), count=1)
+                step += 1
+            _write_columns(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, group, piece,
+                           HALF, ROWS)  # fmt: skip
+            if MERGE:
+                before_b = count_piece(counters, sequence, first, last, keys, GROUPS, HALF)
+                if sequence == begin:
+                    before_a = before_b
+            piece += 1
+        first = next_first
+        last = next_last
+        keys = next_keys
+    if MERGE:
+        merge_splits(out, partial, lse, counters, part, begin, end, first_a, splits_a, first_b, splits_b, before_a, before_b,
+                     ROWS, GROUPS, HALF)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["count", "parts"])
+def decode_fp8_many(q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, lse, page_table, lengths, starts, spans,
+                    records, counters, count, parts, scale_log2, table_width, HEADS: gl.constexpr, ROWS: gl.constexpr,
+                    GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, PDL: gl.constexpr, PAGES: gl.constexpr,
+                    EARLY: gl.constexpr, MAPS: gl.constexpr, MERGE: gl.constexpr):  # fmt: skip
+    """Grid: parts × groups programs, the groups of a part side by side so that they share its pages in L2. PAGES, EARLY, MAPS,
+    MERGE: of `switches`."""
+    q8 = gl.allocate_shared_memory(gl.float8e4nv, [4, 64, 128], q8_desc.layout)
+    qr = gl.allocate_shared_memory(gl.bfloat16, [64, 64], qr_desc.layout)
+    k8 = gl.allocate_shared_memory(gl.float8e4nv, [NUM_STAGES * 4, 1, 64, 128], k8_desc.layout)
+    kr = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES, 1, 64, 64], kr_desc.layout)
+    ks = gl.allocate_shared_memory(gl.float32, [NUM_STAGES, 1, 64], ks_desc.layout)
+    F16: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    p = gl.allocate_shared_memory(gl.float16, [2, 64, 64], F16)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    alphas = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT)
+    inverse = gl.allocate_shared_memory(gl.float32, [64], FLAT)
+    mapped, q_full, q_empty, l_full, l_empty, k_full, k_empty = handshakes(NUM_STAGES)
+    p_full, p_empty = probability_handshakes()
+    if PDL:
+        launch_dependents()
+    gl.warp_specialize(
+        [
+            (_scores, (q_scale, lse, q8, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full, p_empty,
+                       l_full, l_empty, lengths, starts, records, scale_log2, HEADS, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY)),
+            (_values, (out, partial, lse, k8, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths,
+                       starts, spans, records, counters, count, parts, 0, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
+            (_values, (out, partial, lse, k8, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths,
+                       starts, spans, records, counters, count, parts, 1, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
+            (loader, (q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, q8, qr, k8, kr, ks, q_full, q_empty, k_full, k_empty, mapped,
+                      page_table, lengths, starts, records, ROWS, GROUPS, table_width, 64, True, PAGES, EARLY, MAPS,
+                      NUM_STAGES)),
+        ],
+        [4, 4, 1],
+        [176, 176, 24],
+    )  # fmt: skip
