@@ -6,8 +6,7 @@ Kept for each class of requests: a proposer may guess greedy requests well and s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import hypot, sqrt
-from operator import mul
+from math import sqrt
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 WINDOW, REQUESTS = 64, 4
 """Sequences' steps that a running share remembers, and requests of which it knows what is usual."""
 CAUTION = 0.5
-"""Standard deviations that drafts are taken to bring less than it seems: without drafts nothing can be lost."""
+"""Standard deviations that a share is taken for less than it seems: without drafts nothing can be lost."""
 DOUBT = 2.5
 """Sequences' steps that a share counts for before anything was seen of it, and what is usual when new requests come."""
 
@@ -44,9 +43,9 @@ class Share:
         self.mean += asked / self.weight * (yes / asked - self.mean)
         self.seen = True
 
-    def deviation(self) -> float:
-        """What the mean may well be wrong by."""
-        return sqrt(self.mean * (1 - self.mean) / self.weight)
+    def least(self) -> float:
+        """The mean, less what it may well be wrong by."""
+        return max(0.0, self.mean - CAUTION * sqrt(self.mean * (1 - self.mean) / self.weight))
 
     def renew(self, new: int, part: float) -> None:
         """So many requests have come in the place of others, this part of all: of them only what is usual is known."""
@@ -70,23 +69,16 @@ class Seen:
     """For each K, since the shares last changed: it is asked for several times a step."""
 
     def tokens(self, k: int) -> float:
-        """That a sequence may count on in a step with K drafts. A place that was not seen is taken for the one before. Each is
-        wrong on its own, so all together are by less than the sum."""
+        """That a sequence may count on in a step with K drafts. A place that was not seen is taken for the one before. The
+        first decides between drafts and none, so it needs caution: at the others that would only make them fewer."""
         if k >= len(self._tokens):
-            total, survives = 1.0, self.offered.mean
+            total, survives, mean = 1.0, self.offered.mean, 0.0
             self._tokens = [total]
-            # How far `survives` and `total` move with the mean of each place, and what that may be wrong by.
-            of_last: list[float] = []
-            of_total: list[float] = []
-            wrong: list[float] = []
             for place in range(max(k, len(self.right))):
-                share = self.right[min(place, len(self.right) - 1)] if self.right else Share(0.0)
-                of_last = [*(slope * share.mean for slope in of_last), survives]
-                of_total = [slope + more for slope, more in zip([*of_total, 0.0], of_last, strict=True)]
-                wrong.append(share.deviation())
-                survives *= share.mean
+                mean = self.right[place].mean if place < len(self.right) else mean
+                survives *= mean if place or not self.right else self.right[0].least()
                 total += survives
-                self._tokens.append(max(1.0, total - CAUTION * hypot(*map(mul, of_total, wrong))))
+                self._tokens.append(total)
         return self._tokens[k]
 
     def changed(self) -> None:
