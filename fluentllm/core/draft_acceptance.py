@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
     from .types import SamplingParams
 
-WINDOW, REQUESTS = 64, 4
-"""Sequences' steps that a running share remembers, and requests of which it knows what is usual."""
+WINDOW, STEPS, REQUESTS = 64, 8, 4
+"""What a running share remembers: so many sequences' steps, or of many sequences so many steps, since one has its luck; and
+requests of which it knows what is usual."""
 CAUTION = 0.5
 """Standard deviations that a share is taken for less than it seems: without drafts nothing can be lost."""
 DOUBT = 2.5
@@ -39,7 +40,7 @@ class Share:
         self.usual = self.mean
 
     def add(self, yes: int, asked: int) -> None:
-        self.weight = min(self.weight + asked, max(WINDOW, asked))
+        self.weight = min(self.weight + asked, max(WINDOW, STEPS * asked))
         self.mean += asked / self.weight * (yes / asked - self.mean)
         self.seen = True
 
