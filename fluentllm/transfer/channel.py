@@ -123,13 +123,14 @@ class Channel:
         self._operations.clear()
         self._rows = self._bytes = 0
 
-    def step(self) -> bool:
-        """Look at what is under way, end what is over, post what fits. Returns whether anything moves."""
+    def step(self, *, look: bool = True) -> bool:
+        """Look at what is under way, unless that is left to another step, end what is over, post what fits. Returns whether
+        anything moves."""
         self.waits = self.hurry = False
         if self.gone:
             return False
         try:
-            ended = self._look()
+            ended = look and self._look()
             self._probe()
             posted = self._post()
             self.hurry = self.waits and (ended or posted)

@@ -154,7 +154,7 @@ class PolledTransport:
                 return False
             with self._wire.lent():
                 channel.add(transfer)
-                channel.step()
+                channel.step(look=False)  # the thread does, and in a row of transfers each would look at all before it
             self._handed = time.monotonic()
         finally:
             self._driving.release()
