@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "gpu" / "models"
+ROOT = Path(__file__).parents[2]
+MODELS = ROOT / "benchmarks" / "gpu" / "models"
 KEPT_UP = {
     "_shift_kernel": 1,  # its rows, and the states at pages' ends
     "index_select": 1,  # rotary
@@ -20,6 +21,7 @@ KEPT_UP = {
 @pytest.mark.parametrize(("kv_dtype", "append"), [("auto", "_append_latents_kernel"), ("fp8", "_append_norms")])
 @pytest.mark.parametrize("model", ["deepseek-v3-lite", "longcat-flash-lite"])
 def test_a_step_without_drafts(model: str, kv_dtype: str, append: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.kernels.count_launches import counted
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
