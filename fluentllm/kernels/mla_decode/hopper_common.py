@@ -163,6 +163,21 @@ def write_piece(out, partial, left, right, inverse, l_full, l_empty, part, seque
 
 
 @gluon.jit
+def store_columns(out, partial, left, right, part, sequence, first, last, keys, row, column, ROWS: gl.constexpr):
+    """2 × [128 columns, rows], normalised, to the output, or to the piece's slot."""
+    inside = (row < ROWS)[None, :]
+    if last - first == (keys + 63) // 64:
+        target = out + (sequence * ROWS + row).to(gl.int64)[None, :] * 512 + column[:, None]
+        gl.store(target, left.to(out.dtype.element_ty), mask=inside)
+        gl.store(target + 128, right.to(out.dtype.element_ty), mask=inside)
+    else:
+        slot = 2 * part + (first == 0).to(gl.int32)
+        place = partial + (slot * ROWS + row).to(gl.int64)[None, :] * 512 + column[:, None]
+        gl.store(place, left, mask=inside)
+        gl.store(place + 128, right, mask=inside)
+
+
+@gluon.jit
 def launch_dependents():
     """Programmatic dependent launch: the next kernel may be set up now; it waits for this one's end before it reads."""
     gdc_launch_dependents()

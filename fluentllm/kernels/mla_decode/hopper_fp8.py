@@ -120,10 +120,10 @@ def _raw_scores(q0, q1, q2, q3, qr, k8, kr, stage, zero8, zeror):
 
 
 @gluon.jit
-def softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total, p, alphas, p_full, p_empty, step,
-                  TILE: gl.constexpr):  # fmt: skip
-    """Online softmax of a page. `scale_bits` are those of a power of two (its exponent gives log2, its negation the
-    reciprocal); a page never written has zeros there, which masked keys survive."""
+def weighted_logits(raw, scale_bits, factor, hidden_from, visible, key):
+    """Logits and their keys' scales in log2 units, -inf of keys that a row may not see → these, and the scales' reciprocals.
+    `scale_bits` are those of a power of two (its exponent gives log2, its negation the reciprocal); a page never written has
+    zeros there, which masked keys survive."""
     k_scale = scale_bits.to(gl.float32, bitcast=True)
     log2_scale = ((scale_bits >> 23) | 0x4B000000).to(gl.float32, bitcast=True) - 8388735.0
     reciprocal = (0x7F000000 - scale_bits).to(gl.float32, bitcast=True)
@@ -131,6 +131,14 @@ def softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total,
     weighted = raw * k_scale[None, :] * factor[:, None] + log2_scale[None, :]
     if hidden_from < 64:
         weighted = gl.where(key[None, :] < visible[:, None], weighted, float("-inf"))
+    return weighted, reciprocal
+
+
+@gluon.jit
+def softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total, p, alphas, p_full, p_empty, step,
+                  TILE: gl.constexpr):  # fmt: skip
+    """Online softmax of a page."""
+    weighted, reciprocal = weighted_logits(raw, scale_bits, factor, hidden_from, visible, key)
     if TILE == 64:
         new_top = gl.maximum(top, row_max(weighted))
     else:

@@ -25,6 +25,7 @@ from .hopper_common import (
     part_of,
     probability_handshakes,
     publish_sums,
+    store_columns,
     wait_for_inputs,
 )
 from .hopper_fp8 import convert, loader, softmax_page
@@ -94,16 +95,7 @@ def _write_columns(out, partial, left, right, inverse, l_full, l_empty, part, se
     mbarrier.wait(l_full, piece & 1)
     factor = inverse.slice(0, row.shape[0], dim=0).load(row.type.layout)[None, :]
     mbarrier.arrive(l_empty, count=1)
-    inside = (row < ROWS)[None, :]
-    if last - first == (keys + 63) // 64:
-        target = out + (sequence * ROWS + row).to(gl.int64)[None, :] * 512 + column[:, None]
-        gl.store(target, (left * factor).to(out.dtype.element_ty), mask=inside)
-        gl.store(target + 128, (right * factor).to(out.dtype.element_ty), mask=inside)
-    else:
-        slot = 2 * part + (first == 0).to(gl.int32)
-        place = partial + (slot * ROWS + row).to(gl.int64)[None, :] * 512 + column[:, None]
-        gl.store(place, left * factor, mask=inside)
-        gl.store(place + 128, right * factor, mask=inside)
+    store_columns(out, partial, left * factor, right * factor, part, sequence, first, last, keys, row, column, ROWS)
 
 
 @gluon.jit

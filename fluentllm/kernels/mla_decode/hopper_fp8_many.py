@@ -27,9 +27,10 @@ from .hopper_common import (
     probability_handshakes,
     publish_sums,
     row_max,
+    store_columns,
     wait_for_inputs,
 )
-from .hopper_fp8 import loader
+from .hopper_fp8 import loader, weighted_logits
 from .hopper_merge import clear_inert, count_piece, ends_of_part, merge_splits
 
 STAGES = 4
@@ -53,12 +54,7 @@ def _raw_scores(q8, qr, k8, kr, stage, zero8, zeror):
 def _softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total, p, alphas, p_full, p_empty, step,
                   SUMS: gl.constexpr):  # fmt: skip
     """As `hopper_fp8.softmax_page`, with sums [64, 4]: those of a quad's lanes stay apart until the piece ends."""
-    k_scale = scale_bits.to(gl.float32, bitcast=True)
-    log2_scale = ((scale_bits >> 23) | 0x4B000000).to(gl.float32, bitcast=True) - 8388735.0
-    reciprocal = (0x7F000000 - scale_bits).to(gl.float32, bitcast=True)
-    weighted = raw * k_scale[None, :] * factor[:, None] + log2_scale[None, :]
-    if hidden_from < 64:
-        weighted = gl.where(key[None, :] < visible[:, None], weighted, float("-inf"))
+    weighted, reciprocal = weighted_logits(raw, scale_bits, factor, hidden_from, visible, key)
     best = row_max(weighted)
     # A reference that lags serves as well, and the output need not be scaled for every small step: P stays below 2^LAG.
     new_top = gl.where(best > top + LAG, best, top)
@@ -186,16 +182,7 @@ def _write_columns(out, partial, left, right, inverse, l_full, l_empty, part, se
     right = _in_order(right * factor)
     row = group * 64 + gl.arange(0, 64, gl.SliceLayout(0, left.type.layout))
     column = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(1, left.type.layout))
-    inside = (row < ROWS)[None, :]
-    if last - first == (keys + 63) // 64:
-        target = out + (sequence * ROWS + row).to(gl.int64)[None, :] * 512 + column[:, None]
-        gl.store(target, left.to(out.dtype.element_ty), mask=inside)
-        gl.store(target + 128, right.to(out.dtype.element_ty), mask=inside)
-    else:
-        slot = 2 * part + (first == 0).to(gl.int32)
-        place = partial + (slot * ROWS + row).to(gl.int64)[None, :] * 512 + column[:, None]
-        gl.store(place, left, mask=inside)
-        gl.store(place + 128, right, mask=inside)
+    store_columns(out, partial, left, right, part, sequence, first, last, keys, row, column, ROWS)
 
 
 @gluon.jit
