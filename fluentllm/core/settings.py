@@ -99,6 +99,13 @@ class SchedulerSettings(Struct, kw_only=True, forbid_unknown_fields=True):
             "launching it takes the host, or 1.5 times what it takes with hardly any. auto: 4 on a GPU, no bound on a CPU."
         ),
     ] = None
+    prefill_first: Annotated[
+        bool,
+        _help(
+            "While a prompt can be computed, nobody decodes: more tokens a second where many requests come at once, and longer "
+            "gaps between tokens, which max_step_ratio then does not bound."
+        ),
+    ] = False
 
 
 class KVSettings(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -24,6 +24,8 @@ ROW_TILE = 64
 """Query rows (heads × query length) of one CTA."""
 MOST_SWAPPED = 32
 """Rows up to which operands may be swapped."""
+LEAST_IN_REGISTERS = 33
+"""Rows from which `switches.VALUES_IN_REGISTERS` holds."""
 MOST_EACH = 16
 """Rows that one program of the combine merges at most."""
 FEW_PROGRAMS = 512
@@ -119,7 +121,7 @@ class MlaDecode:
                 _rows_descriptor(q_latent, LATENT, tile, 128), _rows_descriptor(q_rope, ROPE, tile), *rest, q_scale, *where,
                 NUM_STAGES=hopper_fp8.STAGES, TILE=tile, **shape,
             )  # fmt: skip
-        elif switches.VALUES_IN_REGISTERS and self.rows > ROW_TILE:
+        elif switches.VALUES_IN_REGISTERS and self.rows >= LEAST_IN_REGISTERS:
             groups = -(-self.rows // ROW_TILE)
             launch(
                 hopper_fp8_many.decode_fp8_many, (self.plan.parts * groups,),

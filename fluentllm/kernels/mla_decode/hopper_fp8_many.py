@@ -39,15 +39,15 @@ LAG: gl.constexpr = gl.constexpr(8.0)
 
 
 @gluon.jit
-def _raw_scores(q8, qr, k8, kr, stage, zero8, zeror):
-    """Q K^T of one page, unscaled. Two accumulators, since FP8 and BF16 products have different types of layout."""
-    s8 = zero8
+def _raw_scores(q8, qr, k8, kr, stage, zeror, S8: gl.constexpr):
+    """Q K^T of one page, unscaled. FP8 and BF16 products have different types of layout, though the same registers: what the
+    rotary part gives, once it is there, is where the content's products begin."""
+    sr = warpgroup_mma(qr, kr.index(stage).reshape([64, 64]).permute((1, 0)), zeror, use_acc=False, is_async=True)
+    raw = gl.convert_layout(warpgroup_mma_wait(0, deps=[sr]), S8, assert_trivial=True)
     for panel in gl.static_range(4):
         keys = k8.index(stage * 4 + panel).reshape([64, 128]).permute((1, 0))
-        s8 = warpgroup_mma(q8.index(panel), keys, s8, use_acc=panel > 0, is_async=True)
-    sr = warpgroup_mma(qr, kr.index(stage).reshape([64, 64]).permute((1, 0)), zeror, use_acc=False, is_async=True)
-    s8, sr = warpgroup_mma_wait(0, deps=[s8, sr])
-    return s8 + gl.convert_layout(sr, zero8.type.layout)
+        raw = warpgroup_mma(q8.index(panel), keys, raw, is_async=True)
+    return warpgroup_mma_wait(0, deps=[raw])
 
 
 @gluon.jit
@@ -91,7 +91,6 @@ def _scores(q_scale, lse, q8, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empt
     )
     row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, S8))
     key = gl.arange(0, 64, gl.SliceLayout(0, S8))
-    zero8 = gl.zeros([64, 64], gl.float32, S8)
     zeror = gl.zeros([64, 64], gl.float32, SR)
     step = 0
     piece = 0
@@ -107,7 +106,7 @@ def _scores(q_scale, lse, q8, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empt
             for index in range(first, last):
                 stage = step % NUM_STAGES
                 mbarrier.wait(k_full.index(stage), (step // NUM_STAGES) & 1)
-                raw = _raw_scores(q8, qr, k8, kr, stage, zero8, zeror)
+                raw = _raw_scores(q8, qr, k8, kr, stage, zeror, S8)
                 bits = ks.index(stage).reshape([64]).load(gl.SliceLayout(0, S8)).to(gl.int32, bitcast=True)
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 top, total = _softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total, p,
@@ -218,16 +217,17 @@ def _values(out, partial, lse, k8, p, alphas, inverse, k_full, k_empty, p_full, 
                 if gl.min(alpha, 0) < 1.0:
                     left = left * alpha[None, :]
                     right = right * alpha[None, :]
+                # The two in turns: one's columns are converted while the other's product runs.
                 for block in gl.static_range(4):
                     probabilities = p.index(buffer).slice(block * 16, 16, dim=1).permute((1, 0))
                     left = warpgroup_mma(v_left, probabilities, left, is_async=True)
+                    if block > 0:
+                        right, v_right = warpgroup_mma_wait(1, deps=[right, v_right])
+                        v_right = _columns_of_keys(k8, panel + 1, block * 16, A)
                     right = warpgroup_mma(v_right, probabilities, right, is_async=True)
                     if block < 3:
-                        next_left = _columns_of_keys(k8, panel, (block + 1) * 16, A)
-                        next_right = _columns_of_keys(k8, panel + 1, (block + 1) * 16, A)
-                        left, right, v_left, v_right = warpgroup_mma_wait(0, deps=[left, right, v_left, v_right])
-                        v_left = next_left
-                        v_right = next_right
+                        left, v_left = warpgroup_mma_wait(1, deps=[left, v_left])
+                        v_left = _columns_of_keys(k8, panel, (block + 1) * 16, A)
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 left, right, v_left, v_right = warpgroup_mma_wait(0, deps=[left, right, v_left, v_right])
                 mbarrier.arrive(p_empty.index(buffer), count=1)

@@ -1,7 +1,8 @@
 """Who runs in the next step: decodes first, then prompts in chunks, in order of (priority, arrival).
 
 Continuous batching with chunked prefill: every running sequence that can decode does, and what is left of the step's
-budget of prompt tokens goes to prompts that have begun, then to those that wait. When pages run short the last in order
+budget of prompt tokens goes to prompts that have begun, then to those that wait. With `scheduler.prefill_first` it is the
+other way round: while there is a prompt to compute, nobody decodes. When pages run short the last in order
 gives its own back and waits; its KV stays in the radix tree as long as nobody needs the room, so coming back is cheap.
 
 Steps in flight: a slot and its pages are released only when every step that names them has been collected. Until then the
@@ -33,6 +34,7 @@ class FcfsScheduler:
         self._kv = context.kv
         self._max_waiting = settings.max_waiting
         self._prefill_budget = context.prefill
+        self._prefill_first = settings.prefill_first
         self._max_drafts = context.max_drafts
         self._waiting: list[Sequence] = []
         self._resuming: list[Sequence] = []
@@ -82,11 +84,16 @@ class FcfsScheduler:
 
     def plan(self, step: int, drafting: Drafting) -> StepPlan | None:
         grants: list[PageGrant] = []
-        decode = self._plan_decode(step, drafting, grants)
         admit: list[SlotInit] = []
-        resume = self._plan_resume(step, drafting, admit, grants)
-        decode += [chunk.slot for chunk in resume]
-        prefill = self._plan_prefill(admit, self._prefill_budget.allow(len(decode)))
+        prefill = self._plan_prefill(admit, self._prefill_budget.allow(0)) if self._prefill_first else []
+        decode: list[int] = []
+        resume: list[PrefillChunk] = []
+        if not prefill:
+            decode = self._plan_decode(step, drafting, grants)
+            resume = self._plan_resume(step, drafting, admit, grants)
+            decode += [chunk.slot for chunk in resume]
+        if not self._prefill_first:
+            prefill = self._plan_prefill(admit, self._prefill_budget.allow(len(decode)))
         if not decode and not prefill:
             return None
         plan = StepPlan(
