@@ -11,7 +11,7 @@ from ..core.draft_watchdog import AcceptanceWatch
 from ..core.errors import CheckpointError, ConfigError
 from ..core.kv.formats import SETTINGS as KV_FORMATS
 from ..core.protocols import DraftMemory, DraftTarget
-from ..core.types import SpeculativeInfo
+from ..core.types import Drafting, SpeculativeInfo
 from ..hub.cache import cache_folder
 from ..kernels import load_library
 from ..step.synthetic import share_for
@@ -62,6 +62,15 @@ def draft_length(settings: Settings, *, eager: bool = False) -> DraftLength | No
     watch = AcceptanceWatch(least, f"proposer {wanted.method!r}")
     max_k = wanted.max_k if wanted.k == "auto" else wanted.k
     return DraftLength(wanted.k, max_k, watch, eager=eager, synthetic=synthetic_share(settings, max_k))
+
+
+def draftings(lengths: DraftLength | None) -> list[Drafting]:
+    """What a step may draft, the likeliest first."""
+    if lengths is None:
+        return [Drafting()]
+    if lengths.fixed is not None:
+        return [Drafting(lengths.fixed, lengths.fixed)]
+    return [Drafting(), Drafting(0, 1, True), *(Drafting(k, k) for k in range(1, lengths.max_k + 1))]
 
 
 def check_speculation(settings: Settings, spec: ModelSpec, plugins: PluginManager, target: DraftTarget) -> None:

@@ -18,6 +18,7 @@ from ..core.grammars import GrammarStore
 from ..core.handoff import HandoffContext, Handoffs
 from ..core.kv.cache import KVCache
 from ..core.prefill_budget import PrefillBudget
+from ..core.preparation import Preparation
 from ..core.protocols import DraftTarget, GrammarContext, SchedulerContext
 from ..core.timeline import Timeline
 from ..core.transport import TransportSpec
@@ -32,6 +33,7 @@ from .choices import (
     DEFAULT_STEP_RATIO,
     draft_length,
     draft_memory,
+    draftings,
     max_model_len,
     name_of,
     speculative_info,
@@ -156,10 +158,12 @@ def assemble(
         speculative=speculative_info(settings, max_drafts) if drafts is not None else None,
         handoff=handoffs.door if handoffs is not None else None,
     )
+    executor = Executor(parts.programs, parts.tables, threads=settings.engine.threads)
+    ahead = settings.engine.capture_when_idle and parts.programs.captures
     return Engine(
         info=info,
         scheduler=scheduler,
-        executor=Executor(parts.programs, parts.tables, threads=settings.engine.threads),
+        executor=executor,
         kv=kv,
         overlap_depth=settings.engine.overlap_depth,
         draft_length=drafts,
@@ -168,6 +172,7 @@ def assemble(
         calls=plugins.calls(),
         grammars=grammars,
         handoffs=handoffs,
+        preparation=Preparation(executor.prepare, slots, draftings(drafts)) if ahead else None,
     )
 
 

@@ -86,7 +86,8 @@ def latency(
     drafts: Drafts | None = None,
 ) -> list[dict[str, Any]]:
     """For each batch: time a step takes, by (time of steps + 1 new tokens − time of 1) / steps; medians of `rounds` after a
-    warm-up. Every prompt is fresh, so nothing comes from the prefix cache.
+    warm-up, and after what an idle engine captures for such batches. Every prompt is fresh, so nothing comes from the prefix
+    cache.
 
     Raises `ConfigError` for a batch that cannot run at once, and where a step is too short for so few steps to show.
     """
@@ -104,6 +105,9 @@ def latency(
                 seconds, _ = local.call(_run(local.generation.client, prompts, [new] * batch, own if timed else None))
                 if timed:
                     times.append(seconds)
+            if not round_number:
+                # As an engine would have that had nothing to do for a while.
+                local.call(local.engine.preparation.all(batch))
         first, whole = statistics.median(firsts), statistics.median(alls)
         tpot = (whole - first) / steps
         if tpot <= 0:

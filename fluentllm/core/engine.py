@@ -27,6 +27,7 @@ from .handoff_host import EngineHost
 from .kv.cache import KVCache
 from .plugins.observers import Observers
 from .prefill_budget import PrefillBudget
+from .preparation import Preparation
 from .protocols import EngineCall, RequestEvent, Scheduler
 from .request_checks import check_request, stop_ids
 from .sequence import Phase, Sequence
@@ -92,6 +93,7 @@ class Engine:
         calls: Mapping[str, EngineCall] | None = None,
         grammars: GrammarStore | None = None,
         handoffs: Handoffs | None = None,
+        preparation: Preparation | None = None,
     ) -> None:
         self.info = info
         self.scheduler = scheduler
@@ -110,6 +112,7 @@ class Engine:
         self._refused: dict[str, int] = {}
         self.handoffs = handoffs
         """None where prefill and decode are both here."""
+        self.preparation = preparation or Preparation(executor.prepare, 0, ())
         self._resuming: set[Sequence] = set()
         """Handed to the scheduler with their prompts' KV, and not planned yet."""
         self._failure: Exception | None = None
@@ -214,6 +217,7 @@ class Engine:
             if self.handoffs is not None and plan.prefill:
                 self.handoffs.planned(plan, [self.scheduler.sequence(chunk.slot) for chunk in plan.prefill])
             self._launched.append((plan, self.executor.launch(plan)))
+            self.preparation.saw(plan)
             self._resuming.difference_update(self.scheduler.sequence(chunk.slot) for chunk in plan.resume)
             for init in plan.admit:
                 self._observe("scheduled", self.scheduler.sequence(init.slot))
@@ -228,6 +232,7 @@ class Engine:
             if not self.has_work:
                 # A page that nobody can give back is a bug: better found now than as a server that slowly fills.
                 self.kv.check_idle()
+                await self.preparation.until(self._wake)
             await self._wake.wait()
         else:
             # Let connections in between two launches.
@@ -391,6 +396,5 @@ class Engine:
         self.observers.request(RequestEvent(kind, sequence.request.id, time.monotonic(), details))
 
     def _flush_kv_events(self) -> None:
-        events = self.kv.take_events()
-        if events:
+        if events := self.kv.take_events():
             self.observers.kv_events(events)

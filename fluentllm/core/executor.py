@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 import torch
 
+from .preparation import Program
 from .sequence import features_of
 from .slots import SlotTables
-from .types import SlotResult, StepPlan, StepResult
+from .types import Drafting, SlotResult, StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,10 @@ class Programs(Protocol):
     """Drafts of each slot that the last decode program computed."""
 
     def run(self, plan: StepPlan) -> list[Pending]: ...
+
+    def prepare(self, bucket: int, drafting: Drafting, features: int) -> bool:
+        """Let the program of such decode steps run once, for nobody, unless it is ready. → is it?"""
+        ...
 
 
 class Executor:
@@ -73,6 +78,10 @@ class Executor:
     def call(self, function: Callable[[], Any]) -> Future[Any]:
         """Run something on the launch thread, between steps."""
         return self._launcher.submit(function)
+
+    def prepare(self, program: Program) -> Future[bool]:
+        """Let a program run once, for nobody. → is it ready?"""
+        return self._launcher.submit(torch.inference_mode()(self.programs.prepare), *program)
 
     def close(self) -> None:
         self._launcher.shutdown(wait=True)

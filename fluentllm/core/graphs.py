@@ -52,6 +52,10 @@ class Graphs(Generic[Outputs]):
     def __len__(self) -> int:
         return len(self._captured)
 
+    def ready(self, key: Hashable) -> bool:
+        """Would `run` neither compile nor capture?"""
+        return key in self._captured or key in self._uncapturable
+
     def run(self, key: Hashable, program: Callable[[], Outputs]) -> Outputs:
         """Enqueue `program`, or the graph that was captured of it; its outputs are ready in stream order."""
         known = self._captured.pop(key, None)

@@ -60,6 +60,10 @@ class EngineSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     overlap_depth: Annotated[int, _help("Steps launched ahead of what has been read.", "steps", ge=0, le=2)] = 1
     deterministic: Annotated[bool, _help("Fixed-order arithmetic: a token does not depend on what else runs. Slower.")] = False
     cuda_graphs: Annotated[bool, _help("Capture step programs on a GPU; off: launch each kernel by itself.")] = True
+    capture_when_idle: Annotated[
+        bool,
+        _help("On a GPU capture the programs that requests may need next while there are none; off: each when it is needed."),
+    ] = True
     moe_overlap: Annotated[
         Literal["auto", "on", "off"],
         _help(

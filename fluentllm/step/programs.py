@@ -23,7 +23,7 @@ from ..core.handoff import PassWatcher, watched
 from ..core.protocols import AttentionBackend, Model, PlannedPrefill, Proposer
 from ..core.slots import SlotTables
 from ..core.staging import to_host, upload
-from ..core.types import FinishReason, PrefillChunk, SlotResult, StepPlan, TokenLogprob
+from ..core.types import Drafting, FinishReason, PrefillChunk, SlotResult, StepPlan, TokenLogprob
 from .commit import OUT_OF_BUDGET, RUNNING, STOPPED, Committed
 from .decode import decode
 from .left_drafts import LeftDrafts, with_drafts
@@ -76,6 +76,11 @@ class StepPrograms:
         self.prefilled = 0
         """Tokens that prefill programs have computed."""
 
+    @property
+    def captures(self) -> bool:
+        """Are programs captured?"""
+        return self._graphs is not None
+
     def watch(self, watcher: PassWatcher) -> None:
         """Let `watcher` follow prefill passes, layer by layer."""
         self._watcher = watcher
@@ -123,6 +128,16 @@ class StepPrograms:
         if told and plan.drafting.draft:
             pending = with_drafts(pending, LeftDrafts(told, plan.drafting.draft, self.tables))
         return pending
+
+    def prepare(self, bucket: int, drafting: Drafting, features: int) -> bool:
+        """Let the program of such decode steps run once, over slots of nobody, unless it has been captured. → is it ready?"""
+        if self._graphs is None or self.eager:
+            return True
+        slots = self._static_slots([self.tables.padding_slot] * bucket)
+        key = bucket, drafting.verify, drafting.draft, features
+        if not self._graphs.ready(key):
+            self._graphs.run(key, lambda: decode(slots, drafting, features, self))
+        return self._graphs.ready(key)
 
     def _told(self, plan: StepPlan) -> list[int]:
         """Slots whose drafts the host wants to know."""

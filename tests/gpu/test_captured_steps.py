@@ -47,3 +47,23 @@ def test_steady_decoding_never_waits_for_the_device(depth: int, tmp_path: Path) 
             assert all(run(local, 0.0))
         finally:
             torch.cuda.set_sync_debug_mode("default")  # of the whole process, and the engine may have ended
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "deepseek-v3-lite"])
+def test_what_an_idle_engine_captures_serves_those_who_come(name: str, tmp_path: Path) -> None:
+    """Of all batches up to 16, with drafts where the model makes them: afterwards nothing else is captured, and no token is
+    another."""
+    drafts = {"speculative.method": "mtp", "speculative.k": 2, "speculative.min_acceptance": 0.0}
+    settings = drafts if name == "deepseek-v3-lite" else {}
+    folder = small(name, tmp_path)
+    with engine(folder, **{"engine.capture_when_idle": False, **settings}) as local:
+        expected = [run(local, temperature) for temperature in TEMPERATURES]
+    with engine(folder, **settings) as local:
+        for number, temperature in enumerate((*TEMPERATURES, TEMPERATURES[-1])):
+            local.call(tokens_of(local.generation.client, [5, 6, 7], number, temperature, 4))
+        local.call(local.engine.preparation.all(16))
+        captured = local.engine.executor.programs._graphs._captured
+        before = {key for key in captured if key[0] != "prefill"}
+        assert {key[0] for key in before} >= {1, 2, 4, 8, 10, 12, 14, 16}
+        assert [run(local, temperature) for temperature in TEMPERATURES] == expected
+        assert {key for key in captured if key[0] != "prefill"} == before
