@@ -87,7 +87,8 @@ def test_it_generates_with_its_own_drafts(trained: tuple[Path, str], name: str) 
 
 def test_further_training_changes_the_draft_layer_alone(trained: tuple[Path, str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "examples.train_nano", "--out", str(tmp_path), "--tiny", "--steps", "3", "--device", "cpu"]
-    command += ["--start", str(trained[0]), "--only", NAMES[1]]
+    # As many sequences as the steps take; else they would be written for a third of the time that training has by default.
+    command += ["--start", str(trained[0]), "--only", NAMES[1], "--sequences", "12"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     before, after = (load_file(folder / NAMES[1] / "model.safetensors") for folder in (trained[0], tmp_path))

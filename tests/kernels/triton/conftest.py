@@ -1,31 +1,66 @@
 """Triton's kernels against their plain references: on a GPU where there is one, else under Triton's interpreter.
 
-The interpreter is chosen when a kernel's module is imported, so on a machine without a GPU these tests run in a process of
-their own, started by `test_triton_interpreted.py` with TRITON_INTERPRET=1.
+The interpreter is chosen when a kernel's module is imported, so on a machine without a GPU the tests of a file run in a process
+of their own, started by `interpreted.py` with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from interpreted import InterpretedFile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = not INTERPRETED and torch.cuda.is_available()
 HERE = Path(__file__).parent
-HERE_ONLY = ["test_triton_interpreted.py", "test_triton_compile.py", "test_relaunch.py"]
+HERE_ONLY = ["test_triton_compile.py", "test_relaunch.py"]
 
 if INTERPRETED:
     collect_ignore = HERE_ONLY
-elif not torch.cuda.is_available():
-    collect_ignore_glob = ["test_kernel_*.py"]
+
+
+def of_kernels(path: Path) -> bool:
+    return path.parent == HERE and path.name.startswith("test_kernel_")
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    if INTERPRETED or ON_GPU or not of_kernels(module_path):
+        return None
+    return InterpretedFile.from_parent(parent, path=module_path)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if not INTERPRETED and item.path.parent == HERE and item.path.name.startswith("test_kernel_"):
+        if ON_GPU and of_kernels(item.path):
             item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patched_once() -> Iterator[None]:
+    """Triton's interpreter looks through all of `triton.language` for what to replace, at every call of a function inside of a
+    kernel, and puts it back behind a launch: a third of its time. Here the first call of each function is enough, since nothing
+    in a process of these tests wants the originals."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch_lang = interpreter._patch_lang
+
+    @functools.cache
+    def once(function: Any) -> Any:
+        patch_lang(function)
+        return interpreter._LangPatchScope()  # with nothing to put back
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", once)
+        yield
 
 
 @pytest.fixture

@@ -47,12 +47,14 @@ def test_ragged_chunks(
 
 
 @pytest.mark.parametrize(("chunks", "padding"), [([(0, 1)], 3), ([(70, 3), (0, 130), (128, 64)], 27), ([(1100, 9)], 1)])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (18, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads", "tile"), [(4, 2, 32), (9, 1, 16)])
 def test_padded_passes_see_no_keys_for_their_padding(
-    chunks: list[tuple[int, int]], padding: int, heads: int, kv_heads: int, device: torch.device, rng: torch.Generator
-) -> None:
-    """The same plans, pass after pass, in the tensors of the one before."""
-    plans = PaddedPlans(heads, kv_heads, device, rows=32)
+    chunks: list[tuple[int, int]], padding: int, heads: int, kv_heads: int, tile: int, device: torch.device,
+    rng: torch.Generator,
+) -> None:  # fmt: skip
+    """The same plans, pass after pass, in the tensors of the one before; the heads of nine share keys, and a tile has room for
+    one token of theirs."""
+    plans = PaddedPlans(heads, kv_heads, device, rows=tile)
     for _ in range(2):
         lengths = [cached + rows for cached, rows in chunks]
         counts = [rows for _, rows in chunks]
@@ -61,7 +63,7 @@ def test_padded_passes_see_no_keys_for_their_padding(
         q = torch.randn(own + padding, heads, 64, generator=rng).to(device)
         padded = plans.plan(counts, lengths, own + padding)
         out = gqa_prefill(q, paged.k, paged.v, paged.table, padded, 0.125)
-        plain = PrefillPlan(counts, lengths, device, rows=32, splits=1)
+        plain = PrefillPlan(counts, lengths, device, rows=tile, splits=1)
         expected = gqa_prefill(q[:own].contiguous(), paged.k, paged.v, paged.table, plain, 0.125)
         torch.testing.assert_close(out[:own], expected, rtol=0, atol=2e-6)
         assert out[own:].count_nonzero() == 0
