@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from fluentllm.core.types import StepPlan, StepResult
 
 
-SWITCHES = ("PAGES_IN_RECORD", "LAUNCH_EARLY", "SWAP_OPERANDS", "CONVERT_EARLY", "FETCH_MAPS")
+SWITCHES = ("PAGES_IN_RECORD", "LAUNCH_EARLY", "SWAP_OPERANDS", "VALUES_IN_REGISTERS", "FETCH_MAPS")
 """Of MLA's decode."""
 
 
@@ -119,7 +119,7 @@ VARIANTS = [
     Variant("mla pages", mla_switches=("PAGES_IN_RECORD",)),
     Variant("mla together", mla_switches=("MERGE_TOGETHER",)),
     Variant("mla early", mla_switches=("LAUNCH_EARLY",)),
-    Variant("mla swapped", mla_switches=("SWAP_OPERANDS", "CONVERT_EARLY")),
+    Variant("mla swapped", mla_switches=("SWAP_OPERANDS", "VALUES_IN_REGISTERS")),
     Variant("mla all apart", mla_switches=SWITCHES),
     Variant("mla all", mla_switches=(*SWITCHES, "MERGE_TOGETHER")),
     Variant("base again"),

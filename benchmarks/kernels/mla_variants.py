@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from timing import Timer
 
 PAGES, MAPS, EARLY, TOGETHER = "PAGES_IN_RECORD", "FETCH_MAPS", "LAUNCH_EARLY", "MERGE_TOGETHER"
-SWAP, CONVERT, REGISTERS = "SWAP_OPERANDS", "CONVERT_EARLY", "VALUES_IN_REGISTERS"
-NAMES = (PAGES, MAPS, EARLY, TOGETHER, SWAP, CONVERT, REGISTERS)
+SWAP, REGISTERS = "SWAP_OPERANDS", "VALUES_IN_REGISTERS"
+NAMES = (PAGES, MAPS, EARLY, TOGETHER, SWAP, REGISTERS)
 TILES = "tiles"
 """The variant whose plan takes whole pieces only where they are no longer than tiles (`plan.SLACK` 0)."""
 PATIENCE = 120.0
@@ -43,9 +43,9 @@ def variants(shape: Shape) -> dict[str, tuple[str, ...]]:
     rows = shape.heads * shape.q_len
     own: tuple[str, ...] = ()
     if shape.kv == "fp8":
-        own = (SWAP,) if rows <= 32 else (CONVERT,) if rows <= 64 else (REGISTERS,)
+        own = (SWAP,) if rows <= 32 else (REGISTERS,)
     found: dict[str, tuple[str, ...]] = {"base": ()}
-    found |= {{SWAP: "swap", CONVERT: "convert", REGISTERS: "registers"}[one]: (one,) for one in own}
+    found |= {{SWAP: "swap", REGISTERS: "registers"}[one]: (one,) for one in own}
     found |= {"pages": (PAGES,), "maps": (MAPS,), "pages maps": (PAGES, MAPS), "early": (EARLY,)}
     found |= {"all apart": (*own, PAGES, MAPS, EARLY), "together": (TOGETHER,), "pages together": (PAGES, TOGETHER)}
     if own:

@@ -33,7 +33,6 @@ SWITCHES = (
     "MERGE_TOGETHER",
     "SWAP_OPERANDS",
     "VALUES_IN_REGISTERS",
-    "CONVERT_EARLY",
     "LAUNCH_EARLY",
     "FETCH_MAPS",
 )
@@ -75,7 +74,7 @@ def test_decode_compiles_for_hopper(
     launches = launched(kv, heads, queries)
     names = [one.kernel.__name__ for one in launches]
     swapped = "SWAP_OPERANDS" in on and kv == "fp8" and heads * queries <= 32
-    registers = "VALUES_IN_REGISTERS" in on and kv == "fp8" and heads * queries > 64
+    registers = "VALUES_IN_REGISTERS" in on and kv == "fp8" and heads * queries > 32
     decode = f"decode_{kv}" + "_few" * swapped + "_many" * registers
     assert names == ["plan_kernel", decode] + ["combine_splits"] * ("MERGE_TOGETHER" not in on)
     compiled = compile_launch(launches[1])

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 ROW_TILE = 64
 """Query rows (heads × query length) of one CTA."""
 MOST_SWAPPED = 32
-"""Rows up to which operands may be swapped."""
-LEAST_IN_REGISTERS = 33
-"""Rows from which `switches.VALUES_IN_REGISTERS` holds."""
+"""Rows up to which operands may be swapped; with more, values may go through registers."""
 MOST_EACH = 16
 """Rows that one program of the combine merges at most."""
 FEW_PROGRAMS = 512
@@ -121,7 +119,7 @@ class MlaDecode:
                 _rows_descriptor(q_latent, LATENT, tile, 128), _rows_descriptor(q_rope, ROPE, tile), *rest, q_scale, *where,
                 NUM_STAGES=hopper_fp8.STAGES, TILE=tile, **shape,
             )  # fmt: skip
-        elif switches.VALUES_IN_REGISTERS and self.rows >= LEAST_IN_REGISTERS:
+        elif switches.VALUES_IN_REGISTERS and self.rows > MOST_SWAPPED:
             groups = -(-self.rows // ROW_TILE)
             launch(
                 hopper_fp8_many.decode_fp8_many, (self.plan.parts * groups,),
@@ -134,7 +132,7 @@ class MlaDecode:
                 hopper_fp8.decode_fp8, (self.plan.parts * groups,),
                 q_latent, _rows_descriptor(q_rope, ROPE), *rest, q_scale, *where, GROUPS=groups, NUM_STAGES=hopper_fp8.STAGES,
                 TILE=next(tile for tile in (16, 32, 64) if tile >= min(self.rows, ROW_TILE)),
-                CONVERT=switches.CONVERT_EARLY and groups == 1, **shape,
+                **shape,
             )  # fmt: skip
         return self._finish(out, up_v, page_table, together=together)
 

@@ -237,8 +237,8 @@ def convert(k8, v_left, v_right, stage, HALF: gl.constexpr, KEYS_FROM: gl.conste
 @gluon.jit
 def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full,
             l_empty, lengths, starts, spans, records, counters, count, parts, HALF: gl.constexpr, ROWS: gl.constexpr,
-            GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr, MERGE: gl.constexpr,
-            CONVERT: gl.constexpr):  # fmt: skip
+            GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr,
+            MERGE: gl.constexpr):  # fmt: skip
     wait_for_inputs(EARLY)
     part, begin, end, high, first, last, keys = part_of(records, GROUPS)
     if MERGE:
@@ -259,30 +259,22 @@ def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_ful
             right = gl.zeros([64, 128], gl.float32, OUT)
             mbarrier.wait(k_full.index(step % NUM_STAGES), (step // NUM_STAGES) & 1)
             convert(k8, v00, v01, step % NUM_STAGES, HALF, 0)
-            if CONVERT:
-                convert(k8, v10, v11, step % NUM_STAGES, HALF, 1)
             for index in range(first, last):
                 stage = step % NUM_STAGES
                 buffer = step % 2
-                if CONVERT:
-                    fence_async_shared()
-                    mbarrier.arrive(k_empty.index(stage), count=1)
                 mbarrier.wait(p_full.index(buffer), (step // 2) & 1)
                 alpha = alphas.index(buffer).load(gl.SliceLayout(1, OUT))
                 left = left * alpha[:, None]
                 right = right * alpha[:, None]
-                if not CONVERT:
-                    fence_async_shared()
+                fence_async_shared()
                 prob = p.index(buffer)
                 left = warpgroup_mma(prob.slice(0, 32, dim=1), v00, left, is_async=True)
                 right = warpgroup_mma(prob.slice(0, 32, dim=1), v01, right, is_async=True)
-                if not CONVERT:
-                    convert(k8, v10, v11, stage, HALF, 1)
-                    fence_async_shared()
+                convert(k8, v10, v11, stage, HALF, 1)
+                fence_async_shared()
                 left = warpgroup_mma(prob.slice(32, 32, dim=1), v10, left, is_async=True)
                 right = warpgroup_mma(prob.slice(32, 32, dim=1), v11, right, is_async=True)
-                if not CONVERT:
-                    mbarrier.arrive(k_empty.index(stage), count=1)
+                mbarrier.arrive(k_empty.index(stage), count=1)
                 step += 1
                 # The first keys' V is free again; convert the next page's under the second product.
                 left, right = warpgroup_mma_wait(2, deps=[left, right])
@@ -291,9 +283,6 @@ def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_ful
                     convert(k8, v00, v01, step % NUM_STAGES, HALF, 0)
                 left, right = warpgroup_mma_wait(0, deps=[left, right])
                 mbarrier.arrive(p_empty.index(buffer), count=1)
-                if CONVERT:  # noqa: SIM102 (the one is known when this is compiled, the other is not)
-                    if index + 1 < last:
-                        convert(k8, v10, v11, step % NUM_STAGES, HALF, 1)
             write_piece(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column,
                         piece, ROWS)  # fmt: skip
             if MERGE:
@@ -313,9 +302,9 @@ def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_ful
 def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, lse, page_table, lengths, starts, spans,
                records, counters, count, parts, scale_log2, table_width, HEADS: gl.constexpr, ROWS: gl.constexpr,
                GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PDL: gl.constexpr, PAGES: gl.constexpr,
-               EARLY: gl.constexpr, MAPS: gl.constexpr, MERGE: gl.constexpr, CONVERT: gl.constexpr):  # fmt: skip
+               EARLY: gl.constexpr, MAPS: gl.constexpr, MERGE: gl.constexpr):  # fmt: skip
     """Grid: parts × groups programs, the groups of a part side by side so that they share its pages in L2. TILE: 16 or 32 if
-    ROWS is no more, else 64. PAGES, EARLY, MAPS, MERGE, CONVERT: of `switches`."""
+    ROWS is no more, else 64. PAGES, EARLY, MAPS, MERGE: of `switches`."""
     qr = gl.allocate_shared_memory(gl.bfloat16, [64, 64], qr_desc.layout)
     k8 = gl.allocate_shared_memory(gl.float8e4nv, [NUM_STAGES * 4, 1, 64, 128], k8_desc.layout)
     kr = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES, 1, 64, 64], kr_desc.layout)
@@ -339,10 +328,10 @@ def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, ls
                        PAGES, EARLY)),
             (_values, (out, partial, lse, k8, v[0], v[1], v[2], v[3], p, alphas, inverse, k_full, k_empty, p_full, p_empty,
                        l_full, l_empty, lengths, starts, spans, records, counters, count, parts, 0, ROWS, GROUPS, NUM_STAGES,
-                       PAGES, EARLY, MERGE, CONVERT)),
+                       PAGES, EARLY, MERGE)),
             (_values, (out, partial, lse, k8, v[4], v[5], v[6], v[7], p, alphas, inverse, k_full, k_empty, p_full, p_empty,
                        l_full, l_empty, lengths, starts, spans, records, counters, count, parts, 1, ROWS, GROUPS, NUM_STAGES,
-                       PAGES, EARLY, MERGE, CONVERT)),
+                       PAGES, EARLY, MERGE)),
             (loader, (qr_desc, qr_desc, k8_desc, kr_desc, ks_desc, qr, qr, k8, kr, ks, q_full, q_empty, k_full, k_empty, mapped,
                       page_table, lengths, starts, records, ROWS, GROUPS, table_width, 64, False, PAGES, EARLY, MAPS,
                       NUM_STAGES)),

@@ -18,11 +18,8 @@ eight would leave the combine's launch where it is."""
 SWAP_OPERANDS = True
 """FP8 cache, up to 32 rows: keys and columns of the output on the MMA's M, rows on its N (`hopper_fp8_few`)."""
 VALUES_IN_REGISTERS = True
-"""FP8 cache, more than 64 rows: V^T is converted on its way to registers, and the reference of the softmax may lag
+"""FP8 cache, more than 32 rows: V^T is converted on its way to registers, and the reference of the softmax may lag
 (`hopper_fp8_many`)."""
-CONVERT_EARLY = True
-"""FP8 cache, 33 to 64 rows: all of a page's V is converted before its probabilities are awaited, and the page released. (With
-operands swapped it always is.)"""
 LAUNCH_EARLY = True
 """Programmatic dependent launch of the decode: barriers and partitions are set up while the kernel in front ends."""
 FETCH_MAPS = True
