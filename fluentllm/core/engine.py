@@ -160,7 +160,7 @@ class Engine:
             adopted = request.handoff is not None and self.handoffs is not None and self.handoffs.adopt(sequence)
             if not adopted:
                 self.scheduler.add(sequence)
-        except FluentError:
+        except Exception:  # a plugin's may raise anything
             self.grammars.end(sequence)
             raise
         return sequence

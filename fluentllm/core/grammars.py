@@ -10,13 +10,14 @@ Rows are reused only by a later plan, whose writes come after the steps launched
 
 from __future__ import annotations
 
+import logging
 from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from msgspec import structs
 
-from .errors import InvalidRequest, QueueFull
+from .errors import FluentError, InvalidRequest, PluginError, QueueFull
 from .host_grammars import HostMatchers
 from .types import GrammarLoad
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from .protocols import GrammarCompiler, HostGrammar, Scheduler
     from .sequence import Sequence
     from .types import GrammarSpec, StepPlan
+
+log = logging.getLogger(__name__)
 
 FORBIDDEN = -1
 HOST_GRAMMARS = 64
@@ -56,6 +59,22 @@ class GrammarTable:
                 table[state * vocab_size + token] = after
         return cls(start, len(rows), table.tobytes())
 
+    def fault(self, vocab_size: int) -> str | None:
+        """What is wrong with it, if anything: it goes to the device, where nobody looks any more."""
+        import numpy as np
+
+        if self.states < 1 or len(self.next) != 4 * self.states * vocab_size:
+            return f"its table has {len(self.next)} bytes; {self.states} states × {vocab_size} tokens are 4 bytes each"
+        if not 0 <= self.start < self.states:
+            return f"its start is state {self.start} of {self.states}"
+        rows = np.frombuffer(self.next, np.int32).reshape(self.states, vocab_size)
+        highest = rows.max(1, initial=FORBIDDEN)
+        if highest.max() >= self.states:
+            return f"it leads to state {highest.max()} of {self.states}"
+        if vocab_size and highest.min() < 0:
+            return f"its state {highest.argmin()} allows no token"
+        return None
+
     def after(self, tokens: Iterable[int]) -> int:
         """The state after these tokens, all of which it allows."""
         table = memoryview(self.next).cast("i")
@@ -80,6 +99,7 @@ class GrammarStore:
         """`compilers`: kind → makes its compiler, once it is needed."""
         self.states = states
         self.matchers = HostMatchers(vocab_size)
+        self._vocab_size = vocab_size
         self._makers = compilers
         self._compilers: dict[str, GrammarCompiler] = {}
         self._held: dict[GrammarSpec, _Held] = {}
@@ -90,7 +110,7 @@ class GrammarStore:
 
     def begin(self, sequence: Sequence) -> None:
         """For a request that enters. Raises `InvalidRequest` for a grammar that cannot be had, `QueueFull` without room,
-        `PluginError` for a matcher that fails."""
+        `PluginError` for a compiler or matcher that fails."""
         spec = sequence.request.params.grammar
         if spec is None:
             return
@@ -141,9 +161,18 @@ class GrammarStore:
                 fix="Leave grammar out, or install a plugin for it.",
                 param="grammar",
             )
-        if spec.kind not in self._compilers:
-            self._compilers[spec.kind] = maker()
-        compiled = self._compilers[spec.kind].compile(spec.source)
+        try:
+            if spec.kind not in self._compilers:
+                self._compilers[spec.kind] = maker()
+            compiled = self._compilers[spec.kind].compile(spec.source)
+            wrong = self._fault(compiled)
+        except FluentError:
+            raise
+        except Exception as error:
+            log.warning("the compiler of grammars of kind %r failed", spec.kind, exc_info=error)
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong is not None:
+            raise PluginError(f"The compiler of grammars of kind {spec.kind!r} failed: {wrong}.", param="grammar")
         if isinstance(compiled, GrammarTable) and compiled.states > self.states:
             raise InvalidRequest(
                 f"The grammar needs {compiled.states} states, and the table on the device has {self.states}.",
@@ -151,6 +180,11 @@ class GrammarStore:
                 param="grammar",
             )
         return compiled
+
+    def _fault(self, compiled: object) -> str | None:
+        if isinstance(compiled, GrammarTable):
+            return compiled.fault(self._vocab_size)
+        return None if hasattr(compiled, "matcher") else f"it returned {compiled!r}, neither a GrammarTable nor a HostGrammar"
 
     def _load(self, spec: GrammarSpec, table: GrammarTable) -> _Held:
         first = self._gap(table.states)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from array import array
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from engine.harness import Harness
 
-from fluentllm.core.errors import InvalidRequest, QueueFull
+from fluentllm.core.errors import InvalidRequest, PluginError, QueueFull
 from fluentllm.core.grammars import GrammarStore, GrammarTable
 from fluentllm.core.hookspecs import hookimpl
 from fluentllm.core.plugins import PluginManager
@@ -232,6 +233,55 @@ async def test_without_a_plugin_grammars_are_refused(tiny: Harness) -> None:
             running.submit([9, 8], grammar=PAIRS)
 
 
+def ints(*values: int) -> bytes:
+    return array("i", values).tobytes()
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "none": (None, "it returned None, neither a GrammarTable nor a HostGrammar"),
+    "short": (GrammarTable(0, 2, ints(0, 1)), "its table has 8 bytes; 2 states × 160 tokens"),
+    "stateless": (GrammarTable(0, 0, b""), "its table has 0 bytes; 0 states"),
+    "outside": (GrammarTable(1, 1, ints(*[0] * VOCAB)), "its start is state 1 of 1"),
+    "astray": (GrammarTable(0, 1, ints(*[0] * (VOCAB - 1), 1)), "it leads to state 1 of 1"),
+    "stuck": (GrammarTable(0, 2, ints(*[1] * VOCAB, *[-1] * VOCAB)), "its state 1 allows no token"),
+    "raises": (ValueError("out of grammars"), "ValueError: out of grammars"),
+}
+
+
+class BrokenPlugin:
+    @hookimpl
+    def fluent_grammars(self, register: Register) -> None:
+        class Compiler:
+            def compile(self, source: str) -> Any:
+                found, _ = BROKEN[source]
+                if isinstance(found, Exception):
+                    raise found
+                return found
+
+        register("broken", lambda context: Compiler())
+
+
+async def test_what_a_compiler_breaks_ends_its_request_alone(tiny: Harness) -> None:
+    plugins = PluginManager.load(
+        {"engine", "executor"}, allow=[], deny=[], objects={"toys": ToyPlugin(), "broken": BrokenPlugin()}
+    )
+    async with tiny.engine(plugins=plugins) as running:
+        for source, (_, said) in BROKEN.items():
+            with pytest.raises(PluginError, match=f"The compiler of grammars of kind 'broken' failed: {said}"):
+                running.submit([9, 8], grammar=GrammarSpec(kind="broken", source=source))
+        assert await running.tokens([9, 8], max_tokens=2, grammar=toy({6: 1}, {6: 0})) == [6, 6]
+        assert not running.connection.sequences
+
+
+async def test_a_scheduler_that_raises_leaves_no_grammar_in_use(tiny: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins = PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects={"toys": ToyPlugin()})
+    async with tiny.engine(plugins=plugins, **{"grammar.states": 3}) as running:
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(running.engine.scheduler, "add", lambda sequence: 1 / 0)
+            running.submit([9, 8], grammar=toy({5: 1}, {5: 0}))
+        assert await running.tokens([9, 8], max_tokens=2, grammar=toy({6: 1}, {6: 0})) == [6, 6]  # there is room for one
+
+
 def test_gaps_between_rows_are_found() -> None:
     table = {n: GrammarTable.of([{0: 0}] * n, 4) for n in (2, 3, 4)}
 
@@ -239,7 +289,7 @@ def test_gaps_between_rows_are_found() -> None:
         def compile(self, source: str) -> GrammarTable:
             return table[int(source[0])]
 
-    store = GrammarStore(9, {"n": Sizes})
+    store = GrammarStore(9, {"n": Sizes}, 4)
     specs = {name: GrammarSpec(kind="n", source=name) for name in ("2a", "3a", "4a", "3b", "2b", "4b")}
     firsts = lambda: {spec.source: held.first for spec, held in store._held.items()}  # noqa: E731
     asking = {
