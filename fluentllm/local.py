@@ -54,7 +54,6 @@ class LocalEngine:
                 settings.model.name, revision=settings.model.revision, weights=settings.model.load_format != "dummy"
             )
         self._loop = _new_loop()
-        self._ended: str | None = None
         self._others: list[LocalEngineClient] = []
         self._thread = threading.Thread(target=self._loop.run_forever, name="fluent-engine", daemon=True)
         self._thread.start()

@@ -168,6 +168,7 @@ def _offers(manager: PluginManager, name: str) -> dict[str, list[str]]:
 
     offers = {kind: [entry.name for entry in manager.registry(kind) if entry.plugin == name] for kind in REGISTRIES}
     offers["routes"] = [f"{'|'.join(route.methods)} {route.path}" for route in manager.routes() if route.plugin == name]
+    offers["calls"] = manager.calls_of(name)
     return {kind: names for kind, names in offers.items() if names}
 
 

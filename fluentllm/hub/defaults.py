@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 """Small models that are part of this package."""
 
-DEFAULT_MODEL = "smollm2"
-
 
 @dataclass(frozen=True, slots=True)
 class WheelSource:

@@ -60,7 +60,6 @@ class Linear(Module):
         self._device = ctx.device
         self._dtype = ctx.dtype
         self._precision = precision or ctx.weight_precision
-        self._has_bias = bias
         self._arrived: dict[str, Tensor | PackedTensor] = {}
         if bias:
             self.bias = torch.zeros(self.out_features, dtype=ctx.dtype, device=ctx.device)

@@ -165,11 +165,4 @@ class Failed(_Message, frozen=True, tag="failed"):
     reason: Reason
 
 
-class Alive(_Message, frozen=True, tag="alive"):
-    """Either way, now and then."""
-
-    epoch: Number
-    open_handoffs: Number = 0
-
-
-Message = Describe | Refuse | Compute | Reserve | Fetch | FirstToken | Cancel | Drained | Release | Failed | Alive
+Message = Describe | Refuse | Compute | Reserve | Fetch | FirstToken | Cancel | Drained | Release | Failed

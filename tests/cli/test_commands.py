@@ -71,6 +71,8 @@ def test_plugins_list_and_show(fluent):
     assert "scheduler_fcfs" in fluent("plugins", "list").stdout
     row = json.loads(fluent("plugins", "show", "scheduler_fcfs", "--json").stdout)
     assert row["offers"] == {"schedulers": ["fcfs"]}
+    offers = json.loads(fluent("plugins", "show", "metrics_prometheus", "--json").stdout)["offers"]
+    assert offers == {"routes": ["GET /metrics"], "calls": ["metrics_prometheus"]}
     assert row["calls"]["import"]["calls"] == 1
     assert "Did you mean 'scheduler_fcfs'?" in fluent("plugins", "show", "scheduler", code=2).stderr
 

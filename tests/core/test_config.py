@@ -311,7 +311,7 @@ def test_installed_plugins_are_asked_and_only_the_configured_imported(make_distr
     assert "unknown key 'plugins.polsh'" in mistakes(None, {"plugins.polsh.level": "4"}, {})
     excluded = mistakes(None, {"plugins.polish.level": "4", "plugins.deny": "polish"}, {})
     assert "unknown key 'plugins.polish.level'" in excluded
-    assert "the plugin 'polish' has no settings, or may not load (plugins.allow, plugins.deny)" in excluded
+    assert "the plugin 'polish' has no settings, may not load (plugins.allow, plugins.deny) or cannot" in excluded
 
 
 # ------------------------------------------------------------------------------------------------------------ between processes

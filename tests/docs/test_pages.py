@@ -147,7 +147,10 @@ def _definitions(tree: ast.AST, prefix: tuple[str, ...] = ()) -> set[tuple[str, 
 @each_page
 def test_every_path_in_the_text_exists(page: Path) -> None:
     """`core/kv/`, `tests/models`, `layers/mla.py`, in the repository or in the package."""
-    top = "bench|cli|core|frontend|hub|jobs|kernels|layers|plugins|processes|step|docs|tests|benchmarks|examples|fluentllm"
+    top = (
+        "assembly|bench|cli|core|dynamo|frontend|hub|jobs|kernels|layers|plugins|processes|step|testing|transfer|"
+        "docs|tests|benchmarks|examples|fluentllm"
+    )
     for path in re.findall(rf"`((?:{top})/[\w./-]*)`", prose(page)):
         assert (ROOT / path).exists() or (ROOT / "fluentllm" / path).exists(), path
 

@@ -128,6 +128,13 @@ def test_floats_are_packed_to_tiles(library: Library, precision: str, error: flo
         assert (found.float() - rounded).abs().max() <= (1e-2 if dtype is torch.bfloat16 else 3e-6) * rounded.abs().max()
 
 
+def test_rows_of_another_width_are_refused(library: Library) -> None:
+    packed = weights.pack_blocks("q8_0", blocks("q8_0", 16, 64), "packed", library=library)
+    assert isinstance(packed, TiledWeight)
+    with pytest.raises(ValueError, match="rows of 32 values"):
+        packed.product(torch.randn(2, 64)[:, :32], None)
+
+
 def test_widths_that_make_no_tiles_go_to_torch(library: Library) -> None:
     for shape in ((24, 64), (7, 24)):
         assert not isinstance(weights.pack(torch.randn(shape), "int8", library=library), TiledWeight)

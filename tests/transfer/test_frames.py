@@ -14,7 +14,6 @@ from fluentllm.core.errors import ConfigError
 from fluentllm.transfer.frames import MAX_FRAME, WINDOW, ControlSession, FrameError, FrameForged, FrameRepeated, ReplayWindow
 from fluentllm.transfer.layout import KVLayout
 from fluentllm.transfer.messages import (
-    Alive,
     Attempt,
     Cancel,
     Describe,
@@ -41,8 +40,12 @@ MESSAGES = [
     Drained(of=OF),
     Release(of=OF),
     Failed(of=OF, code="x", reason="y"),
-    Alive(epoch=5),
 ]
+
+
+def numbered(number: int) -> Drained:
+    """Messages that can be told apart."""
+    return Drained(of=OF, groups=number)
 
 
 def connected(key: bytes = KEY, other: bytes = KEY) -> tuple[ControlSession, ControlSession]:
@@ -62,7 +65,7 @@ def test_what_is_sealed_opens_unchanged(message: object) -> None:
 
 def test_a_frame_opens_once() -> None:
     one, two = connected()
-    frames = [one.seal(Alive(epoch=number)) for number in range(5)]
+    frames = [one.seal(numbered(number)) for number in range(5)]
     for frame in frames:
         two.open(frame)
     for frame in frames:
@@ -72,13 +75,13 @@ def test_a_frame_opens_once() -> None:
 
 def test_frames_may_come_in_another_order() -> None:
     one, two = connected()
-    frames = [one.seal(Alive(epoch=number)) for number in range(WINDOW)]
+    frames = [one.seal(numbered(number)) for number in range(WINDOW)]
     order = list(range(WINDOW))
     random.Random(1).shuffle(order)
-    assert [two.open(frames[number]).epoch for number in order] == order
-    late = one.seal(Alive(epoch=0))
+    assert [two.open(frames[number]).groups for number in order] == order
+    late = one.seal(numbered(0))
     for number in range(WINDOW):
-        two.open(one.seal(Alive(epoch=number)))
+        two.open(one.seal(numbered(number)))
     with pytest.raises(FrameRepeated):
         two.open(late)
 
@@ -127,10 +130,10 @@ def test_hello_needs_the_key_and_comes_once() -> None:
 def test_nothing_is_sealed_or_opened_before_hello() -> None:
     silent = ControlSession(KEY)
     with pytest.raises(FrameError, match="hello"):
-        silent.seal(Alive(epoch=1))
+        silent.seal(numbered(1))
     one, _ = connected()
     with pytest.raises(FrameError, match="hello"):
-        silent.open(one.seal(Alive(epoch=1)))
+        silent.open(one.seal(numbered(1)))
 
 
 @given(data=st.binary(max_size=200))
@@ -202,7 +205,7 @@ def test_a_deep_body_is_an_error_of_ours() -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        Alive(epoch=-1),
+        numbered(-1),
         Cancel(of=Attempt("", 0, 0, 0)),
         Cancel(of=Attempt("x" * 129, 0, 0, 0)),
         Cancel(of=OF, reason="x" * 5000),

@@ -11,9 +11,14 @@ import pytest
 from fluentllm.core.errors import FluentError
 from fluentllm.transfer.frames import FrameForged
 from fluentllm.transfer.link import Link, LinkError
-from fluentllm.transfer.messages import Alive, Message
+from fluentllm.transfer.messages import Attempt, Drained, Message
 
 KEY = b"0123456789abcdef"
+
+
+def numbered(number: int) -> Drained:
+    """Messages that can be told apart."""
+    return Drained(of=Attempt("handoff-1", 0, 1, 2), groups=number)
 
 
 class End:
@@ -49,7 +54,7 @@ async def ends() -> AsyncIterator[tuple[End, End]]:
 
 async def test_messages_go_both_ways_in_order() -> None:
     async with ends() as (ours, theirs):
-        sent = [Alive(epoch=number) for number in range(200)]
+        sent = [numbered(number) for number in range(200)]
         for message in sent:
             ours.link.send(message)
             theirs.link.send(message)
@@ -60,7 +65,7 @@ async def test_messages_go_both_ways_in_order() -> None:
 async def test_the_other_side_hears_of_the_end() -> None:
     async with ends() as (ours, theirs):
         ours.link.close()
-        ours.link.send(Alive(epoch=1))
+        ours.link.send(numbered(1))
         while not theirs.lost:
             await asyncio.sleep(0.001)
         assert isinstance(theirs.lost[0], LinkError)
@@ -71,7 +76,7 @@ async def test_the_other_side_hears_of_the_end() -> None:
 async def test_what_does_not_verify_ends_the_connection() -> None:
     async with ends() as (ours, theirs):
         ours.link._session._out = bytes(32)  # another key
-        ours.link.send(Alive(epoch=1))
+        ours.link.send(numbered(1))
         while not theirs.lost:
             await asyncio.sleep(0.001)
         assert isinstance(theirs.lost[0], FrameForged)

@@ -219,7 +219,10 @@ class _Filler:
         wrong = f"{node.key}.{rest[0]}" if node.key else rest[0]
         if node.struct is None:
             plugin = node.key.partition(".")[2]
-            fix = f"Take it away; the plugin {plugin!r} has no settings, or may not load (plugins.allow, plugins.deny)."
+            fix = (
+                f"Take it away; the plugin {plugin!r} has no settings, may not load (plugins.allow, plugins.deny) or cannot "
+                "(`fluent plugins doctor`)."
+            )
         else:
             keys = [leaf.key for leaf in self.tree.leaves()] + [child.key for child in _sections(self.tree)]
             meant = nearest(".".join((*wrong.split("."), *rest[1:])), keys) or nearest(wrong, keys)

@@ -138,6 +138,10 @@ class PluginManager:
             for name, (info, function) in self._engine_calls.items()
         }
 
+    def calls_of(self, plugin: str) -> list[str]:
+        """Names of the calls that one plugin offers."""
+        return [name for name, (info, _) in self._engine_calls.items() if info.name == plugin]
+
     def config_structs(self) -> dict[str, type[msgspec.Struct]]:
         """Plugin name → the Struct of its settings, for the loaded plugins that have some."""
         return dict(self._structs)

@@ -35,7 +35,9 @@ class TiledWeight:
         self.nbytes = self._tiles.nbytes
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.shape[0]
+        rows, width = x.shape
+        if width != self.in_features:  # it would be read past its end: a plugin's attention may be of another shape
+            raise ValueError(f"rows of {width} values cannot be multiplied with a matrix of {self.in_features} columns")
         wide = x if x.dtype is torch.float32 else x.float()
         wide = wide.contiguous()
         out = torch.empty(rows, self.out_features)

@@ -1,4 +1,4 @@
-"""Compiling recorded launches ahead of time, without a GPU: what CI and `fluent doctor` can check on any machine."""
+"""Compiling recorded launches ahead of time, without a GPU: what tests can check on any machine."""
 
 from __future__ import annotations
 
