@@ -1,7 +1,7 @@
 """One forward pass as the layers see it: which rows, of which sequences, where their KV lies.
 
 Built by the step programs from the slot tables, read by models and attention backends. Torch-free to import (the
-annotations alone name tensors), so that `layers` may use it. Everything but the two host-side fields is on the device.
+annotations alone name tensors), so that `layers` may use it. Tensors are on the device; what the host knows is marked so.
 """
 
 from __future__ import annotations

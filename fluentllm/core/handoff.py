@@ -189,7 +189,8 @@ def watched(backend: Any, watcher: PassWatcher) -> Any:
     for name in KV_WRITERS:
         method = getattr(backend, name, None)
         if method is not None:
-            setattr(twin, name, _told(partial(getattr(type(backend), name), twin), watcher))
+            own = getattr(type(backend), name, None)  # None where a wrapper hands on what it does not define
+            setattr(twin, name, _told(partial(own, twin) if own is not None else method, watcher))
     return twin
 
 

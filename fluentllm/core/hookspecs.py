@@ -45,7 +45,7 @@ def fluent_config(register: RegisterConfig) -> None:
 
 @hookspec
 def fluent_models(register: RegisterModel) -> None:
-    """Give architectures by their Hugging Face name: `register("LlamaForCausalLM", builder)`."""
+    """Give architectures by their Hugging Face name: `register("LlamaForCausalLM", family)`."""
 
 
 @hookspec
@@ -65,12 +65,12 @@ def fluent_attention(register: Register) -> None:
 
 @hookspec
 def fluent_proposers(register: Register) -> None:
-    """Give proposers of speculative drafts."""
+    """Give proposers of speculative drafts: `register("eagle", factory, supports=...)`."""
 
 
 @hookspec
 def fluent_kv_transports(register: Register) -> None:
-    """Give transports that move KV between machines."""
+    """Give transports that move KV between machines: `register("nixl", factory, supports=...)`."""
 
 
 @hookspec
@@ -106,7 +106,7 @@ def fluent_step(plan: StepPlan, result: StepResult) -> None:
 
 @hookspec
 def fluent_request(event: RequestEvent) -> None:
-    """Observe: a request entered, was first scheduled, finished. Engine process."""
+    """Observe: a request was queued, scheduled, gave its first token, finished. Engine process."""
 
 
 @hookspec

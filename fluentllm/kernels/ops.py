@@ -1,7 +1,9 @@
 """The tensor operations that layers are written in, so that a model has one text and several arithmetics.
 
-`plain.PlainOps` is the fast one; `fixed_order.FixedOrderOps` gives each row the same bits whatever else is in the batch
-(deterministic mode). A model gets one of them in its `BuildContext` and calls nothing else for arithmetic on activations.
+`plain.PlainOps` is torch's, `native.ops.NativeOps` and `triton.ops.TritonOps` put faster ones in its place on a CPU and a GPU;
+`fixed_order.FixedOrderOps` and `triton.fixed_ops.FixedTritonOps` give each row the same bits whatever else is in the batch
+(deterministic mode). `kernels.choose_ops` chooses; a model gets one in its `BuildContext` and calls nothing else for arithmetic
+on activations.
 Rows are tokens: T of them, in any number, none included.
 """
 

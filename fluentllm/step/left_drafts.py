@@ -1,4 +1,5 @@
-"""Drafts on their way to the host, for matchers of grammars that must see them before they are verified."""
+"""Drafts on their way to the host: for matchers of grammars, which must see them before they are verified, and for looks
+(`core.draft_looks`)."""
 
 from __future__ import annotations
 

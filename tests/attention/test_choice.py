@@ -178,6 +178,31 @@ def test_a_twin_that_is_watched_has_passes_of_its_own() -> None:
     assert seen == [0]
 
 
+def test_a_wrapper_that_hands_on_can_be_watched() -> None:
+    """What a plugin's backend does not define itself it may leave to the one inside by `__getattr__`."""
+    seen: list[int] = []
+
+    class Wrapper:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return getattr(self.inner, name)
+
+    class Watcher:
+        def layer(self, layer: int) -> None:
+            seen.append(layer)
+
+    twin = watched(Wrapper(attention_for(settings("torch"), SPEC, pool(), PLUGINS, 64)), Watcher())  # type: ignore[arg-type]
+    batch = bench().batch(points("prefill", 64)[0])
+    twin.begin(batch)
+    rows = batch.positions.shape[0]
+    out = twin.gqa(0, torch.randn(rows, 4, 16), torch.randn(rows, 2, 16), torch.randn(rows, 2, 16), batch, 0.25)
+    assert (out.shape, seen) == ((rows, 4, 16), [0])
+
+
 def test_fused_calls_are_offered_where_all_take_them() -> None:
     from fluentllm.plugins.attn_flashinfer.backend import FlashInferAttention
     from fluentllm.plugins.attn_flashinfer.compiling import Modules

@@ -1,7 +1,7 @@
 """The tree of settings as data: which keys there are, of which type, and whether a value fits.
 
 Built from the Structs of `core/settings.py` and of plugins; read by `core/config/loading.py` (to fill in values) and
-`core/describe.py` (to explain them).
+`core/config/describe.py` (to explain them).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class GrammarContext:
     spec: ModelSpec
     """With the vocabulary's size and the end-of-sequence ids, which a state where the text may end must allow."""
     path: Path
-    """The model's folder or file, where its tokenizer is."""
+    """The model's folder or GGUF file, where its tokenizer is: `fluentllm.frontend.tokenizer.load_tokenizer` reads both."""
 
 
 class GrammarCompiler(Protocol):

@@ -129,7 +129,7 @@ class Model(Protocol):
         ...
 
     def forward(self, batch: Batch, attention: AttentionBackend) -> Tensor:
-        """Hidden states after the final norm, [T, hidden]."""
+        """Hidden states after the final norm, [T, hidden]. Calls `attention.begin(batch)` before its first layer."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
