@@ -161,6 +161,7 @@ class GrammarStore:
                 fix="Leave grammar out, or install a plugin for it.",
                 param="grammar",
             )
+        failure: Exception | None = None
         try:
             if spec.kind not in self._compilers:
                 self._compilers[spec.kind] = maker()
@@ -169,9 +170,9 @@ class GrammarStore:
         except FluentError:
             raise
         except Exception as error:
-            log.warning("the compiler of grammars of kind %r failed", spec.kind, exc_info=error)
-            wrong = f"{type(error).__name__}: {error}"
+            failure, wrong = error, f"{type(error).__name__}: {error}"
         if wrong is not None:
+            log.warning("the compiler of grammars of kind %r failed: %s", spec.kind, wrong, exc_info=failure)
             raise PluginError(f"The compiler of grammars of kind {spec.kind!r} failed: {wrong}.", param="grammar")
         if isinstance(compiled, GrammarTable) and compiled.states > self.states:
             raise InvalidRequest(
