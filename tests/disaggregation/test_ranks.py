@@ -165,7 +165,7 @@ async def hand_over(transport: str, heads: int, source: int, target: int, chunk:
 
         def compute() -> None:
             for number, rank in enumerate(prefill):
-                rank.kv.allocator.allocate(rank.kv.allocator.lease("step", "other pages"), number + 1)
+                rank.kv.allocator.allocate(rank.kv.allocator.lease("request", "other pages"), number + 1)
                 rank.compute_prompt(model, states, heads_of(heads, source, number) if heads else range(1), chunk)
 
         def turned() -> bool:

@@ -45,7 +45,7 @@ class KVCache:
         self.page_size = page_size
         self.prefix_cache = prefix_cache
         self.allocator = PageAllocator(pages)
-        """The leases; transports and steps in flight take theirs here."""
+        """The leases; handoffs take theirs here."""
         self._events = KVEventLog(page_size) if listen else None
         self._tree = RadixTree(self.allocator, page_size, self._events)
         self._holdings: dict[Sequence, _Holding] = {}
@@ -67,7 +67,7 @@ class KVCache:
 
     @property
     def pages_leased(self) -> int:
-        """Held by requests, steps in flight or remote writers (some also by the radix tree)."""
+        """Held by requests, remote writers or handoffs that send them (some also by the radix tree)."""
         return self.allocator.total - self.allocator.available
 
     @property

@@ -1,4 +1,4 @@
-"""The page allocator: who holds which page of the KV pool. The radix tree and `KVCache` stand on it; so will transports.
+"""The page allocator: who holds which page of the KV pool. The radix tree and `KVCache` stand on it, and so do handoffs.
 
 Ownership is by leases. A page may be held by many leases and is free when none is left; nobody frees a page directly.
 Pages are the numbers 1 … total. Page 0 is the scratch page that inert rows write to: it is never handed out.
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-LeaseKind = Literal["request", "tree", "step", "remote", "sending"]
-"""Who holds pages: a running request, the radix tree, a step in flight, a writer on another machine, a handoff that sends
-them there."""
+LeaseKind = Literal["request", "tree", "remote", "sending"]
+"""Who holds pages: a running request (until no step in flight names it), the radix tree, a writer on another machine, a handoff
+that sends them there."""
 
 
 class IntegrityError(RuntimeError):

@@ -158,7 +158,7 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     pages_cached: int
     """Held by the radix tree (some also by requests)."""
     pages_leased: int
-    """Held by requests, steps in flight or remote writers."""
+    """Held by requests, remote writers or handoffs that send them."""
     steps: int
     prompt_tokens: int
     cached_tokens: int

@@ -114,9 +114,9 @@ def test_check_finds_every_kind_of_broken_count(field: str):
     elif field == "_holders":
         value[1] += 1
     elif field == "_leased":
-        value["step"] += 1
+        value["sending"] += 1
     else:
-        value["step"][1] += 1
+        value["sending"][1] += 1
     with pytest.raises(IntegrityError):
         pages.check()
 
@@ -135,7 +135,7 @@ class Leases(RuleBasedStateMachine):
         open_leases = [lease for lease in self.model if not lease.quarantined]
         return data.draw(st.sampled_from(open_leases)) if open_leases else None
 
-    @rule(kind=st.sampled_from(["request", "tree", "step", "remote", "sending"]))
+    @rule(kind=st.sampled_from(["request", "tree", "remote", "sending"]))
     def open(self, kind: str) -> None:
         if len(self.model) < 6:
             self.model[self.pages.lease(kind, kind)] = set()
@@ -195,7 +195,7 @@ class Leases(RuleBasedStateMachine):
     def counts(self) -> None:
         self.pages.check()
         held = set().union(*self.model.values()) if self.model else set()
-        by_kind = {kind: set() for kind in ("request", "tree", "step", "remote", "sending")}
+        by_kind = {kind: set() for kind in ("request", "tree", "remote", "sending")}
         for lease, pages in self.model.items():
             assert lease.pages == pages
             by_kind[lease.kind] |= pages
