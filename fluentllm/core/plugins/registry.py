@@ -57,7 +57,7 @@ class Registry:
         """Raises `PluginError` if the name is taken, naming both plugins."""
         if not isinstance(entry.name, str) or not entry.name or entry.name == "auto":
             raise PluginError(
-                f"{entry.source} offers a {self.noun} under the name {entry.name!r}.",
+                f"{entry.source} offers the {self.noun} {entry.name!r}.",
                 fix="Give it a name that is a non-empty string other than `auto`.",
             )
         if not callable(entry.factory) and self.kind != "models":

@@ -110,7 +110,7 @@ class ChunkChoice(Struct, kw_only=True):
 
 
 class ChatChunk(Struct, kw_only=True):
-    """One event of a streamed chat completion. `stream` splices these; this Struct is their schema."""
+    """One event of a streamed chat completion. `chunks` splices these; this Struct is their schema."""
 
     id: str
     created: int
