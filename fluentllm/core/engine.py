@@ -30,7 +30,7 @@ from .prefill_budget import PrefillBudget
 from .preparation import Preparation
 from .protocols import EngineCall, RequestEvent, Scheduler
 from .request_checks import check_request, stop_ids
-from .sequence import Phase, Sequence
+from .sequence import Sequence
 from .session import refusal
 from .types import (
     Drafting,
@@ -356,7 +356,6 @@ class Engine:
         return output
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        sequence.phase = Phase.FINISHED
         sequence.finish_reason = reason
         self.grammars.end(sequence)
         self._observe(
