@@ -158,7 +158,7 @@ class Engine:
             adopted = request.handoff is not None and self.handoffs is not None and self.handoffs.adopt(sequence)
             if not adopted:
                 self.scheduler.add(sequence)
-        except FluentError:
+        except Exception:  # a plugin's bug too: its session goes on
             self.grammars.end(sequence)
             raise
         return sequence

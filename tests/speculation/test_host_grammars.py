@@ -260,6 +260,17 @@ async def test_a_matcher_that_fails_at_once_leaves_nothing(tiny: Harness) -> Non
         assert not running.engine._prompt_logprobs
 
 
+async def test_a_scheduler_that_fails_keeps_no_matcher(tiny: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(sequence: Any) -> None:
+        raise RuntimeError("no queue")
+
+    async with tiny.engine(plugins=plugins_with()) as running:
+        monkeypatch.setattr(running.engine.scheduler, "add", broken)
+        with pytest.raises(RuntimeError, match="no queue"):
+            running.submit([9, 8], grammar=BRACKETS)
+        assert not running.engine.grammars.matchers._open
+
+
 async def test_a_matcher_that_cannot_start_is_refused(tiny: Harness) -> None:
     async with tiny.engine(plugins=plugins_with()) as running:
         with pytest.raises(PluginError, match="no brackets today"):
