@@ -97,7 +97,7 @@ class FcfsScheduler:
         if not self._prefill_first:
             prefill = self._plan_prefill(step, admit, self._prefill_budget.allow(len(decode)))
         if not decode and not prefill:
-            return None
+            return self.plan(step, drafting) if self._give_up_a_resumption() else None
         plan = StepPlan(
             step=step,
             admit=admit,
@@ -253,6 +253,22 @@ class FcfsScheduler:
         return PrefillChunk(sequence.slot, start, count, last, wanted)
 
     # ------------------------------------------------------------------------------------------------------------- leaving
+    def _give_up_a_resumption(self) -> bool:
+        """Where nothing moves any more: those who run are short of the pages of those who wait for their slots. True if the
+        last of these has given its own back; it is computed here."""
+        flying = any(sequence.last_step > self._collected_step for sequence in self._running)
+        if self._short is None or flying or not self._resuming:
+            return False
+        sequence = self._resuming.pop()
+        self._kv.release(sequence)
+        self._wait_again(sequence)
+        return True
+
+    def _wait_again(self, sequence: Sequence) -> None:
+        sequence.phase = Phase.WAITING
+        sequence.prefilled = 0
+        insort(self._waiting, sequence, key=_order)
+
     def _preempt_after(self, order: tuple[int, int]) -> bool:
         """Make the last sequence behind `order` leave. True if its pages are free at once; False if there is none, or
         steps in flight still name it (its pages come when they are collected)."""
@@ -284,6 +300,4 @@ class FcfsScheduler:
         heapq.heappush(self._free_slots, sequence.slot)
         sequence.slot = None
         if again:
-            sequence.phase = Phase.WAITING
-            sequence.prefilled = 0
-            insort(self._waiting, sequence, key=_order)
+            self._wait_again(sequence)
