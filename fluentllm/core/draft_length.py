@@ -103,18 +103,20 @@ class DraftLength:
         self._for_trials = Allowance(TRIAL_SHARE, FIRST_TRIALS)
         self._classes: dict[int, Hashable] = {}
         """Slot → the class of the request in it."""
+        self._decoding: set[int] = set()
+        """Slots that the next step may decode, as far as is known: a step over prompts alone leaves the others waiting."""
         self._mix: Counter[Hashable] = Counter()
-        """Of the last launched step."""
+        """Of these."""
         self._rates: dict[tuple[int, int], float] = {}
         """By (bucket, K), since anything changed: on a CPU what the host computes is taken from the model."""
         self._best: dict[int, int] = {}
         self._trial: Trial | None = None
         self._bucket = 0
-        """Of the last launched step."""
-        self._left = 0
-        """Drafts that the last launched step left in each slot."""
-        self._verifiable: dict[int, int] = {}
-        """Step in flight → drafts that it was left."""
+        """Of the last launched step that decodes."""
+        self._left: set[int] = set()
+        """Slots that were left drafts by the last step that brought them tokens."""
+        self._verifiable: dict[int, set[int]] = {}
+        """Step in flight → slots whose drafts it verifies."""
         self._left_by_trial = False
         """What the last launched step left for the next to verify."""
         self._trials: set[int] = set()
@@ -123,18 +125,20 @@ class DraftLength:
         """(bucket, K) → steps of the bucket at its last trial."""
         self._steps: Counter[int] = Counter()
         """Launched, of each bucket."""
-        self._stopped = False
+        self.stopped = False
 
     def stop(self) -> None:
         """The proposer is gone: draft no more."""
-        self._stopped = True
+        self.stopped = True
 
     def choose(self, batch: int) -> Choice:
         """What a step of about `batch` sequences should do."""
-        if self._stopped or not self.watch.allows():
+        if self.stopped or not self.watch.allows():
             return Choice(0)
         if self.fixed is not None:
             return Choice(self.fixed)
+        if not batch:
+            self._decoding = set()
         if not self.times.measured:
             return Choice(0)
         bucket = bucket_of(batch)
@@ -152,14 +156,25 @@ class DraftLength:
             return
         for init in plan.admit:
             self._classes[init.slot] = class_of(init.params)
+            self._decoding.discard(init.slot)
         named = [*plan.decode, *(chunk.slot for chunk in plan.prefill if chunk.last)]
-        self._mix = Counter(self._classes.get(slot) for slot in named)
+        self._decoding = set(named) if plan.decode else self._decoding.union(named)
+        self._mix = Counter(self._classes.get(slot) for slot in self._decoding)
         self._rates = {}
         for kind, new in Counter(self._classes[init.slot] for init in plan.admit).items():
             self.acceptance.renew(kind, new, self._mix[kind])
+        if plan.decode:
+            self._left.update(chunk.slot for chunk in plan.resume)
+            self._verifiable[plan.step] = self._left.intersection(plan.decode) if plan.drafting.verify else set()
+            self._decodes(plan)
+        self._left.difference_update(named)
+        if plan.drafting.draft:
+            self._left.update(named)
+
+    def _decodes(self, plan: StepPlan) -> None:
+        """A step over prompts alone is none of its bucket, and none of a trial."""
         self._bucket = bucket_of(len(plan.decode))
         self._steps[self._bucket] += 1
-        self._verifiable[plan.step], self._left = min(self._left, plan.drafting.verify), plan.drafting.draft
         trial = self._trial
         if self._left_by_trial or trial is not None:
             self._trials.add(plan.step)
@@ -176,10 +191,12 @@ class DraftLength:
         if self.fixed is not None:
             return
         self._rates = {}
-        verifiable = self._verifiable.pop(plan.step, 0)
+        self._decoding.difference_update(slot.slot for slot in result.slots if slot.finished is not None)
+        verifiable, of_trial = self._verifiable.pop(plan.step, set()), plan.step in self._trials
+        self._trials.discard(plan.step)
         if live:
             self._learn(live, verifiable)
-            self._account(plan, result, sum(len(slot.tokens) for slot in live) / len(live))
+            self._account(plan, result, sum(len(slot.tokens) for slot in live) / len(live), of_trial)
         self._looks.expect(plan, result)
 
     # -------------------------------------------------------------------------------------------------------------- choice
@@ -283,7 +300,7 @@ class DraftLength:
         return max(0.0, self.times.leaving(bucket, k, k + 1) - self.times.leaving(bucket, k, k))
 
     # ------------------------------------------------------------------------------------------------------------ learning
-    def _learn(self, live: list[SlotResult], verifiable: int) -> None:
+    def _learn(self, live: list[SlotResult], verifiable: set[int]) -> None:
         """What ends a request cuts its drafts short: that says nothing of them."""
         verified: dict[Hashable, list[tuple[int, int]]] = {}
         looked: dict[Hashable, list[tuple[int, int]]] = {}
@@ -291,7 +308,7 @@ class DraftLength:
             if slot.finished is not None:
                 continue
             kind = self._classes.get(slot.slot)
-            if verifiable:
+            if slot.slot in verifiable:
                 verified.setdefault(kind, []).append((slot.drafted, slot.accepted))
             seen = self._looks.see(slot)
             if seen is not None:
@@ -301,12 +318,10 @@ class DraftLength:
         for kind, rights in looked.items():
             self.acceptance.add(kind, rights, self._looks.place)
 
-    def _account(self, plan: StepPlan, result: StepResult, tokens: float) -> None:
+    def _account(self, plan: StepPlan, result: StepResult, tokens: float, of_trial: bool) -> None:
         """The step's time, and what it earned or spent."""
         bucket, drafting = bucket_of(len(plan.decode)), plan.drafting
         self.times.add(bucket, result.verified, drafting.draft, None if plan.prefill else result.seconds)
-        of_trial = plan.step in self._trials
-        self._trials.discard(plan.step)
         if not self.times.measured:
             return
         seconds = self.times.leaving(bucket, result.verified, drafting.draft)

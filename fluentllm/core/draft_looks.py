@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Looks:
-    """What the last collected step left beyond what it verified itself: one draft a slot."""
+    """What the last step that brought a slot tokens left beyond what it verified itself: one draft a slot."""
 
     def __init__(self, synthetic: float | None = None) -> None:
         """`synthetic`: share of drafts that are accepted whatever they are; what is looked at has the same chance."""
@@ -22,13 +22,16 @@ class Looks:
         """Slot → its generation, and the draft if it had one."""
 
     def expect(self, plan: StepPlan, result: StepResult) -> None:
-        """A step was collected."""
-        self._expected = {}
+        """A step was collected. One over prompts alone leaves the other slots as they are."""
+        place = plan.drafting.draft - 1
+        if plan.decode or (plan.drafting.look and place != self.place):
+            self._expected = {}
         if plan.drafting.look:
-            self.place = place = plan.drafting.draft - 1
+            self.place = place
             for slot in result.slots:
-                draft = slot.drafts[place] if place < len(slot.drafts) else None
-                self._expected[slot.slot] = slot.generation, draft
+                if slot.tokens:
+                    draft = slot.drafts[place] if place < len(slot.drafts) else None
+                    self._expected[slot.slot] = slot.generation, draft
 
     def see(self, slot: SlotResult) -> tuple[int, int] | None:
         """What the step after it brought a slot → (drafts, right ones), those before it included; None: nothing to learn, or

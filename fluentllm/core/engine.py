@@ -23,14 +23,14 @@ from .errors import FluentError, InvalidRequest
 from .executor import Executor
 from .grammars import GrammarStore
 from .handoff import Handoffs
-from .handoff_host import EngineHost
+from .handoff_host import EngineHost, woken
 from .kv.cache import KVCache
 from .plugins.observers import Observers
 from .prefill_budget import PrefillBudget
 from .preparation import Preparation
 from .protocols import EngineCall, RequestEvent, Scheduler
 from .request_checks import check_request, stop_ids
-from .sequence import Phase, Sequence
+from .sequence import Sequence
 from .session import refusal
 from .types import (
     Drafting,
@@ -113,11 +113,9 @@ class Engine:
         self.handoffs = handoffs
         """None where prefill and decode are both here."""
         self.preparation = preparation or Preparation(executor.prepare, 0, ())
-        self._resuming: set[Sequence] = set()
-        """Handed to the scheduler with their prompts' KV, and not planned yet."""
         self._failure: Exception | None = None
         self.last_progress = time.monotonic()
-        """When a step was last collected or the loop last idled, for the watchdog."""
+        """When a step was last collected, or the loop last idled or was seen to wait for others, for the watchdog."""
         self._owners: dict[Sequence, Connection] = {}
         self._prompt_logprobs: dict[Sequence, list[TokenLogprob | None]] = {}
         self._launched: deque[tuple[StepPlan, Future[StepResult]]] = deque()
@@ -160,7 +158,7 @@ class Engine:
             adopted = request.handoff is not None and self.handoffs is not None and self.handoffs.adopt(sequence)
             if not adopted:
                 self.scheduler.add(sequence)
-        except Exception:  # a plugin's may raise anything
+        except Exception:  # a plugin's bug too: its session goes on
             self.grammars.end(sequence)
             raise
         return sequence
@@ -168,8 +166,6 @@ class Engine:
     def abort(self, sequence: Sequence, reason: FinishReason = "abort") -> None:
         if self._owners.pop(sequence, None) is None:
             return
-        self._prompt_logprobs.pop(sequence, None)
-        self._resuming.discard(sequence)
         self._finish(sequence, reason)
         if self.handoffs is None or not self.handoffs.abort(sequence):
             self.scheduler.abort(sequence)
@@ -218,7 +214,6 @@ class Engine:
                 self.handoffs.planned(plan, [self.scheduler.sequence(chunk.slot) for chunk in plan.prefill])
             self._launched.append((plan, self.executor.launch(plan)))
             self.preparation.saw(plan)
-            self._resuming.difference_update(self.scheduler.sequence(chunk.slot) for chunk in plan.resume)
             for init in plan.admit:
                 self._observe("scheduled", self.scheduler.sequence(init.slot))
         if self._launched and (plan is None or len(self._launched) > self.overlap_depth):
@@ -233,7 +228,7 @@ class Engine:
                 # A page that nobody can give back is a bug: better found now than as a server that slowly fills.
                 self.kv.check_idle()
                 await self.preparation.until(self._wake)
-            await self._wake.wait()
+            await woken(self, self._wake)
         else:
             # Let connections in between two launches.
             await asyncio.sleep(0)
@@ -299,7 +294,6 @@ class Engine:
 
     def resume(self, sequence: Sequence) -> None:
         """The KV of its prompt is in its pages: let it decode."""
-        self._resuming.add(sequence)
         self.scheduler.resume(sequence)
 
     def refuse(self, sequence: Sequence, error: FluentError) -> None:
@@ -320,8 +314,9 @@ class Engine:
         if counts is not None:
             for slot in result.slots:
                 counts.add(slot)
-        if result.drafting_error is not None:
+        if result.drafting_error is not None and not draft_length.stopped:
             draft_length.stop()
+            self.preparation.start_over([Drafting()])  # all that was captured has gone with the proposer
             if counts is not None:
                 counts.error = result.drafting_error
 
@@ -356,8 +351,8 @@ class Engine:
         return output
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        sequence.phase = Phase.FINISHED
         sequence.finish_reason = reason
+        self._prompt_logprobs.pop(sequence, None)
         self.grammars.end(sequence)
         self._observe(
             "finished",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import time
 from typing import TYPE_CHECKING
 
 from .errors import FluentError, QueueFull
@@ -13,6 +16,9 @@ if TYPE_CHECKING:
     from .kv.pages import Lease
     from .sequence import Sequence
     from .types import FinishReason, FromEngine, HandoffReport, Request, TokenLogprob
+
+BEAT = 0.2
+"""Seconds between two signs of life of an engine whose only work is other engines'."""
 
 
 class EngineHost:
@@ -82,6 +88,17 @@ class EngineHost:
 
     def fail(self, error: Exception) -> None:
         self._engine.fail(error)
+
+
+async def woken(engine: Engine, wake: asyncio.Event) -> None:
+    """The engine's loop has nothing to do until `wake` is set. Open handoffs may keep it so for long, pages in quarantine for
+    ever: no step comes meanwhile, and yet nothing hangs. Requests in the scheduler's hands may not wait for nothing."""
+    while engine.has_work and not (engine.scheduler.waiting or engine.scheduler.running):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(wake.wait(), BEAT)
+            return
+        engine.last_progress = time.monotonic()
+    await wake.wait()
 
 
 def _ignore(message: FromEngine) -> None:

@@ -56,6 +56,11 @@ class Preparation:
         if plan.decode:
             self._seen[plan.features] += 1
 
+    def start_over(self, drafting: Sequence[Drafting]) -> None:
+        """What was captured is captured no more, and this is what a step may draft from now on."""
+        self._drafting = drafting
+        self._ready.clear()
+
     async def until(self, wake: asyncio.Event) -> None:
         """Capture one program after the other until `wake` is set, or nothing is left."""
         pause = REST
@@ -89,4 +94,4 @@ class Preparation:
         except Exception:
             # What a step needs it captures itself.
             log.warning("nothing is captured ahead any more: %s failed", program, exc_info=True)
-            self._drafting = ()
+            self._buckets = []

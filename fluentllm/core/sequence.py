@@ -17,7 +17,6 @@ class Phase(Enum):
     """For a slot and pages, or for KV from elsewhere."""
     PREFILL = "prefill"
     DECODE = "decode"
-    FINISHED = "finished"
 
 
 def features_of(params: SamplingParams) -> int:
@@ -74,6 +73,7 @@ class Sequence:
         """Prompt and collected new tokens."""
         self.prompt_length = len(request.prompt)
         self.phase = Phase.WAITING
+        """The end of a request does not change it: what of its KV is written depends on where it was then."""
         self.finish_reason: FinishReason | None = None
         self.slot: int | None = None
         self.generation = 0
@@ -108,7 +108,7 @@ class Sequence:
     @property
     def can_decode(self) -> bool:
         """Whether another step could bring it a token, for all that is known."""
-        if self.on_host and self.launched:
+        if self.finish_reason is not None or (self.on_host and self.launched):
             return False
         return self.phase is Phase.DECODE and len(self.tokens) + self.launched < self.budget_end
 

@@ -11,7 +11,7 @@ from drafting import Cost, World
 
 from fluentllm.core.buckets import bucket_of
 from fluentllm.core.draft_length import DraftLength
-from fluentllm.core.types import Drafting, PrefillChunk, SlotResult, StepPlan, StepResult
+from fluentllm.core.types import Drafting, PrefillChunk, SamplingParams, SlotInit, SlotResult, StepPlan, StepResult
 
 
 def rows(first: float, more: float, draft: float) -> Cost:
@@ -298,3 +298,59 @@ def test_never_slower_with_many(kind: str) -> None:
 def test_never_slower_at_any_acceptance(cost: Pass, kind: str, batch: int) -> None:
     for acceptance in range(11):
         check(cost, kind, batch, acceptance / 10)
+
+
+def prompts_alone(lengths: DraftLength, step: int, slot: int, running: int, *, new: bool = True, last: bool = True) -> None:
+    """A step in which one prompt is computed, and nobody decodes (`scheduler.prefill_first`)."""
+    k, look = lengths.choose(running)
+    params = SamplingParams(max_tokens=9, temperature=0.0)
+    admit = [SlotInit(slot, step, [1], 1, 0, [], params, [])] if new else []
+    drafting = Drafting(k, k + look, look)
+    plan = StepPlan(step=step, admit=admit, prefill=[PrefillChunk(slot, 0, 9, last)], drafting=drafting)
+    lengths.planned(plan)
+    slots = [SlotResult(slot, step, [1], None, drafts=[1] * (k + look) if look else [])] if last else []
+    lengths.collected(plan, StepResult(step=step, slots=slots, seconds=1.0, verified=k))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_newcomer_does_not_make_forget_those_who_wait_for_it(last: bool) -> None:
+    lengths = DraftLength("auto", 3)
+    world(rows(0.010, 0.001, 0.001), 32, 0.3).run(lengths, 300)
+    world(rows(0.010, 0.001, 0.001), 32, 0.9).run(lengths, 300)  # others, of whom much was seen since
+    known = {(True, False): 0, (False, False): 1}
+    share = lengths.acceptance._of((False, False)).right[0]
+    mean, weight = share.mean, share.weight
+    prompts_alone(lengths, 1000, 40, 32, last=last)
+    assert share.mean == pytest.approx(mean, abs=0.05), "all but one of those who run are as they were"
+    assert share.weight > 0.9 * weight
+    assert lengths.acceptance.tokens(known, 3) > 3
+
+
+def test_steps_over_prompts_alone_are_no_part_of_a_trial() -> None:
+    lengths = DraftLength("auto", 3)
+    seen = world(rows(0.010, 0.001, 0.001), 2, 0.9)
+    while lengths._trial is None:
+        seen.run(lengths, 1)
+        lengths.choose(2)
+    trial, steps, left = lengths._trial, dict(lengths._steps), set(lengths._left)
+    for step in range(1000, 1020):
+        prompts_alone(lengths, step, 5, 2)
+    assert lengths._trial == trial, "it has not begun"
+    assert lengths._steps == steps, "no step of any bucket"
+    assert not lengths._trials.difference(range(1000)), "nothing is kept of them"
+    assert lengths._left == left | ({5} if trial.k else set())
+
+
+def test_a_look_outlasts_steps_over_prompts_alone() -> None:
+    """What was left in a slot is still there when it decodes again."""
+    acceptances = []
+    for between in (False, True):
+        lengths = DraftLength("auto", 3, eager=True)
+        seen = world(rows(0.010, 0.020, 0.0), 1, 0.8, eager=True)  # no draft pays, and a look costs nothing
+        for step in range(200):
+            seen.run(lengths, 1)
+            if between:
+                prompts_alone(lengths, 1000 + step, 7, 1, new=False, last=False)
+        share = lengths.acceptance._of((False, False)).right[0]
+        acceptances.append((share.mean, share.weight))
+    assert acceptances[1] == pytest.approx(acceptances[0], rel=0.2)

@@ -147,3 +147,13 @@ async def test_pages_that_are_short_are_waited_for(tiny: Harness) -> None:
     async with pair(tiny, decode={"kv.memory": f"{10 * tiny.page_bytes(16)}B", "model.max_model_len": 96}) as both:
         assert await asyncio.gather(*(both.tokens(prompt, **GREEDY) for prompt in prompts)) == expected
         assert both.decode.stats.get("local_prefills", 0) == 0
+
+
+async def test_one_slot_and_pages_that_are_short(tiny: Harness) -> None:
+    """Prompts that have come wait for the slot of one that is short of their pages: the last of them is computed again."""
+    prompts = [[*PROMPT[:40], 50 + i] for i in range(4)]
+    params = {**GREEDY, "max_tokens": 50, "ignore_eos": True}
+    expected = await alone(tiny, prompts, params)
+    decode = {"kv.memory": f"{10 * tiny.page_bytes(16)}B", "model.max_model_len": 96, "scheduler.max_running": 1}
+    async with pair(tiny, decode=decode) as both, asyncio.timeout(60):
+        assert await asyncio.gather(*(both.tokens(prompt, **params) for prompt in prompts)) == expected

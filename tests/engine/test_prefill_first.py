@@ -55,3 +55,23 @@ async def test_no_token_changes(exact: Harness, depth: int, method: str) -> None
         together = [running.submit(prompt, ignore_eos=True, **given) for prompt, given in zip(PROMPTS, WORK, strict=True)]
         assert await asyncio.gather(*map(running.rest, together)) == alone
         assert running.engine.stats().preemptions, "the pool was too large for this test"
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+async def test_pages_given_up_go_to_who_was_short_of_them(exact: Harness, depth: int) -> None:
+    """Two that fill the pool. Who gives up its pages while a step names it is not computed again with these very pages, to give
+    them up once more, token by token."""
+    short = {
+        "kv.memory": f"{exact.page_bytes(16) * 16}B",
+        "model.max_model_len": 200,
+        "kv.prefix_cache": False,
+        "scheduler.prefill_first": True,
+        "engine.overlap_depth": depth,
+    }
+    prompts = [5 + i % 90 for i in range(100)], [6 + i % 90 for i in range(94)]
+    async with exact.engine(**short) as running:
+        plans = record_plans(running)
+        ids = [running.submit(prompt, max_tokens=90, ignore_eos=True) for prompt in prompts]
+        await asyncio.gather(*map(running.rest, ids))
+        assert running.engine.stats().preemptions == 1
+    assert len([chunk for plan in plans for chunk in plan.prefill]) == 3

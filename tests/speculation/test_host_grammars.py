@@ -61,7 +61,7 @@ class Brackets:
             mask[token // 32] = word - (1 << 32 if word >> 31 else 0)
 
     def accept(self, token: int) -> bool:
-        if token not in allowed(self._text) or (self._broken == "refuses" and len(self._text) == 3):
+        if token not in allowed(self._text) or len(self._text) == {"refuses": 3, "never accepts": 0}.get(self._broken):
             return False
         self._text.append(token)
         return True
@@ -245,6 +245,30 @@ async def test_a_matcher_that_fails_ends_its_request_alone(tiny: Harness, broken
     said = {"raises": "out of brackets", "allows nothing": "allows no token", "refuses": "refused token"}[broken]
     assert "The matcher of the grammar of kind 'brackets' failed" in message.message
     assert said in message.message
+
+
+async def test_a_matcher_that_fails_at_once_leaves_nothing(tiny: Harness) -> None:
+    """Not even log-probabilities of a prompt that no token follows."""
+    grammar = GrammarSpec(kind="brackets", source="never accepts")
+    async with tiny.engine(plugins=plugins_with()) as running:
+        refused: list[Any] = []
+        connection = running.engine.connect(refused.append)
+        params = SamplingParams(max_tokens=20, temperature=0.0, grammar=grammar, prompt_logprobs=1)
+        connection.submit(Request(id="x", prompt=[9, 8, 7], params=params))
+        assert len(await running.tokens([9, 8, 7], max_tokens=20, ignore_eos=True)) == 20
+        assert [type(message) for message in refused] == [Refused]
+        assert not running.engine._prompt_logprobs
+
+
+async def test_a_scheduler_that_fails_keeps_no_matcher(tiny: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(sequence: Any) -> None:
+        raise RuntimeError("no queue")
+
+    async with tiny.engine(plugins=plugins_with()) as running:
+        monkeypatch.setattr(running.engine.scheduler, "add", broken)
+        with pytest.raises(RuntimeError, match="no queue"):
+            running.submit([9, 8], grammar=BRACKETS)
+        assert not running.engine.grammars.matchers._open
 
 
 async def test_a_matcher_that_cannot_start_is_refused(tiny: Harness) -> None:

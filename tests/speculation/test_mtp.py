@@ -57,9 +57,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(harness(tmp_path_factory.mktemp(request.param), request.param))
 
 
-@pytest.mark.parametrize(("k", "depth"), [(5, 0), (5, 1), (5, 2), (1, 2), (2, 1), (3, 0)])
-async def test_drafts_and_tokens_under_pressure(case: Case, k: int, depth: int) -> None:
-    """Chunks, prefix hits, preemptions and steps that draft fewer or nothing, all at once."""
+@pytest.mark.parametrize(
+    ("k", "depth", "prefill_first"),
+    [(5, 0, False), (5, 1, False), (5, 2, False), (1, 2, False), (2, 1, False), (3, 0, False), (3, 1, True), (4, 2, True)],
+)
+async def test_drafts_and_tokens_under_pressure(case: Case, k: int, depth: int, prefill_first: bool) -> None:
+    """Chunks, prefix hits, preemptions, steps that draft fewer or nothing, and slots that skip steps, all at once."""
     texts = [[*prompt, *answer] for (prompt, _), answer in zip(work(), case.answers, strict=True)]
     record: list[Drafted] = []
     settings = {
@@ -68,6 +71,7 @@ async def test_drafts_and_tokens_under_pressure(case: Case, k: int, depth: int) 
         "engine.overlap_depth": depth,
         "scheduler.prefill_tokens": 21,
         "scheduler.max_running": 6,
+        "scheduler.prefill_first": prefill_first,
         "model.max_model_len": 80,
         "kv.memory": str(17 * case.page_bytes()),
     }

@@ -42,6 +42,8 @@ class FcfsScheduler:
         self._running: list[Sequence] = []
         self._leaving: dict[Sequence, bool] = {}
         """Sequence → whether it waits again once released (preempted) or is done with."""
+        self._short: Sequence | None = None
+        """The first that could not decode for want of pages when decodes were last planned."""
         self._slots: dict[int, Sequence] = {}
         self._free_slots = list(range(context.slots))
         self._collected_step = -1
@@ -85,7 +87,7 @@ class FcfsScheduler:
     def plan(self, step: int, drafting: Drafting) -> StepPlan | None:
         grants: list[PageGrant] = []
         admit: list[SlotInit] = []
-        prefill = self._plan_prefill(admit, self._prefill_budget.allow(0)) if self._prefill_first else []
+        prefill = self._plan_prefill(step, admit, self._prefill_budget.allow(0)) if self._prefill_first else []
         decode: list[int] = []
         resume: list[PrefillChunk] = []
         if not prefill:
@@ -93,9 +95,9 @@ class FcfsScheduler:
             resume = self._plan_resume(step, drafting, admit, grants)
             decode += [chunk.slot for chunk in resume]
         if not self._prefill_first:
-            prefill = self._plan_prefill(admit, self._prefill_budget.allow(len(decode)))
+            prefill = self._plan_prefill(step, admit, self._prefill_budget.allow(len(decode)))
         if not decode and not prefill:
-            return None
+            return self.plan(step, drafting) if self._give_up_a_resumption() else None
         plan = StepPlan(
             step=step,
             admit=admit,
@@ -124,6 +126,7 @@ class FcfsScheduler:
     # ------------------------------------------------------------------------------------------------------------ planning
     def _plan_decode(self, step: int, drafting: Drafting, grants: list[PageGrant]) -> list[int]:
         slots = []
+        self._short = None
         ahead = self._ahead(drafting)
         for sequence in list(self._running):
             if not sequence.can_decode or sequence in self._leaving:
@@ -132,6 +135,8 @@ class FcfsScheduler:
                 sequence.last_step = step  # so that making room for others does not take it out of this very plan
                 assert sequence.slot is not None
                 slots.append(sequence.slot)
+            elif self._short is None:
+                self._short = sequence
         return slots
 
     def _ahead(self, drafting: Drafting) -> int:
@@ -178,22 +183,25 @@ class FcfsScheduler:
             if not self._preempt_after(_order(sequence)):
                 return False
 
-    def _plan_prefill(self, admit: list[SlotInit], allowance: StepAllowance) -> list[PrefillChunk]:
+    def _plan_prefill(self, step: int, admit: list[SlotInit], allowance: StepAllowance) -> list[PrefillChunk]:
         chunks: list[PrefillChunk] = []
         for sequence in self._running:
             if sequence.phase is Phase.PREFILL and sequence not in self._leaving:
                 count = allowance.take(sequence.prefilled, len(sequence.tokens) - sequence.prefilled)
                 if count:
-                    chunks.append(self._next_chunk(sequence, count))
+                    chunks.append(self._next_chunk(step, sequence, count))
         while allowance.open and self._waiting:
             sequence = self._waiting[0]
+            # Else, with prompts first, who gave its pages up for another would have them again before the other took any.
+            if self._short is not None and _order(self._short) < _order(sequence):
+                break
             if not self._make_room(sequence):
                 break
             self._waiting.pop(0)
             admit.append(self._enter(sequence))
             count = allowance.take(sequence.prefilled, len(sequence.tokens) - sequence.prefilled)
             # What is open for a prompt's begin may be closed behind a cached prefix; who has entered computes something.
-            chunks.append(self._next_chunk(sequence, max(1, count)))
+            chunks.append(self._next_chunk(step, sequence, max(1, count)))
         return chunks
 
     def _make_room(self, sequence: Sequence) -> bool:
@@ -232,7 +240,8 @@ class FcfsScheduler:
             sequence.stop_ids,
         )
 
-    def _next_chunk(self, sequence: Sequence, count: int) -> PrefillChunk:
+    def _next_chunk(self, step: int, sequence: Sequence, count: int) -> PrefillChunk:
+        sequence.last_step = step  # as in `_plan_decode`: behind its last chunk it may have to make room
         start = sequence.prefilled
         sequence.prefilled = start + count
         last = sequence.prefilled == len(sequence.tokens)
@@ -244,6 +253,22 @@ class FcfsScheduler:
         return PrefillChunk(sequence.slot, start, count, last, wanted)
 
     # ------------------------------------------------------------------------------------------------------------- leaving
+    def _give_up_a_resumption(self) -> bool:
+        """Where nothing moves any more: those who run are short of the pages of those who wait for their slots. True if the
+        last of these has given its own back; it is computed here."""
+        flying = any(sequence.last_step > self._collected_step for sequence in self._running)
+        if self._short is None or flying or not self._resuming:
+            return False
+        sequence = self._resuming.pop()
+        self._kv.release(sequence)
+        self._wait_again(sequence)
+        return True
+
+    def _wait_again(self, sequence: Sequence) -> None:
+        sequence.phase = Phase.WAITING
+        sequence.prefilled = 0
+        insort(self._waiting, sequence, key=_order)
+
     def _preempt_after(self, order: tuple[int, int]) -> bool:
         """Make the last sequence behind `order` leave. True if its pages are free at once; False if there is none, or
         steps in flight still name it (its pages come when they are collected)."""
@@ -258,6 +283,8 @@ class FcfsScheduler:
 
     def _leave(self, sequence: Sequence, *, again: bool) -> None:
         self._leaving[sequence] = again
+        if sequence is self._short:
+            self._short = None
         if sequence.last_step <= self._collected_step:
             self._release(sequence)
 
@@ -273,6 +300,4 @@ class FcfsScheduler:
         heapq.heappush(self._free_slots, sequence.slot)
         sequence.slot = None
         if again:
-            sequence.phase = Phase.WAITING
-            sequence.prefilled = 0
-            insort(self._waiting, sequence, key=_order)
+            self._wait_again(sequence)
