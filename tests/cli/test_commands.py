@@ -183,6 +183,13 @@ def test_doctor_reports_what_cannot_be_used(fluent):
     assert "No plugin offers the scheduling policy 'fcsf'" in report["problems"][0]["problem"]
 
 
+def test_doctor_knows_no_model_that_serve_does_not_know(fluent):
+    report = json.loads(fluent("doctor", "smolm2", "--json", code=1).stdout)
+    assert report["problems"][-1]["problem"] == "Unknown model 'smolm2'."
+    assert "Did you mean 'smollm2'?" in report["problems"][-1]["fix"]
+    assert "models pull" not in str(report)
+
+
 # ------------------------------------------------------------------------------------------------------------------ options
 def test_options_put_flags_over_the_environment_and_sets_over_flags():
     flags = {"server.port": "8001", "server.host": None, "engine.threads": 2}
