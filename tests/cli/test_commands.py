@@ -12,6 +12,14 @@ from fluentllm.core.errors import ConfigError
 from fluentllm.hub import resolve
 
 
+def test_help_of_a_flag_names_its_setting_and_default(fluent):
+    text = " ".join(fluent("serve", "--help", COLUMNS="200").stdout.split())
+    assert "serve [OPTIONS] [MODEL]" in text
+    assert "Port; 0 takes a free one. (server.port; default 8000)" in text
+    assert "(engine.deterministic; default false)" in text
+    assert "Of the server at --url" in " ".join(fluent("chat", "--help", COLUMNS="200").stdout.split())
+
+
 def test_help_names_every_command(fluent):
     text = fluent("--help").stdout
     assert [name for name in cli.COMMANDS if f" {name} " not in text] == []
