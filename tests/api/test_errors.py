@@ -32,6 +32,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"messages": HI, "temprature": 1}, "temprature", "'temperature'"),
     (CHAT, {"messages": HI, "stream_options": {"include_usge": True}}, "stream_options.include_usge", "'include_usage'"),
     (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, "tools", "not supported"),
+    (CHAT, {"messages": HI, "guided_json": {}}, "guided_json", "disaggregated_params, frequency_penalty, grammar, ignore_eos"),
     (CHAT, {"messages": HI, "chat_template_kwargs": {"think": False}}, "chat_template_kwargs.think", "It has: thinking."),
     (CHAT, {"messages": HI, "tool_choice": "auto"}, "tool_choice", "not supported"),
     (CHAT, {"messages": HI, "response_format": {"type": "json_object"}}, "response_format", "JSON mode"),
