@@ -42,8 +42,10 @@ class LocalEngine:
         from .core.timeline import Timeline
         from .hub import resolve
         from .hub.cache import keep_kernels
+        from .waiting import spin_briefly
 
         keep_kernels()
+        spin_briefly()
         self.timeline = Timeline("engine")
         with self.timeline.stage("plugins"):
             plugins = PluginManager.load({"engine", "executor"}, settings.plugins.allow, settings.plugins.deny)

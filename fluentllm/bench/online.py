@@ -107,6 +107,11 @@ async def _model(client: httpx.AsyncClient, load: Load) -> tuple[str, int]:
         answer.raise_for_status()
         model = answer.json()["data"][0]
         name, vocab, longest = model["id"], model.get("vocab_size"), model.get("max_model_len")
+    except httpx.HTTPStatusError as error:
+        raise ConfigError(
+            f"{load.url} refused /v1/models: {_told(error.response)}.",
+            fix="Give the --url, and the --api-key, of a server with OpenAI's API.",
+        ) from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConfigError(f"{load.url} does not answer: {error}.", fix="Start `fluent serve`, or give its --url.") from None
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -117,6 +122,14 @@ async def _model(client: httpx.AsyncClient, load: Load) -> tuple[str, int]:
             fix="Lower --input-len or --output-len.",
         )
     return name, vocab or SAFE_VOCABULARY
+
+
+def _told(refusal: httpx.Response) -> str:
+    """The message of an error in OpenAI's format, else the status."""
+    try:
+        return str(refusal.json()["error"]["message"]).rstrip(".")
+    except (ValueError, LookupError, TypeError):
+        return f"status {refusal.status_code}"
 
 
 def _body(model: str, prompt: list[int], budget: int) -> dict[str, Any]:

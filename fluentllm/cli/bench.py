@@ -99,7 +99,7 @@ def serve(
     seed: Annotated[int, typer.Option(help="Of arrivals, lengths and prompts.")] = 1,
     ttft_goal: Annotated[float, typer.Option(min=0, help="A good request's first token comes within this many ms.")] = 2000.0,
     tpot_goal: Annotated[float, typer.Option(min=0, help="And its tokens within this many ms each.")] = 200.0,
-    api_key: options.ApiKey = None,
+    api_key: options.ServerKey = None,
     json: Json = None,
     config: options.Config = None,
     sets: options.Sets = None,

@@ -30,7 +30,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.7,
     max_tokens: Annotated[int | None, typer.Option(help="Most new tokens of an answer.")] = None,
-    api_key: options.ApiKey = None,
+    api_key: options.ServerKey = None,
     device: options.Device = None,
     config: options.Config = None,
     sets: options.Sets = None,

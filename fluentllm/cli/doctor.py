@@ -147,13 +147,14 @@ def _kernels(settings: Settings, device: torch.device) -> dict[str, str]:
 
 def _model(settings: Settings, plugins: PluginManager) -> tuple[ModelSpec | None, dict[str, Any]]:
     """The model, if it is on this disk, and who runs it."""
-    from fluentllm.hub import load_config, resolve
+    from fluentllm.hub import check_name, load_config, resolve
     from fluentllm.hub.config import architecture
     from fluentllm.hub.describe import known_models
 
     name = settings.model.name
     here = Path(name).expanduser().exists() or any(known.name == name and known.cached for known in known_models())
     if not here:
+        check_name(name)
         return None, {"name": name, "state": f"not on this disk; `fluent models pull {name}` fetches it"}
     files = resolve(name, settings.model.revision, weights=False)
     config = load_config(files)

@@ -11,6 +11,7 @@ types must import this module at run time, since Typer evaluates their annotatio
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,14 +44,15 @@ def flag(key: str, *names: str) -> Any:
 def argument(key: str, name: str) -> Any:
     """A positional argument for the setting."""
     _FLAGS[key] = name
-    return typer.Argument(metavar=f"[{name}]", help=_help(key), show_default=False)
+    return typer.Argument(metavar=name, help=_help(key), show_default=False)
 
 
 def _help(key: str) -> str:
     setting = _TREE.find(key)
     assert isinstance(setting, Setting), key
     unit = f", {setting.unit}" if setting.unit else ""
-    return f"{setting.help} [{key}{unit}; default {'null' if setting.default is None else setting.default}]"
+    default = setting.default if isinstance(setting.default, str) else json.dumps(setting.default)
+    return f"{setting.help} ({key}{unit}; default {default})"  # no square brackets: rich takes them for markup and drops them
 
 
 Config = Annotated[
@@ -71,6 +73,10 @@ MaxModelLen = Annotated[str | None, flag("model.max_model_len", "--max-model-len
 Host = Annotated[str | None, flag("server.host", "--host")]
 Port = Annotated[str | None, flag("server.port", "--port", "-p")]
 ApiKey = Annotated[str | None, flag("server.api_key", "--api-key")]
+ServerKey = Annotated[
+    str | None,
+    typer.Option("--api-key", help="Of the server at --url; else server.api_key of the settings.", show_default=False),
+]
 Device = Annotated[str | None, flag("engine.device", "--device")]
 OverlapDepth = Annotated[str | None, flag("engine.overlap_depth", "--overlap-depth")]
 Deterministic = Annotated[bool | None, flag("engine.deterministic", "--deterministic/--no-deterministic")]

@@ -63,7 +63,7 @@ def show(
 @app.command()
 def trace(
     url: Annotated[str | None, typer.Option(help="A running server, such as http://127.0.0.1:8000.")] = None,
-    api_key: options.ApiKey = None,
+    api_key: options.ServerKey = None,
     config: options.Config = None,
     sets: options.Sets = None,
     json: output.Json = False,

@@ -84,6 +84,6 @@ class EngineDied(FluentError):
 
 
 class EngineUnavailable(FluentError):
-    """The engine is starting or being restarted."""
+    """The engine is starting or being restarted, or the server stops before a request is done."""
 
     status, code = 503, "engine_unavailable"

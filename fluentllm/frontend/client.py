@@ -150,6 +150,7 @@ class SocketEngineClient(_Client):
         self._told: EngineState | None = None
         self._ready = asyncio.Event()
         self._news = asyncio.Event()
+        self._given_up: Callable[[], FluentError] | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -183,7 +184,14 @@ class SocketEngineClient(_Client):
         self._told = state
         self._news.set()
 
+    def give_up(self, make: Callable[[], FluentError]) -> None:
+        """End what is open, and refuse what comes, each with an error of its own."""
+        self._given_up = make
+        self._inbox.fail(make)
+
     def _check(self) -> None:
+        if self._given_up is not None:
+            raise self._given_up()
         if not self._ready.is_set():
             raise EngineUnavailable(f"The engine is {self.state}.", fix="Try again in a moment; /health says when it is ready.")
 

@@ -12,7 +12,7 @@ import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -31,6 +31,9 @@ MAX_REPEAT = 1_000_000
 """Longest result of `"x" * n` in a template."""
 
 _MESSAGE_NAME = re.compile(r"\b(?:message|msg|m|loop_message)(?:\.name\b|\[\s*['\"]name['\"]\s*\]|\.get\(\s*['\"]name['\"])")
+
+_GIVEN = {"messages", "add_generation_prompt", "tools", "documents"}
+"""Variables that every template is rendered with. Like the special tokens, they are not for a request to choose."""
 
 
 class _Generation(Extension):
@@ -86,22 +89,41 @@ class ChatTemplate:
     """One compiled template. Raises `CheckpointError` if it is not Jinja."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            read = meta.find_undeclared_variables(environment.parse(source))
         except TemplateSyntaxError as error:
             raise CheckpointError(
                 f"The chat template is not valid Jinja: line {error.lineno}: {error.message}.",
                 fix="Name another with model.chat_template.",
             ) from error
         self._special_tokens = dict(special_tokens or {})
+        self.variables = frozenset(read - set(environment.globals) - set(self._special_tokens) - _GIVEN)
+        """What it reads that a request may give, such as `enable_thinking`."""
         self.knows_developer = "developer" in source
         self.knows_tool_calls = "tool_calls" in source
         self.knows_names = _MESSAGE_NAME.search(source) is not None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """The prompt. Raises `InvalidRequest` with the template's own words where it refuses these messages."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt. `variables`: some of `self.variables`. Raises `InvalidRequest`, with the template's own words where it
+        refuses these messages."""
+        for name in variables or ():
+            if name not in self.variables:
+                known = ", ".join(sorted(self.variables)) or "none"
+                raise InvalidRequest(
+                    f"The model's chat template has no variable {name!r} to set.",
+                    fix=f"It has: {known}.",
+                    param=f"chat_template_kwargs.{name}",
+                )
         try:
-            return "".join(self._bounded(messages, add_generation_prompt))
+            return "".join(self._bounded(messages, add_generation_prompt, variables or {}))
         except RecursionError:
             raise InvalidRequest("The chat template recurses without end on these messages.", param="messages") from None
         except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
@@ -111,10 +133,13 @@ class ChatTemplate:
                 param="messages",
             ) from error
 
-    def _bounded(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> Iterator[str]:
+    def _bounded(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
+    ) -> Iterator[str]:
         deadline = time.monotonic() + MAX_SECONDS
         characters = 0
         pieces = self._template.generate(
+            **variables,
             **self._special_tokens,
             messages=messages,
             add_generation_prompt=add_generation_prompt,

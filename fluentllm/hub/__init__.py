@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .config import load_config
 from .defaults import DEFAULTS, Default
-from .files import ModelFiles, resolve, resolve_draft
+from .files import ModelFiles, check_name, resolve, resolve_draft
 from .progress import Progress
 
-__all__ = ["DEFAULTS", "Default", "ModelFiles", "Progress", "load_config", "resolve", "resolve_draft"]
+__all__ = ["DEFAULTS", "Default", "ModelFiles", "Progress", "check_name", "load_config", "resolve", "resolve_draft"]

@@ -57,14 +57,7 @@ def resolve(
     path = Path(name).expanduser()
     if path.exists():
         return _local(name, path.resolve())
-    if _looks_local(name):
-        raise ModelNotFound(
-            f"There is no model at {name!r} (looked at {path.resolve()}).",
-            fix="Give a folder with config.json and *.safetensors, or a .gguf file, that exists.",
-            param="model.name",
-        )
-    if not _is_hub_id(name):
-        raise ModelNotFound(f"Unknown model {name!r}.", fix=_suggest(name), param="model.name")
+    check_name(name)
 
     from .huggingface import fetch_file, fetch_snapshot
 
@@ -73,6 +66,21 @@ def resolve(
             owner, repo, file = name.split("/", 2)
             return ModelFiles(name, fetch_file(f"{owner}/{repo}", file, revision, show, refresh=refresh), "gguf")
         return ModelFiles(name, fetch_snapshot(name, revision, show, weights=weights, refresh=refresh), "folder")
+
+
+def check_name(name: str) -> None:
+    """Raises `ModelNotFound` if `name` is neither here nor anything that could be fetched. Touches no network."""
+    path = Path(name).expanduser()
+    if name in DEFAULTS or path.exists():
+        return
+    if _looks_local(name):
+        raise ModelNotFound(
+            f"There is no model at {name!r} (looked at {path.resolve()}).",
+            fix="Give a folder with config.json and *.safetensors, or a .gguf file, that exists.",
+            param="model.name",
+        )
+    if not _is_hub_id(name):
+        raise ModelNotFound(f"Unknown model {name!r}.", fix=_suggest(name), param="model.name")
 
 
 def resolve_draft(draft: str | None, target: str, method: str, progress: Progress | None = None) -> ModelFiles | None:

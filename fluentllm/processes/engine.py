@@ -21,6 +21,7 @@ from fluentllm.core.session import Session, refusal
 from fluentllm.core.types import FromEngine, Generate, Outputs, RequestOutput, ToEngine
 from fluentllm.hub.cache import keep_kernels
 from fluentllm.settling import settle
+from fluentllm.waiting import spin_briefly
 
 from .child import Child, run
 from .control import Progress, Up, die_with_parent
@@ -121,6 +122,7 @@ async def _idle(engine: Engine, running: asyncio.Task[None], timeout: float) -> 
 def main(child: Child) -> None:
     die_with_parent()
     keep_kernels()
+    spin_briefly()
 
     def tell(line: str) -> None:
         child.control.send(Progress(line))

@@ -2,7 +2,8 @@
 
     python -m fluentllm.processes.frontend --runtime DIR --generation N --control-fd F --listen-fd S
 
-SIGTERM takes no more connections and lets running requests finish within `server.shutdown_timeout`.
+SIGTERM takes no more connections and lets running requests finish within `server.shutdown_timeout`; what runs longer ends
+with an error.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 import uvloop
 
+from fluentllm.core.errors import EngineUnavailable
 from fluentllm.frontend.app import create_app
 from fluentllm.frontend.client import SocketEngineClient
 from fluentllm.frontend.http import HttpProtocol
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
     from .control import EngineState
 
 
+FAREWELL = 1.0
+"""Seconds on top of `server.shutdown_timeout` to tell clients that their requests were not done; then connections are cut."""
+
+
 class Server(uvicorn.Server):
     """uvicorn, with the signals left to us: its own handlers end the process before the client is closed."""
 
@@ -40,6 +46,7 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         def stop() -> None:
             self.should_exit = True
+            self.on_stop()
 
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
         yield
@@ -49,6 +56,8 @@ class Server(uvicorn.Server):
         self.on_started()
 
     def on_started(self) -> None: ...
+
+    def on_stop(self) -> None: ...
 
 
 async def serve(child: Child, plugins: PluginManager) -> None:
@@ -64,6 +73,14 @@ async def serve(child: Child, plugins: PluginManager) -> None:
 
     child.control.on_state(told)
     await client.start()
+    patience = child.settings.server.shutdown_timeout
+
+    def too_late() -> EngineUnavailable:
+        return EngineUnavailable(
+            f"The server stops, and the request was not done within server.shutdown_timeout, {patience:g} s.",
+            fix="Send it to another server.",
+        )
+
     config = uvicorn.Config(
         create_app(services, plugins.routes()),
         http=HttpProtocol,
@@ -73,12 +90,13 @@ async def serve(child: Child, plugins: PluginManager) -> None:
         log_config=None,
         log_level="debug" if child.settings.log.level == "debug" else "warning",  # it says little of use at info
         server_header=False,
-        timeout_graceful_shutdown=child.settings.server.shutdown_timeout,  # type: ignore[arg-type]  # waits with wait_for
+        timeout_graceful_shutdown=patience + FAREWELL,  # type: ignore[arg-type]  # waits with wait_for
     )
     server = Server(config)
     stages = tuple(child.timeline.stages)
     up = Up(chat=services.generation.template is not None, startup=stages)
     server.on_started = lambda: child.up(up)  # type: ignore[method-assign]
+    server.on_stop = lambda: loop.call_later(patience, client.give_up, too_late)  # type: ignore[method-assign,assignment]
     settle()
     linked = asyncio.create_task(_report_link(client, child))
     assert child.listen_fd is not None

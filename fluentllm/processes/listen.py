@@ -18,10 +18,14 @@ BACKLOG = 2048
 def bind(server: ServerSettings) -> socket.socket:
     """A socket bound to `server.host`, `server.port`; `listen` makes it take connections. Raises `ConfigError`."""
     host, port = server.host, server.port
+    if not host:  # to the system this is every network: too much for a variable that was left empty
+        raise ConfigError(
+            "server.host is empty.",
+            fix="Use 127.0.0.1 for this machine only, 0.0.0.0 for every network.",
+            param="server.host",
+        )
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (socket.gaierror, UnicodeError) as error:
         raise ConfigError(
             f"server.host is {host!r}, which is no address of this machine: {error}.",

@@ -110,10 +110,12 @@ class Supervisor:
             await asyncio.wait(keepers)
 
     async def _end(self) -> None:
-        """The front end first: its requests need the engine to finish."""
+        """The front end first: its requests need the engine to finish. It closes the public socket too; as long as we held
+        it, connections would wait for nobody instead of being refused."""
         grace = self._settings.server.shutdown_timeout + KILL_GRACE
         if self._stop.is_set():
             say("Stopping; running requests may finish. Once more to stop at once.")
+        self._public.close()
         await self._frontend.stop(grace)
         await self._engine.stop(grace)
 
@@ -151,6 +153,8 @@ class Supervisor:
         """The first time that everything is up, and the front end has reached the engine: a request would be answered."""
         engine, frontend = self._engine.up, self._frontend.up
         if self._welcomed or not self._frontend.linked or engine is None or frontend is None or engine.info is None:
+            return
+        if self._stop.is_set():
             return
         self._welcomed = True
         say(

@@ -141,6 +141,15 @@ async def test_parts_of_text_and_the_developer_role(echo: Api) -> None:
     )
 
 
+async def test_variables_of_the_template(echo: Api) -> None:
+    quiet = {"chat_template_kwargs": {"thinking": False}}
+    await echo.chat(**quiet)
+    [request] = echo.engine.requests
+    assert echo.services.tokenizer.decode(request.prompt, skip_special_tokens=False).endswith("assistant\n<quiet>")
+    tokenized = await echo.post("/tokenize", messages=[{"role": "user", "content": "Hi"}], **quiet)
+    assert tokenized["tokens"] == list(request.prompt)
+
+
 async def test_an_answer_can_be_sent_back_as_it_came(echo: Api) -> None:
     answer = await echo.chat()
     messages = [{"role": "user", "content": "Hi"}, answer["choices"][0]["message"], {"role": "user", "content": "Sure?"}]
@@ -169,6 +178,6 @@ async def test_parameters_reach_the_engine(echo: Api) -> None:
 
 
 async def test_nulls_mean_left_out(echo: Api) -> None:
-    await echo.chat(temperature=None, top_p=None, stop=None, n=None, seed=None, tools=None, logit_bias=None, stream=None)
+    await echo.chat(temperature=None, top_p=None, stop=None, n=None, seed=None, tools=[], logit_bias=None, stream=None)
     [request] = echo.engine.requests
     assert request.params.temperature == 1.0

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from fluentllm.core.errors import EngineDied, QueueFull
+from fluentllm.frontend.http import MAX_HEAD
 
 from .conftest import Api, connection_count_settles, error_of, idle, nothing_left, serving_real
 
@@ -32,6 +33,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"messages": HI, "temprature": 1}, "temprature", "'temperature'"),
     (CHAT, {"messages": HI, "stream_options": {"include_usge": True}}, "stream_options.include_usge", "'include_usage'"),
     (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, "tools", "not supported"),
+    (CHAT, {"messages": HI, "guided_json": {}}, "guided_json", "disaggregated_params, frequency_penalty, grammar, ignore_eos"),
+    (CHAT, {"messages": HI, "chat_template_kwargs": {"think": False}}, "chat_template_kwargs.think", "It has: thinking."),
     (CHAT, {"messages": HI, "tool_choice": "auto"}, "tool_choice", "not supported"),
     (CHAT, {"messages": HI, "response_format": {"type": "json_object"}}, "response_format", "JSON mode"),
     (CHAT, {"messages": HI, "response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "JSON mode"),
@@ -295,3 +298,21 @@ async def test_broken_http_is_a_400(echo: Api, sent: bytes, caplog: pytest.LogCa
     await writer.wait_closed()
     await asyncio.sleep(0.02)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize(
+    "start", [HEAD + b"x: ", CHUNKED + b"%x\r\n" % len(GOOD) + GOOD + b"\r\n0\r\nx: "], ids=["head", "trailer"]
+)
+async def test_headers_without_end_are_not_kept(echo: Api, start: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    url = httpx.URL(echo.url)
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(start)
+    await asyncio.sleep(0.1)  # so that what follows counts in full
+    writer.write(b"a" * (MAX_HEAD + 1))
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert "longer than 1048576 bytes" in json.loads(body)["error"]["message"]
+    writer.close()
+    await asyncio.sleep(0.02)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    await echo.complete()

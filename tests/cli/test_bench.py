@@ -142,7 +142,9 @@ class TestServe:
         assert found["requests_s"] > 0
 
     def test_a_server_that_refuses(self, fluent_process: Fluent, url: str) -> None:
-        assert "401" in fluent_process("bench", "serve", "--url", url, "--requests", "1", code=2).stderr
+        errors = fluent_process("bench", "serve", "--url", url, "--requests", "1", code=2).stderr
+        assert "refused /v1/models: The API key is missing or wrong. Send the header" in errors
+        assert "--api-key" in errors
 
     def test_lengths_over_the_servers_context(self, fluent_process: Fluent, url: str) -> None:
         arguments = ("--input-len", "8000", "--output-len", "200:300", "--api-key", "secret")

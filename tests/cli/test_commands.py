@@ -12,6 +12,14 @@ from fluentllm.core.errors import ConfigError
 from fluentllm.hub import resolve
 
 
+def test_help_of_a_flag_names_its_setting_and_default(fluent):
+    text = " ".join(fluent("serve", "--help", COLUMNS="200").stdout.split())
+    assert "serve [OPTIONS] [MODEL]" in text
+    assert "Port; 0 takes a free one. (server.port; default 8000)" in text
+    assert "(engine.deterministic; default false)" in text
+    assert "Of the server at --url" in " ".join(fluent("chat", "--help", COLUMNS="200").stdout.split())
+
+
 def test_help_names_every_command(fluent):
     text = fluent("--help").stdout
     assert [name for name in cli.COMMANDS if f" {name} " not in text] == []
@@ -183,6 +191,13 @@ def test_doctor_says_what_there_is_for_a_gpu(fluent, monkeypatch, tmp_path):
 def test_doctor_reports_what_cannot_be_used(fluent):
     report = json.loads(fluent("doctor", "--json", "--set", "scheduler.policy=fcsf", code=1).stdout)
     assert "No plugin offers the scheduling policy 'fcsf'" in report["problems"][0]["problem"]
+
+
+def test_doctor_knows_no_model_that_serve_does_not_know(fluent):
+    report = json.loads(fluent("doctor", "smolm2", "--json", code=1).stdout)
+    assert report["problems"][-1]["problem"] == "Unknown model 'smolm2'."
+    assert "Did you mean 'smollm2'?" in report["problems"][-1]["fix"]
+    assert "models pull" not in str(report)
 
 
 # ------------------------------------------------------------------------------------------------------------------ options

@@ -166,7 +166,7 @@ def test_every_mistake_is_reported_with_line_value_and_nearest_key(write):
         f"{file}, line 5: unknown key 'modle' (its value: {{'name': 'x'}}). Did you mean model?",
         f"{file}, line 7: engine is a section, not a value, but 'fast' was given.",
         f"{file}, line 8: unknown key 'policy' (its value: 'fcfs'). Did you mean scheduler.policy?",
-        f"{file}, line 9: kv.memory is '2 potatoes': Expected `str` matching regex",
+        f"{file}, line 9: kv.memory is '2 potatoes': Expected `str` of another form. Give str such as 2GiB",
         "Give str such as 2GiB, 500MB or null.",
         "environment variable FLUENT_LOG__LEVEL: log.level is 'loud': Invalid enum value 'loud'. Give one of debug, info,",
         "environment variable FLUENT_KW__DTYPE: unknown key 'kw' (its value: 'x'). Did you mean FLUENT_KV__DTYPE?",

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% if thinking is defined and not thinking %}{{ '<quiet>' }}{% endif %}"
 )
 TEXT = [
     "The capital of France is Paris. The quick brown fox jumps over the lazy dog, again and again and again.",

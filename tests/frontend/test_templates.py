@@ -64,6 +64,19 @@ def test_renders_as_transformers_does(source: str, prompt: bool) -> None:
     assert ChatTemplate(source, special).render(MESSAGES, add_generation_prompt=prompt) == expected
 
 
+def test_a_request_may_set_what_the_template_reads_and_nothing_else() -> None:
+    source = """{{ bos_token }}{{ strftime_now('%Y')[:0] }}{% for m in messages %}{% endfor %}
+{%- if think is defined and not think %}no{% endif %}"""
+    thinking = ChatTemplate(source, {"bos_token": "<s>"})
+    assert thinking.variables == {"think"}
+    assert thinking.render([]) == "<s>"
+    assert thinking.render([], variables={"think": False}) == "<s>no"
+    for name in ("thinks", "bos_token", "messages", "strftime_now", "m"):
+        with pytest.raises(InvalidRequest, match=f"no variable '{name}' to set. It has: think.") as caught:
+            thinking.render([], variables={name: 1})
+        assert caught.value.param == f"chat_template_kwargs.{name}"
+
+
 def test_the_date_is_todays() -> None:
     assert ChatTemplate("{{ strftime_now('%d %b %Y') }}").render([]) == datetime.now().strftime("%d %b %Y")
 

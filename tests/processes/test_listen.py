@@ -21,6 +21,12 @@ def test_a_free_port_is_found_and_shown():
         socket.create_connection(("127.0.0.1", port)).close()
 
 
+def test_an_empty_host_is_not_every_network():
+    with pytest.raises(ConfigError, match=r"server\.host is empty") as caught:
+        bind(ServerSettings(host=""))
+    assert "0.0.0.0" in str(caught.value)
+
+
 @pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
 def test_an_ipv6_address_is_bracketed_in_the_url():
     try:

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -209,6 +211,31 @@ def test_sigterm_lets_a_running_request_finish(tmp_path, temporary):
         assert server.runtime_folders() == []
         with pytest.raises(httpx.ConnectError):
             server.health()
+
+
+def test_what_runs_longer_than_the_drain_ends_with_an_error(tmp_path, temporary):
+    with running(tmp_path, temporary, "--set", "server.shutdown_timeout=2") as server:
+        with ThreadPoolExecutor() as threads, server.stream(n=32) as response:
+            plain = threads.submit(server.complete, max_tokens=5000, n=32)
+            stream = events(response)
+            next(stream)
+            while "fluent_num_requests_running 64" not in server.client.get("/metrics").text:
+                pass
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for("Stopping")
+            time.sleep(0.5)  # until the front end has seen it
+            with pytest.raises(httpx.ConnectError):
+                server.health()
+            rest = list(stream)
+            refused = plain.result()
+        assert rest[-1] == "[DONE]"
+        error = json.loads(rest[-2])["error"]
+        assert error["code"] == "engine_unavailable"
+        assert "server.shutdown_timeout, 2 s" in error["message"]
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
+        assert server.wait_end() == 0
+        assert "Traceback" not in server.output
+        assert server.runtime_folders() == []
 
 
 def test_too_many_crashes_end_the_server(tmp_path, temporary):

@@ -7,6 +7,7 @@ Built from the Structs of `core/settings.py` and of plugins; read by `core/confi
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 UNSET: Any = object()
+
+_PATTERN = re.compile(r" matching regex '.*'")
+"""What users need not read: `type_name` gives examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ class Setting:
         except msgspec.ValidationError as error:
             if given.text and given.value in _words(self.type):  # `off` as a word, where YAML reads a bool
                 return given.value
-            raise ValueError(str(error)) from error
+            raise ValueError(_PATTERN.sub(" of another form", str(error))) from error
 
     def _from_text(self, text: str) -> Any:
         null = _accepts(self.type, type(None))

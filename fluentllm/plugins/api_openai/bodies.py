@@ -12,7 +12,7 @@ from msgspec import inspect
 
 from fluentllm.core.errors import InvalidRequest, ModelNotFound
 
-from .schema import REFUSED, TEXT_ONLY_PARTS
+from .schema import IGNORED, REFUSED, TEXT_ONLY_PARTS
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -104,7 +104,8 @@ def _unknown_field(name: str, steps: list[str], kind: type) -> InvalidRequest:
     structs = [member for member in _walk(inspect.type_info(kind), steps) if isinstance(member, inspect.StructType)]
     known = [field.encode_name for struct in structs for field in struct.fields]
     near = difflib.get_close_matches(name, known, 1)
-    fix = f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(sorted(known))}."
+    useful = ", ".join(sorted(set(known) - set(REFUSED) - set(IGNORED)))
+    fix = f"Did you mean {near[0]!r}?" if near else f"Known are: {useful}."
     return InvalidRequest(f"The field {param!r} is not known.", fix=fix, param=param)
 
 

@@ -46,7 +46,8 @@ async def _job(body: ChatRequest, services: Services) -> Job:
     generation, handoff = services.generation, handoff_of(body, services)
     logprobs = _logprobs(body)
     options = msgspec.structs.replace(body, max_tokens=_max_tokens(body))
-    prompt = await generation.encode_chat(to_template(body.messages, generation.template))
+    messages = to_template(body.messages, generation.template)
+    prompt = await generation.encode_chat(messages, variables=body.chat_template_kwargs)
     return generation.job([prompt], options, id=new_id("chatcmpl"), logprobs=logprobs, handoff=handoff, field="messages")
 
 

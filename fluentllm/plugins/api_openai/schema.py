@@ -97,6 +97,14 @@ class TextFormat(Struct, kw_only=True, forbid_unknown_fields=True):
     type: Literal["text"]
 
 
+TemplateVariables = Annotated[
+    dict[str, Any],
+    Meta(description="Variables of the chat template, such as enable_thinking; what it does not read is refused."),
+]
+NoItems = Annotated[list[Any], Meta(max_length=0)]
+"""Clients write an empty list where they have nothing to offer."""
+
+
 class GenerationRequest(SamplingOptions, kw_only=True, forbid_unknown_fields=True):
     """What chat and text completions have in common; the last nine are those of `IGNORED`."""
 
@@ -139,10 +147,11 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS, description="And this many of the likeliest tokens.")] | None = (
         None
     )
-    tools: None = None
+    chat_template_kwargs: TemplateVariables | None = None
+    tools: NoItems | None = None
     tool_choice: Literal["none"] | None = None
     parallel_tool_calls: None = None
-    functions: None = None
+    functions: NoItems | None = None
     function_call: Literal["none"] | None = None
     response_format: TextFormat | None = None
     audio: None = None
@@ -180,6 +189,7 @@ class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     add_generation_prompt: (
         Annotated[bool, Meta(description="Of messages: end where the answer begins. Default true.")] | None
     ) = None
+    chat_template_kwargs: TemplateVariables | None = None
 
 
 class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -92,6 +92,10 @@ async def tokenize(request: Request) -> Response:
             raise InvalidRequest(
                 "add_generation_prompt is for messages.", fix="Leave it out with a prompt.", param="add_generation_prompt"
             )
+        if body.chat_template_kwargs is not None:
+            raise InvalidRequest(
+                "chat_template_kwargs is for messages.", fix="Leave it out with a prompt.", param="chat_template_kwargs"
+            )
         tokens = await generation.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     else:
         if body.add_special_tokens is not None:
@@ -101,7 +105,11 @@ async def tokenize(request: Request) -> Response:
                 param="add_special_tokens",
             )
         messages = to_template(body.messages or [], generation.template)
-        tokens = await generation.encode_chat(messages, add_generation_prompt=body.add_generation_prompt is not False)
+        tokens = await generation.encode_chat(
+            messages,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            variables=body.chat_template_kwargs,
+        )
     return json_response(Tokenized(tokens=tokens, count=len(tokens), max_model_len=generation.info.max_model_len))
 
 
