@@ -81,7 +81,7 @@ class Executor:
 
     def prepare(self, program: Program) -> Future[bool]:
         """Let a program run once, for nobody. → is it ready?"""
-        return self._launcher.submit(torch.inference_mode()(self.programs.prepare), *program)
+        return self._launcher.submit(self._prepare, program)
 
     def close(self) -> None:
         self._launcher.shutdown(wait=True)
@@ -120,6 +120,10 @@ class Executor:
             self._read(done, pending, rows, clock, launched, future)
         else:
             self._reader.submit(self._guard(future, self._read), done, pending, rows, clock, launched, future)
+
+    @torch.inference_mode()
+    def _prepare(self, program: Program) -> bool:
+        return self.programs.prepare(*program)
 
     def _apply(self, plan: StepPlan) -> None:
         """Admissions and page grants, before the programs of the same step, on their stream."""

@@ -15,6 +15,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -159,27 +160,18 @@ class Generation:
     ) -> list[int]:
         """Ids of the rendered chat. `variables` of the template. Raises `InvalidRequest` if the model has no template or it
         refuses the messages."""
+        if self.template is None:
+            raise InvalidRequest(
+                "The model has no chat template.", fix="Use /v1/completions, or name a template with model.chat_template."
+            )
+        render = partial(self.template.render, messages, add_generation_prompt=add_generation_prompt, variables=variables)
         size = sum(len(message.get("content") or "") for message in messages)
-        return await self._off_loop(size, self._encode_chat, messages, add_generation_prompt, variables)
+        return await self._off_loop(size, lambda: self._encode(render(), False, "messages"))
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """Text of a whole sequence, special tokens spelt out. Raises `InvalidRequest` for ids outside the vocabulary."""
         check_ids(tokens, self.info.spec.vocab_size, "tokens")
         return await self._off_loop(len(tokens), lambda: self.tokenizer.decode(tokens, skip_special_tokens=False))
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The chat as the model reads it."""
-        if self.template is None:
-            raise InvalidRequest(
-                "The model has no chat template.", fix="Use /v1/completions, or name a template with model.chat_template."
-            )
-        return self.template.render(messages, add_generation_prompt=add_generation_prompt, variables=variables)
 
     def prompt_text(self, prompt: Sequence[int]) -> tuple[str, list[int]]:
         """Text of a prompt, special tokens but a leading bos spelt out, and the offset of each token in it."""
@@ -209,12 +201,6 @@ class Generation:
                 param=field,
             )
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-    def _encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any] | None
-    ) -> list[int]:
-        text = self.render(messages, add_generation_prompt=add_generation_prompt, variables=variables)
-        return self._encode(text, False, "messages")
 
     async def _off_loop(self, size: int, call: Callable[..., T], *args: Any) -> T:
         """Run in the pool; but a short text takes less time than the way there and back, unless a template is slow."""

@@ -131,8 +131,7 @@ class MlaDecode:
             launch(
                 hopper_fp8.decode_fp8, (self.plan.parts * groups,),
                 q_latent, _rows_descriptor(q_rope, ROPE), *rest, q_scale, *where, GROUPS=groups, NUM_STAGES=hopper_fp8.STAGES,
-                TILE=next(tile for tile in (16, 32, 64) if tile >= min(self.rows, ROW_TILE)),
-                **shape,
+                TILE=next(tile for tile in (16, 32, 64) if tile >= min(self.rows, ROW_TILE)), **shape,
             )  # fmt: skip
         return self._finish(out, up_v, page_table, together=together)
 
