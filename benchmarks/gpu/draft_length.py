@@ -5,7 +5,7 @@ it find the best where they are right?
 
 One engine without speculation, then one for each mean accepted length (SYNTHETIC: drafts are accepted at random), in which
 `auto` runs first, by batch, and then each K. Milliseconds a token and sequence, by (time of steps + 1 tokens − time of 1) /
-steps. `auto` is given by round: the first rounds of a batch find out what is best, and on a GPU they capture programs. Rows:
+steps. `auto` is given by round: the first rounds of a batch find out what is best. Programs are captured before (`latency`). Rows:
 {acceptance, batch, none, fixed: {K: ms}, auto: [ms by round], over_none, over_best}; the last two by the last round.
 """
 
