@@ -5,8 +5,8 @@ it find the best where they are right?
 
 One engine without speculation, then one for each mean accepted length (SYNTHETIC: drafts are accepted at random), in which
 `auto` runs first, by batch, and then each K. Milliseconds a token and sequence, by (time of steps + 1 tokens − time of 1) /
-steps. `auto` is given by round: the first rounds of a batch find out what is best. Programs are captured before (`latency`). Rows:
-{acceptance, batch, none, fixed: {K: ms}, auto: [ms by round], over_none, over_best}; the last two by the last round.
+steps. `auto` is given by round: the first rounds of a batch find out what is best. `latency` has programs captured before.
+Rows: {acceptance, batch, none, fixed: {K: ms}, auto: [ms by round], over_none, over_best}; the last two by the last round.
 """
 
 from __future__ import annotations
