@@ -32,6 +32,8 @@ from fluentllm.kernels.triton.elementwise import silu_mul
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows
 from fluentllm.kernels.triton.moe_combine import combine
 from fluentllm.kernels.triton.moe_grouped import grouped_down, grouped_gate_up
+from fluentllm.kernels.triton.moe_pack import pack
+from fluentllm.kernels.triton.moe_persistent import persistent_down, persistent_gate_up
 from fluentllm.kernels.triton.moe_small import small_moe
 from fluentllm.kernels.triton.moe_sort import sort_by_expert
 from fluentllm.kernels.triton.moe_stream import stream_down, stream_gate_up
@@ -64,9 +66,18 @@ ROUTINGS = 4
 SHARED_BYTES = 220 * 1024
 
 
-def candidates(layer: Layer, kind: str, tokens: int, quick: bool = False) -> Iterator[Tile]:
+@dataclass(frozen=True, slots=True)
+class Persistent:
+    """`moe_persistent`, with tiles of so many pairs."""
+
+    rows: int
+
+
+def candidates(layer: Layer, kind: str, tokens: int, quick: bool = False) -> Iterator[Tile | Persistent]:
     """By the pairs of an average expert; quick: the deepest pipelines only."""
     each = tokens * layer.top_k / (layer.experts + layer.zero)
+    if kind == "fp8":
+        yield from (Persistent(rows) for rows in (16, 32, 64) if each / 2 <= rows <= max(16, 4 * each) or rows == 64 < each)
     rows = [8, 16] if each <= 4 else [16, 32] if each <= 24 else [32, 64] if each <= 48 else [64, 128]
     width = 1 if kind == "fp8" else 2
     shapes = ((32, 128), (64, 128), (128, 128)) if kind == "fp8" else ((32, 256), (64, 128), (128, 64), (128, 128))
@@ -127,19 +138,25 @@ class Case:
             else:
                 self.inputs = [quantise_rows(x) for x in self.x]
 
-    def products(self, i: int, tiles: ExpertTiles, tile: Tile) -> Tensor:
+    def products(self, i: int, tiles: ExpertTiles, tile: Tile | Persistent) -> Tensor:
         (x, x_scale), top_k = self.inputs[i], self.layer.top_k
+        if isinstance(tile, Persistent):
+            first, second = self.scales
+            assert first is not None
+            assert second is not None
+            h = persistent_gate_up(*pack(self.x[i], tiles, top_k), self.matrices[0], first, tiles)
+            return persistent_down(*quantise_rows(h), self.matrices[1], second, tiles)
         if not tile.swapped:
             return grouped_down(grouped_gate_up(x, self.matrices[0], tiles, top_k, tile), self.matrices[1], tiles, tile)
         h = stream_gate_up(x, self.matrices[0], tiles, top_k, tile, x_scale=x_scale, w_scale=self.scales[0])
         h, h_scale = (h, None) if self.kind == "bf16" else quantise_rows(h)
         return stream_down(h, self.matrices[1], tiles, tile, x_scale=h_scale, w_scale=self.scales[1])
 
-    def ours(self, tile: Tile) -> list[Callable[[], Tensor]]:
+    def ours(self, tile: Tile | Persistent) -> list[Callable[[], Tensor]]:
         sorted_ = [sort_by_expert(ids, self.layer.experts, tile.rows) for ids in self.ids]
         return [lambda i=i: self.products(i, sorted_[i], tile) for i in range(ROUTINGS)]
 
-    def whole(self, tile: Tile) -> list[Callable[[], Tensor]]:
+    def whole(self, tile: Tile | Persistent) -> list[Callable[[], Tensor]]:
         def run(i: int) -> Tensor:
             tiles = sort_by_expert(self.ids[i], self.layer.experts, tile.rows)
             return combine(self.products(i, tiles, tile), self.x[i], self.weights[i], self.ids[i], self.layer.experts)
@@ -206,7 +223,9 @@ def _copy(case: Case) -> Case:
     return other
 
 
-def measure(case: Case, tokens: int, quick: bool) -> tuple[float, float, Tile, list[tuple[float, float, Tile]]] | None:
+def measure(
+    case: Case, tokens: int, quick: bool
+) -> tuple[float, float, Tile | Persistent, list[tuple[float, float, Tile | Persistent]]] | None:
     """Fastest tile: (microseconds, error, tile, all); tiles that fail or are wrong are named."""
     pairs, expected = case.expected()
     found = []
@@ -252,6 +271,12 @@ def row_of(case: Case, tokens: int, quick: bool) -> dict[str, object] | None:
             "others": [(round(t, 1), asdict(o)) for t, _, o in found[1:]]}  # fmt: skip
 
 
+def _named(tile: dict[str, object]) -> str:
+    if "swapped" not in tile:
+        return f"persistent {tile['rows']}"
+    return "{} {rows} x {columns} x {depth} s{stages} w{warps}".format("swapped" if tile["swapped"] else "grouped", **tile)
+
+
 def table(rows: list[dict[str, object]]) -> str:
     """`MEASURED` for `moe_tiles`."""
     by_name = {layer.name: layer for layer in LAYERS}
@@ -260,6 +285,8 @@ def table(rows: list[dict[str, object]]) -> str:
         layer = by_name[str(row["layer"])]
         key = f"({layer.experts}, {layer.hidden}, {layer.inner}, {1 if row['kind'] == 'fp8' else 2})"
         each = int(row["tokens"]) * layer.top_k / layer.experts
+        if "swapped" not in row["tile"]:
+            continue  # whose rows are `moe_persistent.tile_rows`'s choice
         lines.setdefault(key, []).append(f"{each:.4g}: {Tile(**row['tile'])!r}")
     return "\n".join(f"    {key}: {{{', '.join(values)}}}," for key, values in lines.items())
 
@@ -289,12 +316,10 @@ def main() -> None:
                 if row is None:
                     continue
                 rows.append(row)
-                tile = Tile(**row["tile"])
                 shown = (layer.name, kind, tokens, row["pairs"], row["active"], row["us"], row["GBps"], f"{row['share']:.2f}")
                 also = (row["small_us"] or "-", row["torch_us"] or "-", f"{row['error']:.1e}")
-                print(line((*shown, row["TFLOPs"], row["layer_us"], *also), widths),
-                      f" {'swapped ' if tile.swapped else ''}{tile.rows} x {tile.columns} x {tile.depth} s{tile.stages}"
-                      f" w{tile.warps}", flush=True)  # fmt: skip
+                print(line((*shown, row["TFLOPs"], row["layer_us"], *also), widths), f" {_named(row['tile'])}", flush=True)
+                print(f"      others: {', '.join(f'{us} {_named(tile)}' for us, tile in row['others'][:3])}", flush=True)
             del case
             torch.cuda.empty_cache()
     if options.table:

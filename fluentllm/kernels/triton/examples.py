@@ -37,7 +37,7 @@ from .moe_scores import normed_router_logits, router_logits
 from .moe_scores_wide import new_counters as score_counters, wide_router_logits
 from .moe_sort import sort_by_expert
 from .moe_stream import stream_down, stream_gate_up
-from .moe_tiles import Tile
+from .moe_tiles import Tile, tile_for
 from .ngram import ngram_embedding, ngram_gather
 from .norm import add_rms_norm, draft_input, rms_norm
 from .normed import NormAfter
@@ -273,11 +273,17 @@ def ngrams() -> None:
 
 
 def experts_in_fp8() -> None:
-    for tokens, (hidden, inner), (count, top_k) in ((1, (2048, 1408), (64, 6)), (64, (3072, 1024), (128, 12))):
+    for tokens, (hidden, inner), (count, top_k) in (
+        (1, (2048, 1408), (64, 6)),
+        (64, (3072, 1024), (128, 12)),
+        (512, (2048, 1408), (64, 6)),
+    ):
         gate_up = _empty(count, 2 * inner, hidden, dtype=FP8), _floats(count, inner // 64, hidden // 128)
         down = _empty(count, hidden, inner, dtype=FP8), _floats(count, hidden // 128, inner // 128)
         choices = tokens, top_k
-        fp8_experts(_empty(tokens, hidden), _floats(*choices), _ints(*choices), gate_up, down)
+        x, weights, ids = _empty(tokens, hidden), _floats(*choices), _ints(*choices)
+        fp8_experts(x, weights, ids, gate_up, down)
+        fp8_experts(x, weights, ids, gate_up, down, tile=tile_for(ids.numel(), count, width=1))
 
 
 def fixed_order() -> None:

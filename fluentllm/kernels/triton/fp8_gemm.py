@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GemmTile:
-    rows: int = 128
+    rows: int = 64
     columns: int = 128
     """At most 128: one weight scale a step."""
-    warps: int = 8
-    stages: int = 4
+    warps: int = 4
+    stages: int = 3
     group: int = 8
     """Tiles of rows that share the columns of W in L2."""
     registers: int | None = None

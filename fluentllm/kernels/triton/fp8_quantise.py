@@ -40,24 +40,26 @@ def _quantise_kernel(out, scale, x, K, x_row, out_row, scale_row, largest, least
     tl.store(scale + group * scale_row + token, s, mask=group * BLOCK < K)
 
 
-def _quantise(x: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
+def _quantise(x: Tensor, gated: bool, multiple: int = 1) -> tuple[Tensor, Tensor]:
     tokens, columns = x.shape
     columns = columns // 2 if gated else columns
     blocks = -(-columns // BLOCK)
-    q = torch.empty(tokens, columns, dtype=E4M3, device=x.device)
-    scale = torch.empty(blocks, tokens, dtype=torch.float32, device=x.device)
+    rows = -(-tokens // multiple) * multiple
+    q = torch.empty(rows, columns, dtype=E4M3, device=x.device)
+    scale = torch.empty(blocks, rows, dtype=torch.float32, device=x.device)
     launch(
-        _quantise_kernel, (tokens, -(-blocks // GROUPS)), q, scale, x, columns, x.stride(0), columns, tokens, LARGEST,
+        _quantise_kernel, (tokens, -(-blocks // GROUPS)), q, scale, x, columns, x.stride(0), columns, rows, LARGEST,
         LEAST_SCALE, GATED=gated, GROUPS=GROUPS, BLOCK=BLOCK, num_warps=2, **programmatic(x.device),
     )  # fmt: skip
     return q, scale
 
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [T, K], last dimension contiguous → E4M3 [T, K], scale float32 [⌈K / 128⌉, T].
+def quantise_rows(x: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """x [T, K], last dimension contiguous → E4M3 [T, K], scale float32 [⌈K / 128⌉, T]. With `multiple` T is rounded up to it;
+    what is in the rows that nobody asked for is not written.
 
     Reference: `kernels.block_fp8.quantise_rows_reference`."""
-    return _quantise(x, False)
+    return _quantise(x, False, multiple)
 
 
 def silu_mul_quantise(gate_up: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,8 @@ Tile = LinearTile | HeldTile
 MOST_TOKENS = 32
 """More rows are the library's."""
 MOST_FP8_TOKENS = 64
-"""More rows are `fp8_gemm`'s: an estimate, to be measured."""
+"""More rows are cuBLAS's (`fp8_library`), or `fp8_gemm`'s. Of 64 rows ours takes 12.4 µs for 4,096 × 4,096 and 11.8 for 2,112 ×
+6,144, cuBLAS 14.9 and 19.7 (one H200); of 128, `fp8_gemm` 18.9 and 25.0, cuBLAS 15.3 and 19.9."""
 
 MEASURED: dict[tuple[int, int, int, bool], dict[int, LinearTile]] = {
     (4096, 1024, 2, False): {

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from .fp8_quantise import quantise_rows
 from .moe_combine import combine
 from .moe_grouped import grouped_down, grouped_gate_up
+from .moe_pack import pack
+from .moe_persistent import persistent, persistent_down, persistent_gate_up, tile_rows
 from .moe_small import small_moe
 from .moe_sort import sort_by_expert
 from .moe_stream import stream_down, stream_gate_up
@@ -65,10 +67,15 @@ def fp8_experts(
 ) -> Tensor | Normed:
     """As `experts`, with matrices in block FP8: (E4M3, scale), gate_up [E, 2 · inner, hidden] and float32 [E, 2 · inner / 128,
     ⌈hidden / 128⌉], down [E, hidden, inner] and [E, hidden / 128, inner / 128]; hidden and inner multiples of 128.
-    Activations are quantised in front of each product.
+    Activations are quantised in front of each product. Hopper takes the persistent kernel, unless a tile is given.
     Reference: `kernels.moe.combine_reference` of the dequantised operands.
     """
     count, hidden, inner = down[0].shape
+    if tile is None and persistent(x.device) and x.shape[0]:
+        tiles = sort_by_expert(ids, count, tile_rows(ids.numel(), count))
+        h = persistent_gate_up(*pack(x, tiles, ids.shape[1]), *gate_up, tiles)
+        y = persistent_down(*quantise_rows(h), *down, tiles)
+        return combine(y, x, weights, ids, count, shared, after)
     tile = tile or tile_for(ids.numel(), count, hidden, inner, 1)
     tiles = sort_by_expert(ids, count, tile.rows)
     q, scale = quantise_rows(x)

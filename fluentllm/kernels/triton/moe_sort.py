@@ -35,6 +35,8 @@ class ExpertTiles:
     """[tiles] int32, each tile's expert; -1 for tiles that nobody needs."""
     firsts: Tensor
     """[tiles] int32, each tile's first place in `order`."""
+    used: Tensor
+    """[1] int32, how many tiles somebody needs; they come first."""
     rows: int
     """Of a full tile."""
 
@@ -76,6 +78,7 @@ def _sort_kernel(order, offsets, tile_experts, tile_firsts, ids, tokens, tiles, 
     some = tl.arange(0, SOME)
     if expert == EXPERTS - 1:
         tl.store(offsets + EXPERTS, offset + count)
+        tl.store(offsets + EXPERTS + 1, total)
         for base in range(total, tiles, SOME):
             tl.store(tile_experts + base + some, some * 0 - 1, mask=base + some < tiles)
     mine = tl.cdiv(count, ROWS)
@@ -101,11 +104,11 @@ def sort_by_expert(ids: Tensor, experts: int, rows: int) -> ExpertTiles:
     # Σ ceil(count / rows) ≤ pairs / rows + the experts that are chosen at all.
     tiles = min(pairs, pairs // rows + min(experts, pairs))
     order, first, expert = (torch.empty(n, dtype=torch.int32, device=device) for n in (pairs, tiles, tiles))
-    offsets = torch.empty(experts + 1, dtype=torch.int32, device=device)
+    offsets = torch.empty(experts + 2, dtype=torch.int32, device=device)
     block = min(BLOCK, max(32, power_of_2(pairs)))
     launch(
         _sort_kernel, (experts,), order, offsets, expert, first, ids, ids.shape[0], tiles,
         EACH=ids.shape[1], EXPERTS=experts, BINS=power_of_2(experts + 1), ROWS=rows, BLOCK=block,
         num_warps=max(4, block // 256), **programmatic(device),
     )  # fmt: skip
-    return ExpertTiles(order, offsets, expert, first, rows)
+    return ExpertTiles(order, offsets[:-1], expert, first, offsets[-1:], rows)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..fp8_library import ROWS, library_product, library_scale
 from ..fp8_weight import Fp8BlockWeight
 from ..weights import DenseWeight
 from . import fp8_gemm, fp8_quantise, linear, linear_tiles
@@ -76,6 +77,7 @@ class StreamedFp8Weight(Fp8BlockWeight, Streamed):
     def __init__(self, q: Tensor, scale: Tensor) -> None:
         super().__init__(q, scale)
         self._counters = linear.new_counters(self.out_features, q.device)
+        self._library_scale = library_scale(q, scale)
 
     def streams(self, x: Tensor) -> bool:
         return x.shape[0] <= linear_tiles.MOST_FP8_TOKENS
@@ -83,8 +85,12 @@ class StreamedFp8Weight(Fp8BlockWeight, Streamed):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.streams(x):
             return self.stream(x, bias)
-        q, scale = fp8_quantise.quantise_rows(x)
-        y = fp8_gemm.fp8_gemm(q, scale, self.q, self.scale, out_dtype=x.dtype)
+        if self._library_scale is None or x.dtype is torch.float16:
+            q, scale = fp8_quantise.quantise_rows(x)
+            y = fp8_gemm.fp8_gemm(q, scale, self.q, self.scale, out_dtype=x.dtype)
+        else:
+            q, scale = fp8_quantise.quantise_rows(x, ROWS)
+            y = library_product(q, scale, self.q, self._library_scale, x.dtype)[: x.shape[0]]
         return y if bias is None else y.add_(bias)
 
     def stream(self, x: Tensor | Normed, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Tensor:
