@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ROW_TILE = 64
 """Query rows (heads × query length) of one CTA."""
-MOST_SWAPPED = 32
+MOST_SWAPPED = 16
 """Rows up to which operands may be swapped; with more, values may go through registers."""
 MOST_EACH = 16
 """Rows that one program of the combine merges at most."""

@@ -20,13 +20,18 @@ from .launch import HOPPER_MULTIPROCESSORS, launch, power_of_2, programmatic
 if TYPE_CHECKING:
     from torch import Tensor
 
+BLOCK: tl.constexpr = tl.constexpr(128)
+"""Rows and columns of a matrix in block FP8 that share a scale."""
 MOST_TOKENS = 2
 """More rows are `linear`'s own kernel's: at four a step takes 1 to 6 % longer this way (one H100, Qwen3-0.6B and
 DeepSeek-V3-Lite). 0: all are."""
-WEIGHTS = 64
-"""Of a thread at most, if that gives every multiprocessor a program: 32 registers."""
-VECTOR: tl.constexpr = tl.constexpr(8)
-"""Columns that a thread reads at once: 16 bytes."""
+HELD_BYTES = 128
+"""Of weights a thread at most, if that gives every multiprocessor a program: 32 registers."""
+
+
+def vector(width: int) -> int:
+    """Columns of `width` bytes that a thread reads at once: 16 bytes, of float32 32."""
+    return 16 if width == 1 else 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +45,17 @@ class HeldTile:
     warps: int = 4
 
 
-def held_tile(tokens: int, rows: int, depth: int, gated: bool) -> HeldTile | None:
-    """For x [tokens, depth] and a matrix [rows, depth] (twice the rows if gated) of two bytes an element; None: too many
-    tokens, or rows too long to be held."""
+def held_tile(tokens: int, rows: int, depth: int, gated: bool, width: int = 2) -> HeldTile | None:
+    """For x [tokens, depth] and a matrix [rows, depth] (twice the rows if gated) of one or two bytes an element; None: too
+    many tokens, or rows too long to be held."""
     if not 0 < tokens <= MOST_TOKENS or depth > 16384:
         return None
     parts = 2 if gated else 1
     piece = min(1024, max(16, power_of_2(depth)))
     while piece > 256 and depth % piece:
         piece //= 2
-    warps = 4 if depth * parts <= 4096 else 8
-    held = max(1, 32 * warps * WEIGHTS // (depth * parts))
+    warps = 4 if depth * parts * width <= 8192 else 8
+    held = max(1, 32 * warps * HELD_BYTES // (depth * parts * width))
     while held > 1 and -(-rows // held) < HOPPER_MULTIPROCESSORS:
         held //= 2
     return HeldTile(power_of_2(held + 1) // 2, piece, warps)
@@ -62,7 +67,7 @@ def _add_2(a0, a1, b0, b1):
 
 
 @triton.jit
-def held_pieces(w, n, N, K, w_row, DEPTH: tl.constexpr, PIECES: tl.constexpr):
+def held_pieces(w, n, N, K, w_row, DEPTH: tl.constexpr, PIECES: tl.constexpr, VECTOR: tl.constexpr):
     """W[n, …] in pieces [ROWS, DEPTH / VECTOR, VECTOR]."""
     held = ()
     for i in tl.static_range(PIECES):
@@ -74,7 +79,21 @@ def held_pieces(w, n, N, K, w_row, DEPTH: tl.constexpr, PIECES: tl.constexpr):
 
 
 @triton.jit
-def held_row(x, m, M, K, x_row, DEPTH: tl.constexpr, PIECES: tl.constexpr):
+def held_scales(scale, n, N, K, DEPTH: tl.constexpr, PIECES: tl.constexpr, VECTOR: tl.constexpr):
+    """Their scales in block FP8, of scale [⌈N / 128⌉, ⌈K / 128⌉]: [ROWS, DEPTH / VECTOR] each; ones where there is none."""
+    scales = ()
+    for i in tl.static_range(PIECES):
+        if scale is not None:
+            k = i * DEPTH + tl.arange(0, DEPTH // VECTOR) * VECTOR
+            at = scale + (n // BLOCK * tl.cdiv(K, BLOCK))[:, None] + (k // BLOCK)[None, :]
+            scales = scales + (tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0),)
+        else:
+            scales = scales + (1.0,)
+    return scales
+
+
+@triton.jit
+def held_row(x, m, M, K, x_row, DEPTH: tl.constexpr, PIECES: tl.constexpr, VECTOR: tl.constexpr):
     """Row m of x, of M, in pieces [DEPTH / VECTOR, VECTOR]; m int64."""
     read = ()
     end = tl.where(m < M, K, 0)
@@ -85,37 +104,41 @@ def held_row(x, m, M, K, x_row, DEPTH: tl.constexpr, PIECES: tl.constexpr):
 
 
 @triton.jit
-def held_partial(held, row, PIECES: tl.constexpr):
+def held_partial(held, scales, row, PIECES: tl.constexpr):
     """Σ over the pieces and over a thread's own columns: [ROWS, DEPTH / VECTOR] float32."""
-    acc = tl.sum(held[0].to(tl.float32) * row[0].to(tl.float32)[None, :, :], 2)
+    acc = tl.sum(held[0].to(tl.float32) * row[0].to(tl.float32)[None, :, :], 2) * scales[0]
     for i in tl.static_range(1, PIECES):
-        acc += tl.sum(held[i].to(tl.float32) * row[i].to(tl.float32)[None, :, :], 2)
+        acc += tl.sum(held[i].to(tl.float32) * row[i].to(tl.float32)[None, :, :], 2) * scales[i]
     return acc
 
 
 @triton.jit
-def _sums(held, rows, PIECES: tl.constexpr, TOKENS: tl.constexpr):
+def _sums(held, scales, rows, PIECES: tl.constexpr, TOKENS: tl.constexpr):
     """W x[t] for each of one or two tokens: TOKENS sums [ROWS], reduced together, so that warps meet once."""
     if TOKENS == 1:
-        sums = (tl.sum(held_partial(held, rows[0], PIECES), 1),)
+        sums = (tl.sum(held_partial(held, scales, rows[0], PIECES), 1),)
     else:
-        sums = tl.reduce((held_partial(held, rows[0], PIECES), held_partial(held, rows[1], PIECES)), 1, _add_2)
+        first = held_partial(held, scales, rows[0], PIECES)
+        sums = tl.reduce((first, held_partial(held, scales, rows[1], PIECES)), 1, _add_2)
     return sums
 
 
 @triton.jit(do_not_specialize=["M", "factor", "parts", "eps", "normed"])
-def _held_kernel(out, x, w, other, residual, norm, squares, squares_out, M, N, K, x_row, w_row, out_row, other_row,
+def _held_kernel(out, x, w, w_scale, other, residual, norm, squares, squares_out, M, N, K, x_row, w_row, out_row, other_row,
                  residual_row, factor, parts, eps, normed, TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
-                 PIECES: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """GATED: W holds N gate rows, then N up rows."""
+                 PIECES: tl.constexpr, VECTOR: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    """GATED: W holds N gate rows, then N up rows. w_scale: of E4M3 weights; x is not quantised."""
     start_next(PDL, FIRST)
     programs = tl.cdiv(N, ROWS)
     pid = tl.program_id(0)
     n = pid % programs * ROWS + tl.arange(0, ROWS)
     first = pid // programs * TOKENS
-    held = held_pieces(w, n, N, K, w_row, DEPTH, PIECES)
+    held = held_pieces(w, n, N, K, w_row, DEPTH, PIECES, VECTOR)
+    scales = held_scales(w_scale, n, N, K, DEPTH, PIECES, VECTOR)
     if GATED:
-        held_up = held_pieces(w, n + N, 2 * N, K, w_row, DEPTH, PIECES)
+        held_up = held_pieces(w, n + N, 2 * N, K, w_row, DEPTH, PIECES, VECTOR)
+        scales_up = held_scales(w_scale, n + N, 2 * N, K, DEPTH, PIECES, VECTOR)
     if norm is not None:
         weight = tl.load(norm + n, mask=n < normed, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
@@ -123,7 +146,7 @@ def _held_kernel(out, x, w, other, residual, norm, squares, squares_out, M, N, K
     for t in tl.static_range(TOKENS):
         m = (first + t).to(tl.int64)
         there = n < tl.where(m < M, N, 0)
-        rows = rows + (held_row(x, m, M, K, x_row, DEPTH, PIECES),)
+        rows = rows + (held_row(x, m, M, K, x_row, DEPTH, PIECES, VECTOR),)
         if other is not None:
             rests = rests + (tl.load(other + m * other_row + n, mask=there, other=0.0),)
         if residual is not None:
@@ -132,9 +155,9 @@ def _held_kernel(out, x, w, other, residual, norm, squares, squares_out, M, N, K
             part = tl.arange(0, PARTS)
             founds = founds + (tl.load(squares + part * M + m, mask=part < tl.where(m < M, parts, 0), other=0.0),)
     start_next(PDL, LOADED)
-    sums = _sums(held, rows, PIECES, TOKENS)
+    sums = _sums(held, scales, rows, PIECES, TOKENS)
     if GATED:
-        ups = _sums(held_up, rows, PIECES, TOKENS)
+        ups = _sums(held_up, scales_up, rows, PIECES, TOKENS)
     for t in tl.static_range(TOKENS):
         m = (first + t).to(tl.int64)
         there = n < tl.where(m < M, N, 0)
@@ -166,6 +189,7 @@ def held_product(
     out: Tensor,
     tile: HeldTile,
     *,
+    w_scale: Tensor | None = None,
     squares: Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
@@ -177,6 +201,9 @@ def held_product(
 ) -> None:
     """As `linear.linear` and `linear.linear_norm`, of which it is one of two ways: x [T, K] · weight [N, K]ᵀ → out [T, N].
 
+    w_scale float32 [⌈N / 128⌉, ⌈K / 128⌉]: of a weight in E4M3, which is multiplied by x as it is: there is time to spare, and
+    nothing to quantise.
+
     squares [parts, T]: of x's norm, whose factor is applied here. norm: weight of the norm of the first columns, of which
     squares_out [⌈columns / tile.rows⌉, T] gets the sums of squares.
     """
@@ -186,9 +213,9 @@ def held_product(
     block = 2 if tokens > 1 else 1
     launch(
         _held_kernel, (-(-rows // tile.rows) * -(-tokens // block),),
-        out, x, weight, other, residual, norm, squares, squares_out, tokens, rows, depth, x.stride(0), weight.stride(0),
-        out.stride(0), 0 if other is None or other.ndim == 1 else other.stride(0),
+        out, x, weight, w_scale, other, residual, norm, squares, squares_out, tokens, rows, depth, x.stride(0),
+        weight.stride(0), out.stride(0), 0 if other is None or other.ndim == 1 else other.stride(0),
         0 if residual is None else residual.stride(0), factor, parts, eps, 0 if norm is None else norm.shape[0],
-        TOKENS=block, ROWS=tile.rows, DEPTH=tile.depth, PIECES=-(-depth // tile.depth), GATED=gated,
-        PARTS=power_of_2(parts) if parts else 0, num_warps=tile.warps, **programmatic(x.device, "product"),
+        TOKENS=block, ROWS=tile.rows, DEPTH=tile.depth, PIECES=-(-depth // tile.depth), VECTOR=vector(weight.element_size()),
+        GATED=gated, PARTS=power_of_2(parts) if parts else 0, num_warps=tile.warps, **programmatic(x.device, "product"),
     )  # fmt: skip

@@ -18,7 +18,7 @@ import triton.language as tl
 from .held import HeldTile, held_product
 from .language import FIRST, LOADED, silu_of_rounded, start_next, wait_for_inputs
 from .launch import bulk_copies, descriptor, launch, power_of_2, programmatic
-from .linear_tiles import LinearTile, Tile, linear_tile
+from .linear_tiles import LinearTile, Tile, linear_tile, streamed_tile
 from .normed import Normed, load_squares, norm_factor, opened
 from .streaming import SCALE_BLOCK, prefetch_weights, stream
 
@@ -122,7 +122,8 @@ def linear(
     """x [T, K] · weight [N, K]ᵀ → [T, N]; x's last dimension contiguous.
 
     BF16 (float16, float32 too); or both E4M3 with x_scale float32 [⌈K / 128⌉, T] (`fp8_quantise.quantise_rows`) and w_scale
-    float32 [⌈N / 128⌉, ⌈K / 128⌉] → `out_dtype`, BF16 unless given.
+    float32 [⌈N / 128⌉, ⌈K / 128⌉] → `out_dtype`, BF16 unless given; or x in BF16 and the weight in E4M3 with w_scale, where
+    `holds` says so.
     gated: weight holds gate rows, then as many up rows (with scales a multiple of 128) → silu(gate) · up, [T, N / 2].
     other [T, N], or [N] for all rows → (product + other) · factor.
     counters: `new_counters` of this matrix; without them columns are not split.
@@ -156,6 +157,11 @@ def linear_norm(
     return Normed(out[:, : after.weight.shape[0]], squares, after.eps), out
 
 
+def holds(tokens: int, rows: int, depth: int, gated: bool) -> bool:
+    """Is x [tokens, depth] multiplied by an E4M3 matrix [rows, depth] (gated: twice the rows) as it is, not quantised?"""
+    return isinstance(linear_tile(tokens, rows, depth, 1, gated), HeldTile)
+
+
 def takes_norm(tokens: int, rows: int, depth: int, width: int, normed: int) -> bool:
     """Can `linear_norm` norm the first `normed` columns? No tile may hold columns of both kinds."""
     tile = linear_tile(tokens, rows, depth, width, False)
@@ -182,17 +188,20 @@ def _product(
     rows = weight.shape[0] // 2 if gated else weight.shape[0]
     out = torch.empty(tokens, rows, dtype=out_dtype or (x.dtype if x_scale is None else torch.bfloat16), device=x.device)
     if tile is None:
-        tile = linear_tile(tokens, rows, depth, x.element_size(), gated)
+        choose = linear_tile if x_scale is None else streamed_tile
+        tile = choose(tokens, rows, depth, weight.element_size(), gated)
     squares = residual = norm = None
     if after is not None:
         residual, norm = after.residual, after.weight
         squares = torch.empty(-(-norm.shape[0] // tile.rows), tokens, dtype=torch.float32, device=x.device)
     if isinstance(tile, HeldTile):
         held_product(
-            x, weight, out, tile, squares=before, eps=eps, gated=gated, other=other, factor=factor, residual=residual,
-            norm=norm, squares_out=squares,
+            x, weight, out, tile, w_scale=w_scale, squares=before, eps=eps, gated=gated, other=other, factor=factor,
+            residual=residual, norm=norm, squares_out=squares,
         )  # fmt: skip
         return out, squares
+    if tokens and (x_scale is None) != (w_scale is None):
+        raise ValueError(f"{tokens} rows by an E4M3 matrix must be quantised: x_scale is missing (`holds` tells)")
     normed = 0 if norm is None else norm.shape[0]
     if normed not in (0, rows) and (normed % tile.rows or residual is not None):
         raise ValueError(f"{normed} normed columns of {rows} do not fit tiles of {tile.rows}")
@@ -221,4 +230,4 @@ def _product(
     return out, squares
 
 
-__all__ = ["SCALE_BLOCK", "LinearTile", "linear", "linear_norm", "new_counters", "takes_norm"]
+__all__ = ["SCALE_BLOCK", "LinearTile", "holds", "linear", "linear_norm", "new_counters", "takes_norm"]

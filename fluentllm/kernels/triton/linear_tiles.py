@@ -159,9 +159,12 @@ tokens are `held`'s."""
 
 def linear_tile(tokens: int, rows: int, depth: int, width: int, gated: bool) -> Tile:
     """For x [tokens, depth] and a matrix [rows, depth] (twice the rows if gated) of `width` bytes an element."""
-    held = held_tile(tokens, rows, depth, gated) if width == 2 else None
-    if held is not None:
-        return held
+    held = held_tile(tokens, rows, depth, gated, width) if width <= 2 else None
+    return streamed_tile(tokens, rows, depth, width, gated) if held is None else held
+
+
+def streamed_tile(tokens: int, rows: int, depth: int, width: int, gated: bool) -> LinearTile:
+    """The same, of `linear`'s own kernel."""
     for most, tile in MEASURED.get((rows, depth, width, gated), {}).items():
         if tokens <= most:
             return tile

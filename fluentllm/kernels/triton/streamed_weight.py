@@ -94,30 +94,30 @@ class StreamedFp8Weight(Fp8BlockWeight, Streamed):
         return y if bias is None else y.add_(bias)
 
     def stream(self, x: Tensor | Normed, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Tensor:
-        q, scale, dtype = _quantised(x)
+        x, scale, dtype = self._operand(x)
         return linear.linear(
-            q, self.q, x_scale=scale, w_scale=self.scale, other=bias, counters=self._counters, out_dtype=out_dtype or dtype
+            x, self.q, x_scale=scale, w_scale=self.scale, other=bias, counters=self._counters, out_dtype=out_dtype or dtype
         )
 
     def gated(self, x: Tensor | Normed) -> Tensor:
-        q, scale, dtype = _quantised(x)
-        return linear.linear(q, self.q, x_scale=scale, w_scale=self.scale, gated=True, out_dtype=dtype)
+        x, scale, dtype = self._operand(x, gated=True)
+        return linear.linear(x, self.q, x_scale=scale, w_scale=self.scale, gated=True, out_dtype=dtype)
 
     def takes_norm(self, tokens: int, width: int) -> bool:
         return linear.takes_norm(tokens, self.out_features, self.in_features, 1, width)
 
     def stream_norm(self, x: Tensor | Normed, after: NormAfter, bias: Tensor | None = None) -> tuple[Normed, Tensor]:
-        q, scale, dtype = _quantised(x)
+        x, scale, dtype = self._operand(x)
         return linear.linear_norm(
-            q, self.q, after, x_scale=scale, w_scale=self.scale, other=bias, counters=self._counters, out_dtype=dtype
+            x, self.q, after, x_scale=scale, w_scale=self.scale, other=bias, counters=self._counters, out_dtype=dtype
         )
 
-
-def _quantised(x: Tensor | Normed) -> tuple[Tensor | Normed, Tensor, torch.dtype]:
-    """E4M3, scales and the dtype before. A scale follows the largest value of its 128, so a factor of the whole row that is
-    still to come changes nothing."""
-    if isinstance(x, torch.Tensor):
-        q, scale = fp8_quantise.quantise_rows(x)
-        return q, scale, x.dtype
-    q, scale = fp8_quantise.quantise_rows(x.rows)
-    return replace(x, rows=q), scale, x.rows.dtype
+    def _operand(self, x: Tensor | Normed, *, gated: bool = False) -> tuple[Tensor | Normed, Tensor | None, torch.dtype]:
+        """x as the product takes it, its scales, and its dtype: quantised, unless so few rows are multiplied as they are. A
+        scale follows the largest value of its 128, so a factor of the whole row that is still to come changes nothing."""
+        rows = x if isinstance(x, torch.Tensor) else x.rows
+        features = self.out_features // 2 if gated else self.out_features
+        if linear.holds(rows.shape[0], features, self.in_features, gated):
+            return x, None, rows.dtype
+        q, scale = fp8_quantise.quantise_rows(rows)
+        return q if isinstance(x, torch.Tensor) else replace(x, rows=q), scale, rows.dtype

@@ -22,7 +22,7 @@ def assert_near(ours: torch.Tensor, plain: torch.Tensor, error: float) -> None:
     assert (ours - plain).norm() <= error * plain.norm().clamp_min(1e-9)
 
 
-@pytest.mark.parametrize("tokens", [0, 3, 65])
+@pytest.mark.parametrize("tokens", [0, 2, 3, 65])
 @pytest.mark.parametrize(("rows", "columns"), [(200, 144), (136, 256)])
 def test_products(tokens: int, rows: int, columns: int, device: torch.device, rng: torch.Generator) -> None:
     # Values that E4M3 has, and the largest one in each group: quantising changes nothing, so the interpreter's cast, which
@@ -45,7 +45,7 @@ def test_columns_that_tma_cannot_read_are_dequantised(device: torch.device, rng:
     assert (packed.dequantised() - weight).norm() < 0.05 * weight.norm()
 
 
-@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("tokens", [1, 2, 7])
 def test_experts(tokens: int, device: torch.device, rng: torch.Generator) -> None:
     routing = Routing(4, 2, zero_experts=1)
     context = BuildContext(device=device, dtype=torch.bfloat16, ops=TritonOps(), weight_precision="fp8")

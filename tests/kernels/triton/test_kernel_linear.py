@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from fluentllm.kernels.block_fp8 import dequantise_rows, linear_reference, quantise_rows_reference, quantise_weight
+from fluentllm.kernels.block_fp8 import (
+    dequantise_rows,
+    dequantise_weight,
+    linear_reference,
+    quantise_rows_reference,
+    quantise_weight,
+)
 from fluentllm.kernels.triton.fp8_gemm import GemmTile, fp8_gemm
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows, silu_mul_quantise
 from fluentllm.kernels.triton.held import HeldTile
@@ -116,6 +122,33 @@ def test_block_fp8(tokens: int, rows: int, depth: int, tile: Tile | None, device
         out_dtype=torch.float32,
     )  # fmt: skip
     assert_close(out.cpu(), expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "tile"), [(1, HeldTile(4, 128)), (2, HeldTile(1, 256)), (3, HeldTile(2, 64)), (0, None), (2, None)]
+)
+def test_rows_that_are_not_quantised_by_block_fp8(
+    tokens: int, tile: Tile | None, gated: bool, device: torch.device, rng: torch.Generator
+) -> None:
+    """More blocks of scales than one in both directions, the last of each not full."""
+    rows, depth = (136, 400) if gated else (150, 400)
+    x = torch.randn(tokens, depth, generator=rng).to(torch.bfloat16)
+    parts = [torch.randn(rows, depth, generator=rng) * size for size in ((0.02, 0.1) if gated else (0.02,))]
+    weight, w_scale = quantise_weight(torch.cat([part * torch.linspace(0.1, 10, rows)[:, None] for part in parts]))
+    expected = x.float() @ dequantise_weight(weight, w_scale).T
+    if gated:
+        gate, up = expected.to(torch.bfloat16).float().chunk(2, -1)
+        expected = F.silu(gate) * up
+    out = linear(x.to(device), weight.to(device), w_scale=w_scale.to(device), tile=tile, gated=gated, out_dtype=torch.bfloat16)
+    # silu of a gate below -10 changes by as much as a rounding of the gate in BF16.
+    assert_close(out.cpu().float(), expected, rtol=6e-2 if gated else 2e-2, atol=2e-2)
+
+
+def test_rows_that_must_be_quantised_say_so(device: torch.device) -> None:
+    weight, w_scale = quantise_weight(torch.randn(64, 128))
+    with pytest.raises(ValueError, match="x_scale is missing"):
+        linear(torch.randn(5, 128, device=device).bfloat16(), weight.to(device), w_scale=w_scale.to(device))
 
 
 @pytest.mark.parametrize("inner", [128, 200])
