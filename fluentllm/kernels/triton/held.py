@@ -80,15 +80,12 @@ def held_pieces(w, n, N, K, w_row, DEPTH: tl.constexpr, PIECES: tl.constexpr, VE
 
 @triton.jit
 def held_scales(scale, n, N, K, DEPTH: tl.constexpr, PIECES: tl.constexpr, VECTOR: tl.constexpr):
-    """Their scales in block FP8, of scale [⌈N / 128⌉, ⌈K / 128⌉]: [ROWS, DEPTH / VECTOR] each; ones where there is none."""
+    """Their scales in block FP8, of scale [⌈N / 128⌉, ⌈K / 128⌉]: [ROWS, DEPTH / VECTOR] each."""
     scales = ()
     for i in tl.static_range(PIECES):
-        if scale is not None:
-            k = i * DEPTH + tl.arange(0, DEPTH // VECTOR) * VECTOR
-            at = scale + (n // BLOCK * tl.cdiv(K, BLOCK))[:, None] + (k // BLOCK)[None, :]
-            scales = scales + (tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0),)
-        else:
-            scales = scales + (1.0,)
+        k = i * DEPTH + tl.arange(0, DEPTH // VECTOR) * VECTOR
+        at = scale + (n // BLOCK * tl.cdiv(K, BLOCK))[:, None] + (k // BLOCK)[None, :]
+        scales = scales + (tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0),)
     return scales
 
 
@@ -104,11 +101,18 @@ def held_row(x, m, M, K, x_row, DEPTH: tl.constexpr, PIECES: tl.constexpr, VECTO
 
 
 @triton.jit
+def _piece(held, scales, row, i: tl.constexpr):
+    """One piece's part of `held_partial`."""
+    acc = tl.sum(held[i].to(tl.float32) * row[i].to(tl.float32)[None, :, :], 2)
+    return acc if scales is None else acc * scales[i]
+
+
+@triton.jit
 def held_partial(held, scales, row, PIECES: tl.constexpr):
-    """Σ over the pieces and over a thread's own columns: [ROWS, DEPTH / VECTOR] float32."""
-    acc = tl.sum(held[0].to(tl.float32) * row[0].to(tl.float32)[None, :, :], 2) * scales[0]
+    """Σ over the pieces and over a thread's own columns: [ROWS, DEPTH / VECTOR] float32. scales: of E4M3, else None."""
+    acc = _piece(held, scales, row, 0)
     for i in tl.static_range(1, PIECES):
-        acc += tl.sum(held[i].to(tl.float32) * row[i].to(tl.float32)[None, :, :], 2) * scales[i]
+        acc += _piece(held, scales, row, i)
     return acc
 
 
@@ -135,10 +139,13 @@ def _held_kernel(out, x, w, w_scale, other, residual, norm, squares, squares_out
     n = pid % programs * ROWS + tl.arange(0, ROWS)
     first = pid // programs * TOKENS
     held = held_pieces(w, n, N, K, w_row, DEPTH, PIECES, VECTOR)
-    scales = held_scales(w_scale, n, N, K, DEPTH, PIECES, VECTOR)
+    scales, scales_up = None, None
+    if w_scale is not None:
+        scales = held_scales(w_scale, n, N, K, DEPTH, PIECES, VECTOR)
     if GATED:
         held_up = held_pieces(w, n + N, 2 * N, K, w_row, DEPTH, PIECES, VECTOR)
-        scales_up = held_scales(w_scale, n + N, 2 * N, K, DEPTH, PIECES, VECTOR)
+        if w_scale is not None:
+            scales_up = held_scales(w_scale, n + N, 2 * N, K, DEPTH, PIECES, VECTOR)
     if norm is not None:
         weight = tl.load(norm + n, mask=n < normed, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
