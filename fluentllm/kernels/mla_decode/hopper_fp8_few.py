@@ -1,4 +1,4 @@
-"""MLA decode over the FP8 cache on Hopper for up to 32 rows, operands swapped: keys, and columns of the output, on the MMA's M.
+"""MLA decode over the FP8 cache on Hopper for up to 16 rows, operands swapped: keys, and columns of the output, on the MMA's M.
 
 An MMA's M is 64 rows whether they are used or not, its N any multiple of 8: S^T = K Q^T and O^T = V^T P^T take a quarter of the
 time of `hopper_fp8` for 16 rows, and the output is spread over all warps, so scaling and storing it does too. V needs no
@@ -161,7 +161,7 @@ def decode_fp8_few(q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, pa
                    records, counters, count, parts, scale_log2, table_width, HEADS: gl.constexpr, ROWS: gl.constexpr,
                    NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PDL: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr,
                    MAPS: gl.constexpr, MERGE: gl.constexpr):  # fmt: skip
-    """Grid: parts programs. TILE: 16 or 32, not less than ROWS. PAGES, EARLY, MAPS, MERGE: of `switches`."""
+    """Grid: parts programs. TILE: a multiple of 8, not less than ROWS. PAGES, EARLY, MAPS, MERGE: of `switches`."""
     q8 = gl.allocate_shared_memory(gl.float8e4nv, [4, TILE, 128], q8_desc.layout)
     qr = gl.allocate_shared_memory(gl.bfloat16, [TILE, 64], qr_desc.layout)
     k8 = gl.allocate_shared_memory(gl.float8e4nv, [NUM_STAGES * 4, 1, 64, 128], k8_desc.layout)

@@ -1,4 +1,4 @@
-"""MLA decode over the FP8 cache on Hopper for more than 32 rows, where the MMAs set the pace: V goes from pages to registers.
+"""MLA decode over the FP8 cache on Hopper for more than 16 rows, where the MMAs set the pace: V goes from pages to registers.
 
 The output is O^T = V^T P^T: columns of V on the MMA's M, rows on its N. The MMA's first operand may come from registers. There
 V^T is made from the page as it lies, with no copy in FP16: a thread reads four neighbouring columns of a key at a time, and

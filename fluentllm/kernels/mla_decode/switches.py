@@ -16,9 +16,9 @@ Not "the last to finish merges": one multiprocessor reads four splits of 16 rows
 combine takes; together they take a quarter each. And how many splits there are is known on the device alone, so a limit of
 eight would leave the combine's launch where it is."""
 SWAP_OPERANDS = True
-"""FP8 cache, up to 32 rows: keys and columns of the output on the MMA's M, rows on its N (`hopper_fp8_few`)."""
+"""FP8 cache, up to 16 rows: keys and columns of the output on the MMA's M, rows on its N (`hopper_fp8_few`)."""
 VALUES_IN_REGISTERS = True
-"""FP8 cache, more than 32 rows: V^T is converted on its way to registers, and the reference of the softmax may lag
+"""FP8 cache, more than 16 rows: V^T is converted on its way to registers, and the reference of the softmax may lag
 (`hopper_fp8_many`)."""
 LAUNCH_EARLY = True
 """Programmatic dependent launch of the decode: barriers and partitions are set up while the kernel in front ends."""
