@@ -4,7 +4,7 @@
 
 Rows {name, kind, rows, depth, gated, tokens, us, GBps, share, torch_us, error, tile}: `us` of one product in a rotation of more
 weights than L2 holds; `share` of 3.0 TB/s, counting the weights only; `torch_us` of F.linear in BF16 (with SwiGLU's kernel
-behind it where ours has it inside), or torch._scaled_mm in FP8; `error` against float32 on the same operands. In FP8
+behind it where ours has it inside), or cuBLAS with block scales in FP8; `error` against float32 on the same operands. In FP8
 `with_quantise` is the time with the quantisation of the activations in front of each product. `--large` measures FP8 products
 of many rows instead. `--table` prints what `linear_tiles.MEASURED` should hold.
 """
@@ -28,6 +28,7 @@ import triton
 from sweep import DEVICE, copies_for, error_of, gbps, line, precompile, rotate, share
 
 from fluentllm.kernels.block_fp8 import linear_reference, quantise_weight
+from fluentllm.kernels.fp8_library import ROWS, library_product, library_scale
 from fluentllm.kernels.triton.elementwise import silu_mul
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows
 from fluentllm.kernels.triton.launch import power_of_2
@@ -174,6 +175,7 @@ class Case:
             self.x_scale = torch.empty(-(-shape.depth // 128), tokens, **at)
         elif shape.kind == "fp8":
             self.q, self.x_scale = quantise_rows(self.x)
+            self.padded = quantise_rows(self.x, ROWS)
 
     def with_tokens(self, tokens: int) -> Case:
         """The same weights under other rows."""
@@ -182,6 +184,7 @@ class Case:
         other.x = torch.randn(tokens, self.shape.depth, device=self.x.device).bfloat16()
         if self.q is not None:
             other.q, other.x_scale = quantise_rows(other.x)
+            other.padded = quantise_rows(other.x, ROWS)
         return other
 
     def ours(self, tile: LinearTile | None, *, quantise: bool = False) -> list[Callable[[], Tensor]]:
@@ -201,8 +204,9 @@ class Case:
         if self.q is None:
             y = F.linear(self.x, self.weights[i])
         else:
-            one = torch.ones((), device=DEVICE)
-            y = torch._scaled_mm(self.q, self.weights[i].t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+            scale = library_scale(self.weights[i], self.scales[i])
+            assert scale is not None, "cuBLAS has no block scales here"
+            y = library_product(*self.padded, self.weights[i], scale, torch.bfloat16)
         return silu_mul(y) if self.shape.gated else y
 
     def expected(self) -> Tensor:

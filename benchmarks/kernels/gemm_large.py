@@ -1,4 +1,4 @@
-"""`gemm.py --large`: block-FP8 products of many rows, TFLOP/s, beside torch._scaled_mm with block and with tensor-wide
+"""`gemm.py --large`: block-FP8 products of many rows, TFLOP/s, beside cuBLAS with block and with tensor-wide
 scales."""
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from sweep import DEVICE, copies_for, error_of, line, precompile, rotate
 
 from fluentllm.kernels.block_fp8 import linear_reference, quantise_weight
+from fluentllm.kernels.fp8_library import library_product, library_scale
 from fluentllm.kernels.triton.fp8_gemm import GemmTile, fp8_gemm
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows
 
@@ -40,15 +41,21 @@ TILES = [
 ]
 
 
-def _scaled_mm(q: Tensor, scale: Tensor, weight: Tensor, w_scale: Tensor) -> Tensor:
-    return torch._scaled_mm(q, weight.t(), scale, w_scale, out_dtype=torch.bfloat16)
+def _one_scale(q: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    return torch._scaled_mm(q, weight.t(), scale, scale, out_dtype=torch.bfloat16)
+
+
+def _block_scales(q: Tensor, scale: Tensor, weight: Tensor, w_scale: Tensor) -> Tensor:
+    padded = library_scale(weight, w_scale)
+    assert padded is not None, "cuBLAS has no block scales here"
+    return library_product(q, scale, weight, padded, torch.bfloat16)
 
 
 def _attempt(run: Callable[[], Tensor]) -> tuple[float, Tensor] | None:
     try:
         return rotate([run]), run()
     except Exception as failure:
-        print(f"  torch._scaled_mm: {str(failure)[:140]}", flush=True)
+        print(f"  cuBLAS: {str(failure)[:140]}", flush=True)
         return None
 
 
@@ -80,8 +87,8 @@ def many_rows() -> list[dict[str, object]]:
             print(f"    {tile}: {us:.1f} us, {flops / us / 1e6:.0f} TFLOP/s, error {error:.1e}", flush=True)
         us, error, tile = min(found, key=lambda one: one[0])
         one = torch.ones((), device=DEVICE)
-        block = _attempt(partial(_scaled_mm, q, scale.t(), weights[0][0], weights[0][1].t()))
-        whole = _attempt(partial(_scaled_mm, q, one, weights[0][0], one))
+        block = _attempt(partial(_block_scales, q, scale, *weights[0]))
+        whole = _attempt(partial(_one_scale, q, one, weights[0][0]))
         row = {"tokens": tokens, "rows": n, "depth": k, "us": us, "TFLOPs": flops / us / 1e6, "error": error,
                "torch_block_us": block and block[0], "torch_tensor_us": whole and whole[0], "tile": asdict(tile)}  # fmt: skip
         rows.append(row)
