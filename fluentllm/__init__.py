@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingOptions", "__version__"]
+__all__ = ["LLM", "SamplingOptions", "__version__", "structured"]
 
 if TYPE_CHECKING:
+    from .frontend import structured
     from .llm import LLM, SamplingOptions
 
 
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from . import llm
 
         return getattr(llm, name)
+    if name == "structured":
+        from .frontend import structured
+
+        return structured
     raise AttributeError(f"module 'fluentllm' has no attribute {name!r}")

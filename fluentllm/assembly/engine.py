@@ -105,12 +105,12 @@ def assemble(
     draft_model = load_draft_model(entry, settings, loaded, plugins)
     own = draft_memory(entry, DraftTarget(settings, spec, loaded.dtype.itemsize))
     grammars = _grammars(settings, loaded, plugins)
-    sizes = Sizes(slots, longest, max_drafts, grammars.states)
+    sizes = Sizes(slots, longest, max_drafts, grammars.states, token_masks=grammars.offered)
     maker = PartsMaker(settings, loaded, plugins, sizes, entry, own, draft_model)
 
     if device.type == "cuda":
         expanded = spec.kv.kind == "mla"
-        largest = Largest(prefill_tokens, slots, longest, max_drafts, whole_context=expanded, grammars=grammars.states > 0)
+        largest = Largest(prefill_tokens, slots, longest, max_drafts, whole_context=expanded, grammars=grammars.offered)
         with timeline.stage("kernels awaited"):
             loaded.kernels.wait()
         with timeline.stage("largest steps"):
@@ -204,6 +204,8 @@ def _handoffs(
 def _grammars(settings: Settings, loaded: LoadedModel, plugins: PluginManager) -> GrammarStore:
     registry, spec = plugins.registry("grammars"), loaded.model.spec
     context = GrammarContext(settings, spec, loaded.path)
-    compilers = {entry.name: partial(entry.factory, context) for entry in registry.supported(spec)}
+    entries = registry.supported(spec)
+    compilers = {entry.name: partial(entry.factory, context) for entry in entries}
     states = settings.grammar.states or GRAMMAR_BYTES // (4 * spec.vocab_size)
-    return GrammarStore(states if compilers else 0, compilers, spec.vocab_size)
+    tables = any(getattr(entry.factory, "tables", True) for entry in entries)
+    return GrammarStore(states if tables else 0, compilers, spec.vocab_size, registry.why_not(spec))

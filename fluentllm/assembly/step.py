@@ -34,6 +34,8 @@ class Sizes:
     """Tokens of the longest sequence."""
     drafts: int
     grammar_states: int
+    token_masks: bool = False
+    """Of matchers on the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class PartsMaker:
             device,
             max_drafts=sizes.drafts,
             grammar_states=sizes.grammar_states,
+            token_masks=sizes.token_masks,
         )
 
     def make(self, pages: int) -> Parts:

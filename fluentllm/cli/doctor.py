@@ -124,7 +124,17 @@ def _choices(settings: Settings, plugins: PluginManager) -> list[dict[str, str]]
         _choice("model.weight_precision", settings.model.weight_precision, precision, f"the default on {device.type}"),
         _kernels(settings, device),
         _choice("scheduler.policy", settings.scheduler.policy, settings.scheduler.policy, ""),
+        _grammars(plugins),
     ]
+
+
+def _grammars(plugins: PluginManager) -> dict[str, str]:
+    """Kinds of grammars that requests may have. What a plugin says of a model it says when the model is loaded."""
+    registry = plugins.registry("grammars")
+    usable = [entry.name for entry in registry.supported(None)]
+    reasons = dict.fromkeys(registry.why_not(None).values())
+    because = "; ".join(reasons) or ("" if usable else "no plugin compiles any")
+    return {"setting": "grammars", "set_to": "", "uses": ", ".join(usable) or "none", "because": because}
 
 
 def _kernels(settings: Settings, device: torch.device) -> dict[str, str]:

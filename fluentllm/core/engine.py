@@ -19,6 +19,7 @@ from typing import Any
 
 from .draft_counts import DraftCounts
 from .draft_length import DraftLength
+from .entrance import Entrance
 from .errors import FluentError, InvalidRequest
 from .executor import Executor
 from .grammars import GrammarStore
@@ -109,6 +110,7 @@ class Engine:
         self.calls: Mapping[str, EngineCall] = calls or {}
         """What plugins offer to front ends."""
         self.grammars = grammars or GrammarStore(0, {})
+        self._entrance = Entrance(self)
         self._refused: dict[str, int] = {}
         self.handoffs = handoffs
         """None where prefill and decode are both here."""
@@ -136,16 +138,18 @@ class Engine:
         try:
             sequence = self._admit(connection, request)
         except FluentError as error:
-            self._refused[error.code] = self._refused.get(error.code, 0) + 1
+            self.count_refusal(error)
             raise
         self._arrivals += 1
         self._owners[sequence] = connection
         connection.sequences[request.id] = sequence
         self._observe("queued", sequence)
-        self._wake.set()
+
+    def count_refusal(self, error: FluentError) -> None:
+        self._refused[error.code] = self._refused.get(error.code, 0) + 1
 
     def _admit(self, connection: Connection, request: Request) -> Sequence:
-        """Checked, and with those who will run it: the scheduler, or who waits for its prompt's KV from elsewhere."""
+        """Checked, and with those who will run it, or waiting for its grammar."""
         if request.id in connection.sequences:
             raise InvalidRequest(f"Request id {request.id!r} is in use.", fix="Use a new id for each request.")
         stops = stop_ids(request, self.info.spec)
@@ -153,21 +157,15 @@ class Engine:
         if request.handoff is not None and self.handoffs is not None:
             request = self.handoffs.prepare(request)
         sequence = Sequence(request, stops, self._arrivals)
-        self.grammars.begin(sequence)
-        try:
-            adopted = request.handoff is not None and self.handoffs is not None and self.handoffs.adopt(sequence)
-            if not adopted:
-                self.scheduler.add(sequence)
-        except Exception:  # a plugin's bug too: its session goes on
-            self.grammars.end(sequence)
-            raise
+        self._entrance.enter(sequence)
         return sequence
 
     def abort(self, sequence: Sequence, reason: FinishReason = "abort") -> None:
         if self._owners.pop(sequence, None) is None:
             return
         self._finish(sequence, reason)
-        if self.handoffs is None or not self.handoffs.abort(sequence):
+        waited = self._entrance.leave(sequence) or (self.handoffs is not None and self.handoffs.abort(sequence))
+        if not waited:
             self.scheduler.abort(sequence)
         self._wake.set()
 
@@ -244,7 +242,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         handed_over = self.handoffs.open if self.handoffs is not None else 0
-        return bool(self._launched or self.scheduler.waiting or self.scheduler.running or handed_over)
+        return bool(self._launched or self.scheduler.waiting or self.scheduler.running or self._entrance or handed_over)
 
     # ------------------------------------------------------------------------------------------------------------- collect
     def _collect(self, plan: StepPlan, result: StepResult) -> None:
@@ -366,7 +364,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------------- control
     def stats(self) -> EngineStats:
         return EngineStats(
-            waiting=self.scheduler.waiting,
+            waiting=self.scheduler.waiting + len(self._entrance),
             running=self.scheduler.running,
             pages_total=self.kv.pages_total,
             pages_free=self.kv.pages_free,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from array import array
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -95,28 +96,47 @@ class _Held:
 class GrammarStore:
     """Compiles, and hands out rows 1 … `states`. What nobody uses stays until its rows are needed."""
 
-    def __init__(self, states: int, compilers: Mapping[str, Callable[[], GrammarCompiler]], vocab_size: int = 0) -> None:
-        """`compilers`: kind → makes its compiler, once it is needed."""
+    def __init__(
+        self,
+        states: int,
+        compilers: Mapping[str, Callable[[], GrammarCompiler]],
+        vocab_size: int = 0,
+        why_not: Mapping[str, str] | None = None,
+    ) -> None:
+        """`compilers`: kind → makes its compiler, once it is needed. `why_not`: of kinds whose plugins are here and cannot
+        compile them, the reason."""
         self.states = states
         self.matchers = HostMatchers(vocab_size)
         self._vocab_size = vocab_size
         self._makers = compilers
+        self._why_not = why_not or {}
         self._compilers: dict[str, GrammarCompiler] = {}
         self._held: dict[GrammarSpec, _Held] = {}
         """The least recently used first."""
         self._loads: list[GrammarLoad] = []
         self._host: dict[GrammarSpec, HostGrammar] = {}
         """The least recently used first."""
+        self._compiling: dict[GrammarSpec, Future[GrammarTable | HostGrammar]] = {}
+        self._in_tables: set[Sequence] = set()
+        """Those that count among the users of a table."""
 
-    def begin(self, sequence: Sequence) -> None:
-        """For a request that enters. Raises `InvalidRequest` for a grammar that cannot be had, `QueueFull` without room,
+    @property
+    def offered(self) -> bool:
+        """May requests have grammars?"""
+        return bool(self._makers)
+
+    def begin(self, sequence: Sequence) -> Future[GrammarTable | HostGrammar] | None:
+        """For a request that enters. If its grammar is being compiled elsewhere, the future of that: it has not entered, and
+        is to come again once that is done. Raises `InvalidRequest` for a grammar that cannot be had, `QueueFull` without room,
         `PluginError` for a compiler or matcher that fails."""
         spec = sequence.request.params.grammar
         if spec is None:
-            return
+            return None
         held, on_host = self._held.pop(spec, None), self._host.pop(spec, None)
         if held is None and on_host is None:
             compiled = self._compile(spec)
+            if isinstance(compiled, Future):
+                return compiled
             if isinstance(compiled, GrammarTable):
                 held = self._load(spec, compiled)
             else:
@@ -124,18 +144,21 @@ class GrammarStore:
         if held is not None:
             held.users += 1
             self._held[spec] = held
+            self._in_tables.add(sequence)
         elif on_host is not None:
             self.matchers.begin(sequence, spec.kind, on_host)
             self._host[spec] = on_host
             if len(self._host) > HOST_GRAMMARS:
                 del self._host[next(iter(self._host))]
+        return None
 
     def end(self, sequence: Sequence) -> None:
-        """The request needs it no more."""
+        """The request needs it no more, if it ever had one."""
         spec = sequence.request.params.grammar
         if sequence.on_host:
             self.matchers.end(sequence)
-        elif spec is not None:
+        elif spec is not None and sequence in self._in_tables:
+            self._in_tables.remove(sequence)
             self._held[spec].users -= 1
 
     def prepare(self, plan: StepPlan, scheduler: Scheduler) -> None:
@@ -152,8 +175,14 @@ class GrammarStore:
         held = self._held[spec]
         return held.first + held.table.after(sequence.tokens[sequence.prompt_length :])
 
-    def _compile(self, spec: GrammarSpec) -> GrammarTable | HostGrammar:
+    def _compile(self, spec: GrammarSpec) -> GrammarTable | HostGrammar | Future[GrammarTable | HostGrammar]:
         maker = self._makers.get(spec.kind)
+        if maker is None and spec.kind in self._why_not:
+            raise InvalidRequest(
+                f"Grammars of the kind {spec.kind!r} are not available on this server: {self._why_not[spec.kind]}.",
+                fix="Leave grammar out, or ask whoever runs the server.",
+                param="grammar",
+            )
         if maker is None:
             known = ", ".join(sorted(self._makers)) or "none"
             raise InvalidRequest(
@@ -165,7 +194,13 @@ class GrammarStore:
         try:
             if spec.kind not in self._compilers:
                 self._compilers[spec.kind] = maker()
-            compiled = self._compilers[spec.kind].compile(spec.source)
+            compiled = self._compiling.get(spec) or self._compilers[spec.kind].compile(spec.source)
+            if isinstance(compiled, Future):
+                if not compiled.done():
+                    self._remember(spec, compiled)
+                    return compiled
+                compiled = compiled.result()
+                self._compiling.pop(spec, None)
             wrong = self._fault(compiled)
         except FluentError:
             raise
@@ -181,6 +216,14 @@ class GrammarStore:
                 param="grammar",
             )
         return compiled
+
+    def _remember(self, spec: GrammarSpec, compiling: Future[GrammarTable | HostGrammar]) -> None:
+        """Those that failed stay too, so that each of the requests that wait for one is told; not for ever."""
+        self._compiling[spec] = compiling
+        if len(self._compiling) > HOST_GRAMMARS:
+            done = next((other for other, future in self._compiling.items() if future.done()), None)
+            if done is not None:
+                del self._compiling[done]
 
     def _fault(self, compiled: object) -> str | None:
         if isinstance(compiled, GrammarTable):

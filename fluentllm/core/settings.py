@@ -162,7 +162,8 @@ class GrammarSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     states: Annotated[
         Annotated[int, Meta(ge=1)] | None,
         _help(
-            "States of all grammars in use at once; what 64 MiB of device memory hold if null. None without grammar plugins."
+            "States of all grammars in use at once that are tables; what 64 MiB of device memory hold if null. None without "
+            "plugins that make tables: grammar_xgrammar makes none."
         ),
     ] = None
 

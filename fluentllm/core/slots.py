@@ -40,6 +40,7 @@ class SlotTables:
         *,
         max_drafts: int = 0,
         grammar_states: int = 0,
+        token_masks: bool = False,
     ) -> None:
         rows = slots + 1
         self.slots = slots
@@ -68,7 +69,7 @@ class SlotTables:
 
         # Masks of matchers on the host, one bit a token, the lowest first: of a slot's next positions, as many as `masked`.
         # Slots without a matcher allow everything everywhere.
-        shape = (max_drafts + 1, 4 * -(-vocab_size // 32)) if grammar_states else (1, 0)
+        shape = (max_drafts + 1, 4 * -(-vocab_size // 32)) if token_masks else (1, 0)
         self.token_masks = torch.full((rows, *shape), 255, dtype=torch.uint8, device=device)
         self.masked = torch.full((rows,), shape[0], dtype=torch.int64, device=device)
 

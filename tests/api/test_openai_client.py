@@ -86,8 +86,8 @@ async def test_errors_become_the_clients_own(client: openai.AsyncOpenAI) -> None
     with pytest.raises(openai.NotFoundError, match="gpt-4"):
         await client.chat.completions.create(model="gpt-4", messages=MESSAGES)
     with pytest.raises(openai.BadRequestError) as refused:
-        await client.chat.completions.create(model="tiny", messages=MESSAGES, response_format={"type": "json_object"})
-    assert refused.value.param == "response_format"
+        await client.chat.completions.create(model="tiny", messages=MESSAGES, prediction={"type": "content", "content": "x"})
+    assert refused.value.param == "prediction"
     with pytest.raises(openai.BadRequestError) as refused:
         await client.completions.create(model="tiny", prompt="x", max_tokens=5000)
     assert refused.value.code == "context_length_exceeded"

@@ -144,6 +144,7 @@ def test_doctor_says_what_would_be_used(fluent, tmp_path):
     assert choices["model.dtype"]["uses"] == "float32"
     assert choices["attention.backend"]["uses"] == "torch"
     assert report["model"]["plugin"] == "model_llama"
+    assert "json_schema" in choices["grammars"]["uses"] or "fluentllm[grammar]" in choices["grammars"]["because"]
     packages = {row["name"]: row for row in report["packages"]}
     assert packages["torch"]["version"]
     assert packages["flashinfer-python"]["for"] == "cuda"

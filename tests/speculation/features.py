@@ -10,6 +10,7 @@ from engine.harness import Running
 from fluentllm.core.plugins import PluginManager
 
 from .test_grammars import PAIRS, WORDS, ToyPlugin
+from .test_host_grammars import BRACKETS, Plugin as BracketsPlugin
 from .watching import WatchedPlugin
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ FEATURES: dict[str, list[dict[str, Any]]] = {
     "stop id inside a draft": [{"stop": 3}, {**SAMPLED, "stop": 6}],
     "max_tokens inside a draft": [{"max_tokens": 5}, {**SAMPLED, "max_tokens": 2}],
     "grammar": [{"grammar": WORDS}, {**SAMPLED, "grammar": PAIRS}],
+    "grammar with a matcher on the host": [{"grammar": BRACKETS}, {**SAMPLED, "grammar": BRACKETS}],
     "priority": [{"priority": -1}, {"priority": 3}],
 }
 """Feature → requests that use it. `stop`: the token at this place of the answer without it becomes a stop id."""
@@ -52,7 +54,7 @@ class Asked:
 
 
 def plugins_with(method: str, doctor: Doctor | None) -> PluginManager:
-    objects: dict[str, Any] = {"toys": ToyPlugin()}
+    objects: dict[str, Any] = {"toys": ToyPlugin(), "brackets": BracketsPlugin()}
     if doctor is not None:
         own = PluginManager.load({"engine", "executor"}, allow=[], deny=[]).registry("proposers").get(method).factory
         objects["watched"] = WatchedPlugin(own, [], doctor)

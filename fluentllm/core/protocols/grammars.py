@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
     from pathlib import Path
 
     from ..grammars import GrammarTable
@@ -25,11 +26,16 @@ class GrammarContext:
 
 
 class GrammarCompiler(Protocol):
-    """What `fluent_grammars` factories make; the name that one is registered under is the kind of its grammars."""
+    """What `fluent_grammars` factories make; the name that one is registered under is the kind of its grammars.
 
-    def compile(self, source: str) -> GrammarTable | HostGrammar:
+    A factory with an attribute `tables = False` says that its compilers never give a table: where no other plugin does, no
+    memory of the device is set aside for tables."""
+
+    def compile(self, source: str) -> GrammarTable | HostGrammar | Future[GrammarTable | HostGrammar]:
         """Called in the engine's loop, once for each grammar in use. A table if the grammar can be one: its requests run ahead
-        like any others. Raises `InvalidRequest` for a source that is none."""
+        like any others. Raises `InvalidRequest` for a source that is none. The engine keeps what was compiled.
+
+        One that takes long returns a future of it, and what it raises is the future's: only the requests that need it wait."""
         ...
 
 

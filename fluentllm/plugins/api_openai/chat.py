@@ -21,6 +21,7 @@ from .logprobs import chat_logprobs
 from .messages import to_template
 from .openapi import documented
 from .schema import ChatRequest
+from .structured import named, naming, take_grammar
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -37,9 +38,11 @@ async def chat_completions(request: Request) -> Response | EventStream[Any]:
     body = await read(request, ChatRequest)
     check_model(body.model, services)
     check_common(body, 1, services)
+    field = take_grammar(body)
     if body.stream:
-        return EventStream(lambda: _events(body, services))
-    return await unless_left(request.receive, _answer(body, services))
+        return EventStream(lambda: _events(body, services, field))
+    with naming(field):
+        return await unless_left(request.receive, _answer(body, services))
 
 
 async def _job(body: ChatRequest, services: Services) -> Job:
@@ -102,13 +105,14 @@ async def _answer(body: ChatRequest, services: Services) -> Response:
     )
 
 
-async def _events(body: ChatRequest, services: Services) -> Events[Any]:
+async def _events(body: ChatRequest, services: Services, field: str) -> Events[Any]:
     generation = services.generation
     job = await _job(body, services)
     usage = Usage(prompt_tokens=len(job.prompts[0]), speculative=generation.info.speculative)
     with_usage = wants_usage(body)
     splicer = chat_splicer(id=job.id, created=int(time.time()), model=services.model, choices=job.n, with_usage=with_usage)
     items, text_of, delta_of = generation.stream_parts(job)
+    items = items if body.grammar is None else named(items, field)
     chunk = splicer.chunk
 
     def encode(item: Any) -> bytes:

@@ -20,6 +20,7 @@ from .handoff import handoff_of, transfer_params
 from .logprobs import prompt_infos, text_logprobs
 from .openapi import documented
 from .schema import CompletionRequest
+from .structured import named, naming, take_grammar
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -52,9 +53,11 @@ async def completions(request: Request) -> Response | EventStream[Delta]:
         raise InvalidRequest(
             "max_tokens = 0 without echo asks for nothing.", fix="Set echo, or ask for tokens.", param="max_tokens"
         )
+    field = take_grammar(body)
     if body.stream:
-        return EventStream(lambda: _events(body, prompts, services))
-    return await unless_left(request.receive, _answer(body, prompts, services))
+        return EventStream(lambda: _events(body, prompts, services, field))
+    with naming(field):
+        return await unless_left(request.receive, _answer(body, prompts, services))
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
@@ -138,7 +141,7 @@ async def _answer(body: CompletionRequest, prompts: list[str | list[int]], servi
     )
 
 
-async def _events(body: CompletionRequest, prompts: list[str | list[int]], services: Services) -> Events[Delta]:
+async def _events(body: CompletionRequest, prompts: list[str | list[int]], services: Services, field: str) -> Events[Delta]:
     generation = services.generation
     job = await _job(body, prompts, services)
     writer = _Writer(body, job, generation)
@@ -158,4 +161,6 @@ async def _events(body: CompletionRequest, prompts: list[str | list[int]], servi
             return splicer.chunk(delta.index, text, logprobs, delta.finish_reason)
         return b""
 
-    return Events(generation.stream(job), encode, lambda: splicer.end(usage if with_usage else None))
+    items = generation.stream(job)
+    items = items if body.grammar is None else named(items, field)
+    return Events(items, encode, lambda: splicer.end(usage if with_usage else None))

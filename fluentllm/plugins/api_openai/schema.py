@@ -14,6 +14,7 @@ from fluentllm.core.types import MAX_LOGPROBS
 from fluentllm.frontend.sampling import SamplingOptions
 
 from .handoff import DisaggregatedParams, Hosts, KVTransferParams, Port, Ports, Room, Rooms
+from .structured import Choices, JsonSchema, ResponseFormat, StructuredOutputs
 
 IGNORED = {
     "user": "Names an end user of the caller's, for OpenAI's abuse monitoring.",
@@ -42,7 +43,6 @@ REFUSED = {
     "parallel_tool_calls": "calling tools is not supported",
     "functions": "calling functions is not supported",
     "function_call": "calling functions is not supported; only 'none' asks for nothing",
-    "response_format": 'only {"type": "text"} is supported, no JSON mode',
     "audio": "this server writes text only",
     "modalities": "this server writes text only: ['text']",
     "prediction": "predicted outputs are not supported",
@@ -93,10 +93,6 @@ class Message(Struct, kw_only=True, forbid_unknown_fields=True):
     annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
 
 
-class TextFormat(Struct, kw_only=True, forbid_unknown_fields=True):
-    type: Literal["text"]
-
-
 TemplateVariables = Annotated[
     dict[str, Any],
     Meta(description="Variables of the chat template, such as enable_thinking; what it does not read is refused."),
@@ -111,6 +107,15 @@ class GenerationRequest(SamplingOptions, kw_only=True, forbid_unknown_fields=Tru
     model: Annotated[str, Meta(description="The served model's name; may be left out.")] | None = None
     stream: Annotated[bool, Meta(description="Send the answer as server-sent events while it is generated.")] | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Annotated[JsonSchema, Meta(description="Older name of structured_outputs.json.")] | None = None
+    guided_regex: Annotated[str, Meta(description="Older name of structured_outputs.regex.")] | None = None
+    guided_choice: Annotated[Choices, Meta(description="Older name of structured_outputs.choice.")] | None = None
+    guided_grammar: Annotated[str, Meta(description="Older name of structured_outputs.grammar.")] | None = None
+    json_schema: Annotated[JsonSchema, Meta(description="SGLang's name of structured_outputs.json.")] | None = None
+    regex: Annotated[str, Meta(description="SGLang's name of structured_outputs.regex.")] | None = None
+    ebnf: Annotated[str, Meta(description="SGLang's name of structured_outputs.grammar.")] | None = None
     bootstrap_host: (
         Annotated[str | Hosts, Meta(description="Where the prefill engine takes control connections; or n times the same.")]
         | None
@@ -153,7 +158,6 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     parallel_tool_calls: None = None
     functions: NoItems | None = None
     function_call: Literal["none"] | None = None
-    response_format: TextFormat | None = None
     audio: None = None
     modalities: list[Literal["text"]] | None = None
     prediction: None = None
