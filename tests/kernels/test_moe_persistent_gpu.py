@@ -9,18 +9,13 @@ from fluentllm.kernels.block_fp8 import E4M3, dequantise_rows, dequantise_weight
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows
 from fluentllm.kernels.triton.moe import fp8_experts
 from fluentllm.kernels.triton.moe_pack import pack
-from fluentllm.kernels.triton.moe_persistent import persistent, persistent_down, persistent_gate_up, tile_rows
+from fluentllm.kernels.triton.moe_persistent import persistent, persistent_down, persistent_gate_up
 from fluentllm.kernels.triton.moe_sort import sort_by_expert
 from fluentllm.kernels.triton.moe_tiles import Tile
 
-pytestmark = pytest.mark.gpu
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
 DEVICE = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def _hopper() -> None:
-    if not persistent(DEVICE):
-        pytest.skip("this kernel is Hopper's")
 
 
 def blocks(count: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +76,7 @@ def test_products(
 
 
 def test_the_layer_agrees_with_the_other_kernel() -> None:
+    assert persistent(DEVICE)
     torch.manual_seed(0)
     hidden, inner, count, top_k = 2048, 1408, 64, 6
     gate_up, down = blocks(count, 2 * inner, hidden), blocks(count, hidden, inner)
@@ -92,7 +88,3 @@ def test_the_layer_agrees_with_the_other_kernel() -> None:
         assert isinstance(streamed, torch.Tensor)
         assert isinstance(ours, torch.Tensor)
         close(ours, streamed.float(), 2e-2)
-
-
-def test_tiles_follow_the_pairs_of_an_expert() -> None:
-    assert [tile_rows(pairs, 64) for pairs in (6, 64 * 6, 64 * 7, 64 * 17, 64 * 900)] == [16, 16, 32, 64, 64]

@@ -11,6 +11,7 @@ from fluentllm.kernels.moe import Routing, combine_reference, route as plain_rou
 from fluentllm.kernels.triton import moe
 from fluentllm.kernels.triton.moe import experts, fp8_experts
 from fluentllm.kernels.triton.moe_pack import pack
+from fluentllm.kernels.triton.moe_persistent import tile_rows
 from fluentllm.kernels.triton.moe_route import route
 from fluentllm.kernels.triton.moe_sort import sort_by_expert
 from fluentllm.kernels.triton.moe_tiles import Tile, tile_for
@@ -178,3 +179,7 @@ def test_fp8_experts(
 def _blocks(count: int, rows: int, columns: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     pairs = [quantise_weight(torch.randn(rows, columns, generator=rng) * columns**-0.5) for _ in range(count)]
     return torch.stack([q for q, _ in pairs]), torch.stack([s for _, s in pairs])
+
+
+def test_tiles_follow_the_pairs_of_an_expert() -> None:
+    assert [tile_rows(pairs, 64) for pairs in (6, 64 * 6, 64 * 7, 64 * 17, 64 * 900)] == [16, 16, 32, 64, 64]

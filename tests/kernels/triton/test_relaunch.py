@@ -103,9 +103,9 @@ def test_constants_whose_values_may_be_equal_and_compile_apart_are_too(value: An
 
 
 def test_every_kernel_here_has_a_key() -> None:
-    """But those of descriptors with layouts."""
+    """But that of descriptors with layouts, whose launches are captured in all but a start's first passes."""
     without = {one.kernel.__name__ for _, one in example_launches() if key_of(list(one.args), one.options) is None}
-    assert without == set()
+    assert without == {"_persistent_kernel"}
 
 
 STAND_IN = """
