@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import engines
 
 from fluentllm.bench.offline import latency
-from fluentllm.core.config import load
-from fluentllm.local import LocalEngine
+
+if TYPE_CHECKING:
+    from fluentllm.local import LocalEngine
 
 
 def rounds_of(local: LocalEngine, batch: int, args: argparse.Namespace, rounds: int) -> list[float]:
@@ -32,15 +31,11 @@ def rounds_of(local: LocalEngine, batch: int, args: argparse.Namespace, rounds: 
 
 def engine(args: argparse.Namespace, **speculative: Any) -> LocalEngine:
     given: dict[str, Any] = {
-        "model.name": args.model,
-        "model.load_format": args.load_format,
-        "kv.memory": args.kv_memory,
         "scheduler.max_running": max(args.batch),
         # The prompts of a round come at once: protecting some from the others would be timed too.
         "scheduler.max_step_ratio": 1000,
     }
-    given |= {f"speculative.{name}": value for name, value in speculative.items()}
-    return LocalEngine(load(None, {name: value for name, value in given.items() if value is not None}, {}).settings)
+    return engines.engine(args, given | {f"speculative.{name}": value for name, value in speculative.items()})
 
 
 def compared(acceptance: float, batch: int, none: float, fixed: dict[int, float], auto: list[float]) -> dict[str, Any]:
@@ -50,9 +45,7 @@ def compared(acceptance: float, batch: int, none: float, fixed: dict[int, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--load-format", default="dummy")
+    parser = engines.parser(__doc__)
     parser.add_argument("--method", default="mtp")
     parser.add_argument("--max-k", type=int, default=3)
     parser.add_argument("--acceptance", type=lambda text: [float(part) for part in text.split(",")], default=[1.0, 2.0, 3.0])
@@ -60,8 +53,6 @@ def main() -> None:
     parser.add_argument("--ctx", type=int, default=128)
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=4, help="of auto; the others run one, after one that warms up")
-    parser.add_argument("--kv-memory")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with engine(args) as local:

@@ -15,32 +15,19 @@ import asyncio
 import json
 import random
 import statistics
-import sys
 import time
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import engines
 
-from fluentllm.core.config import load
 from fluentllm.core.types import Request, SamplingParams
-from fluentllm.local import LocalEngine
+
+if TYPE_CHECKING:
+    from fluentllm.local import LocalEngine
 
 EARLY = 64
 """Tokens that the first sequences may have before the last one's prompt is through."""
-
-
-def engine(args: argparse.Namespace, kv: str) -> LocalEngine:
-    given = {
-        "model.name": args.model,
-        "model.load_format": args.load_format,
-        "kv.memory": args.kv_memory,
-        "kv.dtype": kv,
-        "scheduler.max_running": 256,
-        "scheduler.prefill_first": True,
-    }
-    return LocalEngine(load(None, given, {}).settings)
 
 
 async def step_seconds(local: LocalEngine, batch: int, ctx: int, steps: int) -> float:
@@ -59,7 +46,8 @@ async def step_seconds(local: LocalEngine, batch: int, ctx: int, steps: int) -> 
 
 
 def rows_of(args: argparse.Namespace, kv: str) -> list[dict[str, Any]]:
-    with engine(args, kv) as local:
+    settings = {"kv.dtype": kv, "scheduler.max_running": 256, "scheduler.prefill_first": True}
+    with engines.engine(args, settings) as local:
         info = local.engine.info
         pages = -(-(args.ctx + args.steps + EARLY + 1) // info.page_size)
         most = min(256, info.kv_tokens // info.page_size // pages)
@@ -75,14 +63,11 @@ def rows_of(args: argparse.Namespace, kv: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--load-format", default="dummy")
+    parser = engines.parser(__doc__)
+    parser.set_defaults(kv_memory="38GB")
     parser.add_argument("--ctx", type=int, default=16384)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--kv-memory", default="38GB")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     wide, narrow = rows_of(args, "auto"), rows_of(args, "fp8")
     for name, before, after in zip(("the same batch", "as many as fit"), wide, narrow, strict=True):

@@ -10,29 +10,20 @@ behind_ms (that the device still worked when all was launched), floor_ms}.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import engines
 
 from fluentllm.bench.offline import latency
-from fluentllm.core.config import load
 from fluentllm.core.prefill_budget import PrefillBudget
-from fluentllm.local import LocalEngine
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--load-format", default="dummy")
+    parser = engines.parser(__doc__)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--ctx", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kv-memory")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     rounds = 0
@@ -55,8 +46,7 @@ def main() -> None:
         collected(self, plan, result)
 
     PrefillBudget.collected = noted  # type: ignore[method-assign]
-    given = {"model.name": args.model, "model.load_format": args.load_format, "kv.memory": args.kv_memory}
-    with LocalEngine(load(None, {name: value for name, value in given.items() if value}, {}).settings) as local:
+    with engines.engine(args, {}) as local:
         for rounds in range(args.rounds):
             figures = latency(local, [args.batch], args.ctx, 64, 1, tell=lambda _: None)[0]
             print(f"round {rounds}: TPOT {figures['tpot_ms']:.2f} ms, prefill {figures['prefill_s']:.3f} s")
