@@ -42,6 +42,8 @@ async def step_seconds(local: LocalEngine, batch: int, ctx: int, steps: int) -> 
 
     await asyncio.gather(*(one(number) for number in range(batch)))
     last = max(times.values(), key=lambda own: own[0])[: steps + 1]
+    if min(own[-1] for own in times.values()) < last[-1]:
+        raise SystemExit(f"The first sequences had their {steps + EARLY} tokens before the last had {steps}: raise EARLY.")
     return statistics.median(after - before for before, after in pairwise(last))
 
 
@@ -52,7 +54,7 @@ def rows_of(args: argparse.Namespace, kv: str) -> list[dict[str, Any]]:
         pages = -(-(args.ctx + args.steps + EARLY + 1) // info.page_size)
         most = min(256, info.kv_tokens // info.page_size // pages)
         rows = []
-        for batch in dict.fromkeys((args.batch, most)):
+        for batch in (args.batch, most):
             if batch > most:
                 raise SystemExit(f"{args.kv_memory} hold {most} of these sequences, {batch} were asked for: raise --kv-memory")
             seconds = local.call(step_seconds(local, batch, args.ctx, args.steps))
