@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fp8_weight import on_hopper
+
 ROWS = 4
 """Rows of x, and blocks of columns that scales of W are laid out for, come in multiples of this."""
 
@@ -19,10 +21,9 @@ ROWS = 4
 @cache
 def library_products(device: torch.device) -> bool:
     """Does cuBLAS multiply block FP8 on this device?"""
-    if device.type != "cuda" or torch.version.cuda is None or not hasattr(F, "scaled_mm"):
+    if not on_hopper(device) or torch.version.cuda is None or not hasattr(F, "scaled_mm"):
         return False
-    built = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
-    return built >= (12, 9) and torch.cuda.get_device_capability(device)[0] == 9
+    return tuple(int(part) for part in torch.version.cuda.split(".")[:2]) >= (12, 9)
 
 
 def library_scale(weight: Tensor, scale: Tensor) -> Tensor | None:

@@ -52,3 +52,8 @@ def side_by_side(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor
 def fp8_products(device: torch.device) -> bool:
     """Does this device multiply block FP8 in its matrix units, with our kernels? From Hopper on (compute capability 9.0)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def on_hopper(device: torch.device) -> bool:
+    """Is it a GPU of compute capability 9.x, for which some of these products are made?"""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .language import FIRST, LOADED, silu_of_rounded, start_next, wait_for_inputs
+from .language import FIRST, LOADED, SCALE_BLOCK, silu_of_rounded, start_next, wait_for_inputs
 from .launch import HOPPER_MULTIPROCESSORS, launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK: tl.constexpr = tl.constexpr(128)
-"""Rows and columns of a matrix in block FP8 that share a scale."""
 MOST_TOKENS = 2
 """More rows are `linear`'s own kernel's: at four a step takes 1 to 6 % longer this way (one H100, Qwen3-0.6B and
 DeepSeek-V3-Lite). 0: all are."""
@@ -84,7 +82,7 @@ def held_scales(scale, n, N, K, DEPTH: tl.constexpr, PIECES: tl.constexpr, VECTO
     scales = ()
     for i in tl.static_range(PIECES):
         k = i * DEPTH + tl.arange(0, DEPTH // VECTOR) * VECTOR
-        at = scale + (n // BLOCK * tl.cdiv(K, BLOCK))[:, None] + (k // BLOCK)[None, :]
+        at = scale + (n // SCALE_BLOCK * tl.cdiv(K, SCALE_BLOCK))[:, None] + (k // SCALE_BLOCK)[None, :]
         scales = scales + (tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0),)
     return scales
 

@@ -6,10 +6,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..block_fp8 import BLOCK
+
 UPCAST: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Triton's interpreter multiplies bfloat16 matrices wrongly; there, and only there, operands are taken to float32."""
 
-
+SCALE_BLOCK: tl.constexpr = tl.constexpr(BLOCK)
+"""Columns that share a scale in block FP8 (activations 1 × 128, weights 128 × 128)."""
 FIRST: tl.constexpr = tl.constexpr(1)
 """Place of `start_next`: before anything else."""
 LOADED: tl.constexpr = tl.constexpr(2)

@@ -20,7 +20,7 @@ from .language import FIRST, LOADED, silu_of_rounded, start_next, wait_for_input
 from .launch import bulk_copies, descriptor, launch, power_of_2, programmatic
 from .linear_tiles import LinearTile, Tile, linear_tile, streamed_tile
 from .normed import Normed, load_squares, norm_factor, opened
-from .streaming import SCALE_BLOCK, prefetch_weights, stream
+from .streaming import prefetch_weights, stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -230,4 +230,4 @@ def _product(
     return out, squares
 
 
-__all__ = ["SCALE_BLOCK", "LinearTile", "holds", "linear", "linear_norm", "new_counters", "takes_norm"]
+__all__ = ["LinearTile", "holds", "linear", "linear_norm", "new_counters", "takes_norm"]

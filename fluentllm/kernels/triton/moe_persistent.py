@@ -23,7 +23,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..fp8_weight import on_hopper
 from ..mla_decode.hopper_common import async_load, launch_dependents, wait_for_inputs
+from .language import SCALE_BLOCK
 from .launch import launch, multiprocessors, programmatic
 
 if TYPE_CHECKING:
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 
     from .moe_sort import ExpertTiles
 
-DEPTH: gl.constexpr = gl.constexpr(128)
-"""Columns a step: a block of the scales, and what TMA swizzles."""
+DEPTH: gl.constexpr = SCALE_BLOCK
+"""Columns a step: what a scale is for, and 128 bytes are what TMA swizzles."""
 HALF: gl.constexpr = gl.constexpr(64)
 """Rows of a matrix instruction; an item has two: gate and up, or two neighbours."""
 GROUP: gl.constexpr = gl.constexpr(8)
@@ -46,9 +48,7 @@ REGISTERS = 128
 @cache
 def persistent(device: torch.device) -> bool:
     """Does this kernel run there? On Hopper, and in the compile check."""
-    if knobs.runtime.interpret or device.type not in ("cuda", "meta"):
-        return False
-    return device.type == "meta" or torch.cuda.get_device_capability(device)[0] == 9
+    return not knobs.runtime.interpret and (device.type == "meta" or on_hopper(device))
 
 
 def tile_rows(pairs: int, experts: int) -> int:
@@ -150,9 +150,9 @@ def _products(out, x_scale, w_scale, w, x, full, empty, order, offsets, tile_exp
         target = target.to(gl.int64)
         place = first + gl.arange(0, TOKENS, gl.SliceLayout(0, SUMS))
         row = expert * ROWS + n0
-        top, bottom = _sums(w, x, full, empty, x_scale + place, w_scale + row // 128 * steps,
-                            w_scale + (row + N if GATED else row) // 128 * steps, place < last, scale_row, step, steps, TOKENS,
-                            STAGES)  # fmt: skip
+        top, bottom = _sums(w, x, full, empty, x_scale + place, w_scale + row // SCALE_BLOCK * steps,
+                            w_scale + (row + N if GATED else row) // SCALE_BLOCK * steps, place < last, scale_row, step, steps,
+                            TOKENS, STAGES)  # fmt: skip
         if GATED:
             # Rounded first, as a product of its own would leave them.
             gate = top.to(out.dtype.element_ty).to(gl.float32)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import dot, prefetch_l2
+from .language import SCALE_BLOCK, dot, prefetch_l2
 
-SCALE_BLOCK = 128
-"""Columns that share a scale in block FP8 (activations 1 × 128, weights 128 × 128)."""
 PREFETCH_BYTES: tl.constexpr = tl.constexpr(256)
 """Of one row, by one instruction."""
 
@@ -53,14 +51,14 @@ def stream(x, x_scale, w, w_box, w_scale, row, valid, r0, rows, gap, K, x_row, w
             acc = dot(a, tl.trans(b), acc)
         else:
             s = tl.load(x_scale + step * scale_row + row, mask=valid, other=0.0)
-            t = tl.load(w_scale + r // 128 * tl.cdiv(K, 128) + step, mask=r < rows, other=0.0)
+            t = tl.load(w_scale + r // SCALE_BLOCK * tl.cdiv(K, SCALE_BLOCK) + step, mask=r < rows, other=0.0)
             acc += dot(a, tl.trans(b), zero) * (t[:, None] * s[None, :])
         if GATED:
             a = load_weights(w, w_box, r0 + gap, r + gap, rows + gap, base, K, w_row, BLOCK_K)
             if x_scale is None:
                 up = dot(a, tl.trans(b), up)
             else:
-                t = tl.load(w_scale + (r + gap) // 128 * tl.cdiv(K, 128) + step, mask=r < rows, other=0.0)
+                t = tl.load(w_scale + (r + gap) // SCALE_BLOCK * tl.cdiv(K, SCALE_BLOCK) + step, mask=r < rows, other=0.0)
                 up += dot(a, tl.trans(b), zero) * (t[:, None] * s[None, :])
     return acc, up
 
