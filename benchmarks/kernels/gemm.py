@@ -33,7 +33,8 @@ from fluentllm.kernels.triton.elementwise import silu_mul
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows
 from fluentllm.kernels.triton.launch import power_of_2
 from fluentllm.kernels.triton.linear import linear, new_counters
-from fluentllm.kernels.triton.linear_tiles import LinearTile, rule
+from fluentllm.kernels.triton.linear_persistent import PersistentTile
+from fluentllm.kernels.triton.linear_tiles import LinearTile, Tile, quantised_tile, rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -104,8 +105,12 @@ class Shape:
         return self.matrix_rows * self.depth * self.width
 
 
-def candidates(shape: Shape, tokens: int) -> Iterator[LinearTile]:
+def candidates(shape: Shape, tokens: int) -> Iterator[Tile]:
     """Tiles worth trying for `tokens` rows."""
+    if tokens <= 64:
+        for programs in (132, 264):
+            for unit in (1, 2, 4):
+                yield PersistentTile(max(8, power_of_2(tokens)), unit, programs)
     yield from _of_width(shape, tokens, min(64, max(8, power_of_2(tokens))))
     if tokens > 64:
         yield from _of_width(shape, tokens, 128)
@@ -132,12 +137,16 @@ def _of_width(shape: Shape, tokens: int, wide: int) -> Iterator[LinearTile]:
                 yield LinearTile(wide, tile_rows, step, splits, stages, 8 if tile_rows == 128 and wide >= 32 else 4)
 
 
-def by_rule(shape: Shape, tokens: int) -> LinearTile:
+def by_rule(shape: Shape, tokens: int) -> Tile:
+    if shape.kind == "fp8":
+        return quantised_tile(tokens, shape.rows, shape.depth, shape.gated, torch.device(DEVICE))
     return rule(tokens, shape.rows, shape.depth, shape.width, shape.gated)
 
 
-def variants(tile: LinearTile, shape: Shape) -> Iterator[LinearTile]:
+def variants(tile: Tile, shape: Shape) -> Iterator[LinearTile]:
     """What else to try with the best tile."""
+    if not isinstance(tile, LinearTile):
+        return
     row = shape.depth * shape.width // 256
     for prefetch in (4, 16):
         if prefetch <= max(4, row // tile.splits):
@@ -187,10 +196,10 @@ class Case:
             other.padded = quantise_rows(other.x, ROWS)
         return other
 
-    def ours(self, tile: LinearTile | None, *, quantise: bool = False) -> list[Callable[[], Tensor]]:
+    def ours(self, tile: Tile | None, *, quantise: bool = False) -> list[Callable[[], Tensor]]:
         return [partial(self._product, i, tile, quantise) for i in range(len(self.weights))]
 
-    def _product(self, i: int, tile: LinearTile | None, quantise: bool) -> Tensor:
+    def _product(self, i: int, tile: Tile | None, quantise: bool) -> Tensor:
         options = {"gated": self.shape.gated, "counters": self.counters, "tile": tile}
         if self.q is None:
             return linear(self.x, self.weights[i], **options)
@@ -220,7 +229,7 @@ class Case:
         return F.silu(gate) * up
 
 
-def measure(case: Case, tiles: list[LinearTile], expected: Tensor) -> list[tuple[float, float, LinearTile]]:
+def measure(case: Case, tiles: list[Tile], expected: Tensor) -> list[tuple[float, float, Tile]]:
     """(microseconds, error, tile), fastest first; tiles that do not run or are wrong are named and left out."""
     found = []
     for tile in tiles:
@@ -246,7 +255,7 @@ def try_torch(case: Case) -> float | None:
         return None
 
 
-def compile_all(shapes: list[Shape], tokens: list[int], tiles: Callable[[Shape, int], list[LinearTile]]) -> None:
+def compile_all(shapes: list[Shape], tokens: list[int], tiles: Callable[[Shape, int], list[Tile]]) -> None:
     begin = time.perf_counter()
     runs = []
     for shape in shapes:
@@ -258,7 +267,7 @@ def compile_all(shapes: list[Shape], tokens: list[int], tiles: Callable[[Shape, 
 
 def few_rows(shapes: list[Shape], tokens: list[int], *, quick: bool) -> list[dict[str, object]]:
     compile_all(shapes, tokens, lambda shape, count: [*candidates(shape, count), by_rule(shape, count)])
-    best: dict[tuple[Shape, int], list[tuple[float, float, LinearTile]]] = {}
+    best: dict[tuple[Shape, int], list[tuple[float, float, Tile]]] = {}
     cases = {}
     for shape in shapes:
         whole = Case(shape, 1, DEVICE, copies_for(shape.nbytes))
@@ -285,14 +294,20 @@ def few_rows(shapes: list[Shape], tokens: list[int], *, quick: bool) -> list[dic
         row = asdict(shape) | {"tokens": count, "us": us, "GBps": gbps(shape.nbytes, us),
                                "share": share(shape.nbytes, us),
                                "torch_us": try_torch(case), "rule_us": rule_us, "with_quantise": quantised, "error": error,
-                               "tile": asdict(tile),
-                               "runners_up": [(round(t, 2), asdict(s)) for t, _, s in found[1:4]]}  # fmt: skip
+                               "tile": repr(tile),
+                               "runners_up": [(round(t, 2), repr(s)) for t, _, s in found[1:4]]}  # fmt: skip
         rows.append(row)
         shown = (shape.name, shape.kind, shape.matrix_rows, shape.depth, count, us, row["GBps"], f"{row['share']:.2f}")
         print(line((*shown, row["torch_us"] or "-", rule_us, quantised or "-", f"{error:.1e}"), widths),
-              f" {tile.rows}x{tile.depth} m{tile.tokens} s{tile.stages} /{tile.splits} w{tile.warps}"
-              f"{'' if tile.tma else ' cp.async'}{f' pf{tile.prefetch}' if tile.prefetch else ''}", flush=True)  # fmt: skip
+              f" {shown_tile(tile)}", flush=True)  # fmt: skip
     return rows
+
+
+def shown_tile(tile: Tile) -> str:
+    if not isinstance(tile, LinearTile):
+        return repr(tile)
+    ends = f"{'' if tile.tma else ' cp.async'}{f' pf{tile.prefetch}' if tile.prefetch else ''}"
+    return f"{tile.rows}x{tile.depth} m{tile.tokens} s{tile.stages} /{tile.splits} w{tile.warps}{ends}"
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -300,7 +315,7 @@ def table(rows: list[dict[str, object]]) -> str:
     lines: dict[str, list[str]] = {}
     for row in rows:
         key = f"({row['rows']}, {row['depth']}, {1 if row['kind'] == 'fp8' else 2}, {row['gated']})"
-        lines.setdefault(key, []).append(f"{row['tokens']}: {LinearTile(**row['tile'])!r}")
+        lines.setdefault(key, []).append(f"{row['tokens']}: {row['tile']}")
     return "\n".join(f"    {key}: {{{', '.join(values)}}}," for key, values in lines.items())
 
 

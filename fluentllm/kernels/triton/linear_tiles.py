@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .held import HeldTile, held_tile
 from .launch import HOPPER_MULTIPROCESSORS, power_of_2
+from .linear_persistent import PersistentTile, persistent_tile
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +32,7 @@ class LinearTile:
     """Pieces of 256 bytes of each row that are asked for before the kernels before have finished; a power of two or 0."""
 
 
-Tile = LinearTile | HeldTile
+Tile = LinearTile | HeldTile | PersistentTile
 
 MOST_TOKENS = 32
 """More rows are the library's."""
@@ -169,6 +174,12 @@ def streamed_tile(tokens: int, rows: int, depth: int, width: int, gated: bool) -
         if tokens <= most:
             return tile
     return rule(tokens, rows, depth, width, gated)
+
+
+def quantised_tile(tokens: int, rows: int, depth: int, gated: bool, device: torch.device | None) -> LinearTile | PersistentTile:
+    """For E4M3 operands; device: where the persistent kernel may take them, or None."""
+    persistent = None if device is None else persistent_tile(tokens, gated, device)
+    return streamed_tile(tokens, rows, depth, 1, gated) if persistent is None else persistent
 
 
 def rule(tokens: int, rows: int, depth: int, width: int, gated: bool) -> LinearTile:

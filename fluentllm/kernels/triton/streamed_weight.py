@@ -101,7 +101,7 @@ class StreamedFp8Weight(Fp8BlockWeight, Streamed):
 
     def gated(self, x: Tensor | Normed) -> Tensor:
         x, scale, dtype = self._operand(x, gated=True)
-        return linear.linear(x, self.q, x_scale=scale, w_scale=self.scale, gated=True, out_dtype=dtype)
+        return linear.linear(x, self.q, x_scale=scale, w_scale=self.scale, gated=True, counters=self._counters, out_dtype=dtype)
 
     def takes_norm(self, tokens: int, width: int) -> bool:
         return linear.takes_norm(tokens, self.out_features, self.in_features, 1, width)

@@ -1,0 +1,111 @@
+"""The persistent kernel of products of few rows on a GPU, beside the streaming one and the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fluentllm.kernels.block_fp8 import linear_reference, quantise_weight
+from fluentllm.kernels.triton.fp8_quantise import quantise_rows
+from fluentllm.kernels.triton.linear import linear, linear_norm, new_counters
+from fluentllm.kernels.triton.linear_persistent import PersistentTile
+from fluentllm.kernels.triton.linear_tiles import LinearTile, quantised_tile
+from fluentllm.kernels.triton.normed import NormAfter, Normed
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
+DEVICE = torch.device("cuda")
+WIDTHS = [(1, 8), (7, 8), (8, 8), (16, 16), (29, 32), (64, 64)]
+"""Tokens, and a tile's."""
+
+
+def operands(tokens: int, rows: int, depth: int, *, fp8: bool) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    x = torch.randn(tokens, depth, device=DEVICE).bfloat16()
+    weight = torch.randn(rows, depth, device=DEVICE) * depth**-0.5
+    if not fp8:
+        return x, weight.bfloat16(), {}
+    q, scale = quantise_weight(weight)
+    x_q, x_scale = quantise_rows(x)
+    return x_q, q, {"x_scale": x_scale, "w_scale": scale}
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, error: float = 4e-3) -> None:
+    assert got.shape == expected.shape
+    assert (got.float() - expected.float()).norm() <= error * expected.float().norm()
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+@pytest.mark.parametrize(("tokens", "wide"), WIDTHS)
+@pytest.mark.parametrize(
+    ("rows", "depth", "unit", "programs"),
+    [
+        (2048, 6144, 4, 132),  # tiles shared by four programs
+        (2112, 2048, 2, 132),
+        (6144, 1536, 1, 132),  # tiles of their own, and shared ones
+        (200, 144, 2, 132),  # neither rows nor columns fill a tile
+        (64, 12288, 4, 7),
+        (1000, 1040, 1, 3),  # many tiles a program
+        (136, 16, 1, 1),
+    ],
+)
+def test_products(rows: int, depth: int, unit: int, programs: int, tokens: int, wide: int, fp8: bool) -> None:
+    torch.manual_seed(rows + tokens)
+    x, weight, scales = operands(tokens, rows, depth, fp8=fp8)
+    counters = new_counters(rows, DEVICE)
+    tile = PersistentTile(wide, unit, programs)
+    bias = torch.randn(rows, device=DEVICE).bfloat16()
+    expected = linear_reference(x, scales["x_scale"], weight, scales["w_scale"]) if fp8 else x.float() @ weight.float().T
+    out = linear(x, weight, **scales, other=bias, factor=0.5, counters=counters, tile=tile)
+    close(out, (expected + bias.float()) * 0.5)
+    again = linear(x, weight, **scales, other=bias, factor=0.5, counters=counters, tile=tile)
+    assert torch.equal(out, again), "a moving result is a race"
+    assert not counters.any()
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+@pytest.mark.parametrize(("tokens", "wide"), WIDTHS)
+@pytest.mark.parametrize(("rows", "depth"), [(1408, 2048), (128, 272), (6144, 3072)])
+def test_gated_and_normed_inputs(rows: int, depth: int, tokens: int, wide: int, fp8: bool) -> None:
+    torch.manual_seed(rows + tokens)
+    x, weight, scales = operands(tokens, 2 * rows, depth, fp8=fp8)
+    squares = torch.rand(9, tokens, device=DEVICE) * depth
+    plain = LinearTile(wide, 64, 128 if fp8 else 64, 1, 3)
+    for rows_of_x in (x, Normed(x, squares, 1e-6)):
+        expected = linear(rows_of_x, weight, **scales, gated=True, tile=plain)
+        counters = new_counters(rows, DEVICE)
+        for unit in (1, 2):
+            tile = PersistentTile(wide, unit, 132)
+            close(linear(rows_of_x, weight, **scales, gated=True, counters=counters, tile=tile), expected)
+            assert not counters.any()
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+@pytest.mark.parametrize(("tokens", "wide"), WIDTHS)
+@pytest.mark.parametrize(("rows", "depth", "normed"), [(2048, 2816, 2048), (2112, 2048, 1536), (576, 128, 512)])
+def test_norms_behind(rows: int, depth: int, normed: int, tokens: int, wide: int, fp8: bool) -> None:
+    torch.manual_seed(rows + tokens)
+    x, weight, scales = operands(tokens, rows, depth, fp8=fp8)
+    norm = torch.rand(normed, device=DEVICE).bfloat16()
+    counters = new_counters(rows, DEVICE)
+    found = []
+    for tile in (LinearTile(wide, 64, 128 if fp8 else 64, 1, 3), PersistentTile(wide, 2, 132)):
+        torch.manual_seed(1)
+        residual = torch.randn(tokens, rows, device=DEVICE).bfloat16() if normed == rows else None
+        after = NormAfter(norm, 1e-6, residual)
+        first, whole = linear_norm(x, weight, after, **scales, counters=counters, tile=tile)
+        found.append((first.tensor(), whole, residual))
+    (expected, expected_whole, expected_residual), (first, whole, residual) = found
+    close(first, expected)
+    close(whole, expected_whole)
+    if residual is not None and expected_residual is not None:
+        close(residual, expected_residual)
+
+
+def test_fp8_products_take_it() -> None:
+    assert isinstance(quantised_tile(8, 2048, 6144, False, DEVICE), PersistentTile)
+
+
+def test_without_counters_it_is_refused() -> None:
+    x, weight, scales = operands(3, 128, 128, fp8=True)
+    with pytest.raises(ValueError, match="counters"):
+        linear(x, weight, **scales, tile=PersistentTile(8, 1, 132))
