@@ -33,8 +33,8 @@ from fluentllm.kernels.triton.elementwise import silu_mul
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows
 from fluentllm.kernels.triton.launch import power_of_2
 from fluentllm.kernels.triton.linear import linear, new_counters
-from fluentllm.kernels.triton.linear_persistent import PersistentTile
-from fluentllm.kernels.triton.linear_tiles import LinearTile, Tile, quantised_tile, rule
+from fluentllm.kernels.triton.linear_hopper import HopperTile, fits
+from fluentllm.kernels.triton.linear_tiles import LinearTile, Tile, streamed_tile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -108,12 +108,19 @@ class Shape:
 def candidates(shape: Shape, tokens: int) -> Iterator[Tile]:
     """Tiles worth trying for `tokens` rows."""
     if tokens <= 64:
-        for programs in (132, 264):
-            for unit in (1, 2, 4):
-                yield PersistentTile(max(8, power_of_2(tokens)), unit, programs)
+        yield from (tile for tile in _hopper(shape, tokens) if fits(tile, shape.depth, shape.width, shape.gated))
     yield from _of_width(shape, tokens, min(64, max(8, power_of_2(tokens))))
     if tokens > 64:
         yield from _of_width(shape, tokens, 128)
+
+
+def _hopper(shape: Shape, tokens: int) -> Iterator[HopperTile]:
+    """Those that split tiles evenly, or have several whole ones a program."""
+    wide, tiles = max(8, power_of_2(tokens)), -(-shape.rows // 64)
+    for unit in (1, 2, 4):
+        units = -(-shape.depth * shape.width // (128 * unit))
+        yield from (HopperTile(wide, unit, n) for n in (1, 2, 3, 4, 6, 8) if units % n == 0 and 40 <= tiles * n <= 400)
+        yield from (HopperTile(wide, unit, 1, n) for n in {2, -(-tiles // 264)} if n > 1 and tiles >= 40 * n)
 
 
 def _of_width(shape: Shape, tokens: int, wide: int) -> Iterator[LinearTile]:
@@ -138,9 +145,7 @@ def _of_width(shape: Shape, tokens: int, wide: int) -> Iterator[LinearTile]:
 
 
 def by_rule(shape: Shape, tokens: int) -> Tile:
-    if shape.kind == "fp8":
-        return quantised_tile(tokens, shape.rows, shape.depth, shape.gated, torch.device(DEVICE))
-    return rule(tokens, shape.rows, shape.depth, shape.width, shape.gated)
+    return streamed_tile(tokens, shape.rows, shape.depth, shape.width, shape.gated, torch.device(DEVICE))
 
 
 def variants(tile: Tile, shape: Shape) -> Iterator[LinearTile]:

@@ -1,8 +1,8 @@
 """y = x Wᵀ for few rows of x: the weights pass through the chip once, as fast as memory gives them (`streaming.stream`).
 
-One or two tokens go another way (`held.py`), and so do others in FP8 on Hopper (`linear_persistent.py`). Where W has too few
-rows to fill the chip, several programs share a tile's columns, and the last to finish adds up what all found, in their order.
-With programmatic dependent launch a program asks for its first weights while the kernels before it still run.
+One or two tokens go another way (`held.py`), and on Hopper most others up to 16 in BF16 and 64 in FP8 (`linear_hopper.py`).
+Where W has too few rows to fill the chip, several programs share a tile's columns, and the last to finish adds up what all
+found, in their order. With programmatic dependent launch a program asks for its first weights while the kernels before it run.
 
 Both ends of an RMS norm can be its: what it leaves at the end of one product, and what it applies in the next (`normed.py`).
 """
@@ -18,8 +18,8 @@ import triton.language as tl
 from .held import HeldTile, held_product
 from .language import FIRST, LOADED, silu_of_rounded, start_next, wait_for_inputs
 from .launch import bulk_copies, descriptor, launch, power_of_2, programmatic
-from .linear_persistent import PersistentTile, persistent_product, takes
-from .linear_tiles import LinearTile, Tile, linear_tile, quantised_tile
+from .linear_hopper import HopperTile, hopper_product, takes
+from .linear_tiles import LinearTile, Tile, linear_tile, streamed_tile
 from .normed import Normed, load_squares, norm_factor, opened
 from .streaming import prefetch_weights, stream
 
@@ -163,9 +163,9 @@ def holds(tokens: int, rows: int, depth: int, gated: bool) -> bool:
     return isinstance(linear_tile(tokens, rows, depth, 1, gated), HeldTile)
 
 
-def takes_norm(tokens: int, rows: int, depth: int, width: int, normed: int) -> bool:
+def takes_norm(tokens: int, rows: int, depth: int, width: int, normed: int, device: torch.device) -> bool:
     """Can `linear_norm` norm the first `normed` columns? No tile may hold columns of both kinds."""
-    tile = linear_tile(tokens, rows, depth, width, False)
+    tile = linear_tile(tokens, rows, depth, width, False, device)
     return normed == rows or isinstance(tile, HeldTile) or normed % tile.rows == 0
 
 
@@ -188,10 +188,10 @@ def _product(
     tokens, depth = x.shape
     rows = weight.shape[0] // 2 if gated else weight.shape[0]
     out = torch.empty(tokens, rows, dtype=out_dtype or (x.dtype if x_scale is None else torch.bfloat16), device=x.device)
-    if tile is None and x_scale is not None:
-        tile = quantised_tile(tokens, rows, depth, gated, x.device if counters is not None and takes(x, weight) else None)
-    elif tile is None:
-        tile = linear_tile(tokens, rows, depth, weight.element_size(), gated)
+    if tile is None:
+        choose = linear_tile if x_scale is None else streamed_tile
+        device = x.device if counters is not None and takes(x, weight) else None
+        tile = choose(tokens, rows, depth, weight.element_size(), gated, device)
     squares = residual = norm = None
     if after is not None:
         residual, norm = after.residual, after.weight
@@ -207,10 +207,10 @@ def _product(
     normed = 0 if norm is None else norm.shape[0]
     if normed not in (0, rows) and (normed % tile.rows or residual is not None):
         raise ValueError(f"{normed} normed columns of {rows} do not fit tiles of {tile.rows}")
-    if isinstance(tile, PersistentTile):
-        if counters is None or not takes(x, weight):
-            raise ValueError("a persistent product needs counters, and operands that TMA can read: aligned to 16 bytes")
-        persistent_product(
+    if isinstance(tile, HopperTile):
+        if not takes(x, weight):
+            raise ValueError("operands that TMA cannot read: their rows must be aligned to 16 bytes")
+        hopper_product(
             x, weight, out, tile, counters, x_scale=x_scale, w_scale=w_scale, squares=before, eps=eps, gated=gated, other=other,
             factor=factor, residual=residual, norm=norm, squares_out=squares,
         )  # fmt: skip

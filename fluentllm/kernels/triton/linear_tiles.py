@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .held import HeldTile, held_tile
 from .launch import HOPPER_MULTIPROCESSORS, power_of_2
-from .linear_persistent import PersistentTile, persistent_tile
+from .linear_hopper import HopperTile, hopper_tile
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ class LinearTile:
     """Pieces of 256 bytes of each row that are asked for before the kernels before have finished; a power of two or 0."""
 
 
-Tile = LinearTile | HeldTile | PersistentTile
+Tile = LinearTile | HeldTile | HopperTile
 
 MOST_TOKENS = 32
 """More rows are the library's."""
@@ -159,27 +159,27 @@ MEASURED: dict[tuple[int, int, int, bool], dict[int, LinearTile]] = {
     },
 }
 """(rows, depth, bytes of an element, gated) → {most tokens: tile}. Filled from benchmarks/kernels/gemm.py; one and two
-tokens are `held`'s."""
+tokens are `held`'s, and on Hopper many are `linear_hopper`'s."""
 
 
-def linear_tile(tokens: int, rows: int, depth: int, width: int, gated: bool) -> Tile:
-    """For x [tokens, depth] and a matrix [rows, depth] (twice the rows if gated) of `width` bytes an element."""
+def linear_tile(tokens: int, rows: int, depth: int, width: int, gated: bool, device: torch.device | None = None) -> Tile:
+    """For x [tokens, depth] and a matrix [rows, depth] (twice the rows if gated) of `width` bytes an element. device: one for
+    whose own kernel operands and counters are there."""
     held = held_tile(tokens, rows, depth, gated, width) if width <= 2 else None
-    return streamed_tile(tokens, rows, depth, width, gated) if held is None else held
+    return streamed_tile(tokens, rows, depth, width, gated, device) if held is None else held
 
 
-def streamed_tile(tokens: int, rows: int, depth: int, width: int, gated: bool) -> LinearTile:
-    """The same, of `linear`'s own kernel."""
+def streamed_tile(
+    tokens: int, rows: int, depth: int, width: int, gated: bool, device: torch.device | None = None
+) -> LinearTile | HopperTile:
+    """The same, of those that do not hold a row: also for one or two quantised ones."""
+    hopper = None if device is None else hopper_tile(tokens, rows, depth, width, gated, device)
+    if hopper is not None:
+        return hopper
     for most, tile in MEASURED.get((rows, depth, width, gated), {}).items():
         if tokens <= most:
             return tile
     return rule(tokens, rows, depth, width, gated)
-
-
-def quantised_tile(tokens: int, rows: int, depth: int, gated: bool, device: torch.device | None) -> LinearTile | PersistentTile:
-    """For E4M3 operands; device: where the persistent kernel may take them, or None."""
-    persistent = None if device is None else persistent_tile(tokens, gated, device)
-    return streamed_tile(tokens, rows, depth, 1, gated) if persistent is None else persistent
 
 
 def rule(tokens: int, rows: int, depth: int, width: int, gated: bool) -> LinearTile:

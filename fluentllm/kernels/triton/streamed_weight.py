@@ -62,10 +62,11 @@ class StreamedWeight(DenseWeight, Streamed):
         return linear.linear(x, self.weight, other=bias, counters=self.counters, out_dtype=out_dtype)
 
     def gated(self, x: Tensor | Normed) -> Tensor:
-        return linear.linear(x, self.weight, gated=True)
+        return linear.linear(x, self.weight, gated=True, counters=self.counters)
 
     def takes_norm(self, tokens: int, width: int) -> bool:
-        return linear.takes_norm(tokens, self.out_features, self.in_features, self.weight.element_size(), width)
+        shape = self.out_features, self.in_features, self.weight.element_size()
+        return linear.takes_norm(tokens, *shape, width, self.weight.device)
 
     def stream_norm(self, x: Tensor | Normed, after: NormAfter, bias: Tensor | None = None) -> tuple[Normed, Tensor]:
         return linear.linear_norm(x, self.weight, after, other=bias, counters=self.counters)
@@ -104,7 +105,7 @@ class StreamedFp8Weight(Fp8BlockWeight, Streamed):
         return linear.linear(x, self.q, x_scale=scale, w_scale=self.scale, gated=True, counters=self._counters, out_dtype=dtype)
 
     def takes_norm(self, tokens: int, width: int) -> bool:
-        return linear.takes_norm(tokens, self.out_features, self.in_features, 1, width)
+        return linear.takes_norm(tokens, self.out_features, self.in_features, 1, width, self.q.device)
 
     def stream_norm(self, x: Tensor | Normed, after: NormAfter, bias: Tensor | None = None) -> tuple[Normed, Tensor]:
         x, scale, dtype = self._operand(x)

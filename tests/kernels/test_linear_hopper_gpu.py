@@ -1,4 +1,4 @@
-"""The persistent kernel of products of few rows on a GPU, beside the streaming one and the definition."""
+"""Hopper's kernel of products of few rows, beside the streaming one and the definition."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from fluentllm.kernels.block_fp8 import linear_reference, quantise_weight
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows
 from fluentllm.kernels.triton.linear import linear, linear_norm, new_counters
-from fluentllm.kernels.triton.linear_persistent import PersistentTile
-from fluentllm.kernels.triton.linear_tiles import LinearTile, quantised_tile
+from fluentllm.kernels.triton.linear_hopper import HopperTile, fits
+from fluentllm.kernels.triton.linear_tiles import LinearTile, streamed_tile
 from fluentllm.kernels.triton.normed import NormAfter, Normed
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -37,22 +37,25 @@ def close(got: torch.Tensor, expected: torch.Tensor, error: float = 4e-3) -> Non
 @pytest.mark.parametrize("fp8", [True, False])
 @pytest.mark.parametrize(("tokens", "wide"), WIDTHS)
 @pytest.mark.parametrize(
-    ("rows", "depth", "unit", "programs"),
+    ("rows", "depth", "unit", "splits", "together"),
     [
-        (2048, 6144, 4, 132),  # tiles shared by four programs
-        (2112, 2048, 2, 132),
-        (6144, 1536, 1, 132),  # tiles of their own, and shared ones
-        (200, 144, 2, 132),  # neither rows nor columns fill a tile
-        (64, 12288, 4, 7),
-        (1000, 1040, 1, 3),  # many tiles a program
-        (136, 16, 1, 1),
+        (2048, 6144, 4, 6, 1),
+        (2112, 2048, 2, 4, 1),
+        (2048, 2816, 4, 3, 1),  # parts of different depths
+        (6144, 1536, 1, 1, 1),
+        (200, 144, 2, 1, 1),  # neither rows nor columns fill a tile
+        (200, 1040, 1, 8, 1),
+        (1000, 1040, 1, 1, 3),  # several tiles a program, the last one fewer
+        (136, 16, 1, 1, 1),
     ],
 )
-def test_products(rows: int, depth: int, unit: int, programs: int, tokens: int, wide: int, fp8: bool) -> None:
+def test_products(
+    rows: int, depth: int, unit: int, splits: int, together: int, tokens: int, wide: int, fp8: bool
+) -> None:  # fmt: skip
     torch.manual_seed(rows + tokens)
     x, weight, scales = operands(tokens, rows, depth, fp8=fp8)
     counters = new_counters(rows, DEVICE)
-    tile = PersistentTile(wide, unit, programs)
+    tile = HopperTile(wide, unit, splits, together)
     bias = torch.randn(rows, device=DEVICE).bfloat16()
     expected = linear_reference(x, scales["x_scale"], weight, scales["w_scale"]) if fp8 else x.float() @ weight.float().T
     out = linear(x, weight, **scales, other=bias, factor=0.5, counters=counters, tile=tile)
@@ -73,8 +76,8 @@ def test_gated_and_normed_inputs(rows: int, depth: int, tokens: int, wide: int, 
     for rows_of_x in (x, Normed(x, squares, 1e-6)):
         expected = linear(rows_of_x, weight, **scales, gated=True, tile=plain)
         counters = new_counters(rows, DEVICE)
-        for unit in (1, 2):
-            tile = PersistentTile(wide, unit, 132)
+        tiles = [HopperTile(wide, 1, 4), HopperTile(wide, 1), HopperTile(wide, 1, 1, 2), HopperTile(wide, 2)]
+        for tile in tiles[:2] + [tile for tile in tiles[2:] if fits(tile, depth, weight.element_size(), gated=True)]:
             close(linear(rows_of_x, weight, **scales, gated=True, counters=counters, tile=tile), expected)
             assert not counters.any()
 
@@ -88,7 +91,7 @@ def test_norms_behind(rows: int, depth: int, normed: int, tokens: int, wide: int
     norm = torch.rand(normed, device=DEVICE).bfloat16()
     counters = new_counters(rows, DEVICE)
     found = []
-    for tile in (LinearTile(wide, 64, 128 if fp8 else 64, 1, 3), PersistentTile(wide, 2, 132)):
+    for tile in (LinearTile(wide, 64, 128 if fp8 else 64, 1, 3), HopperTile(wide, 1, 2)):
         torch.manual_seed(1)
         residual = torch.randn(tokens, rows, device=DEVICE).bfloat16() if normed == rows else None
         after = NormAfter(norm, 1e-6, residual)
@@ -101,11 +104,18 @@ def test_norms_behind(rows: int, depth: int, normed: int, tokens: int, wide: int
         close(residual, expected_residual)
 
 
-def test_fp8_products_take_it() -> None:
-    assert isinstance(quantised_tile(8, 2048, 6144, False, DEVICE), PersistentTile)
+def test_what_takes_it() -> None:
+    assert isinstance(streamed_tile(64, 2048, 6144, 1, False, DEVICE), HopperTile)
+    assert isinstance(streamed_tile(16, 2048, 6144, 2, False, DEVICE), HopperTile)
+    assert isinstance(streamed_tile(17, 2048, 6144, 2, False, DEVICE), LinearTile)
 
 
-def test_without_counters_it_is_refused() -> None:
-    x, weight, scales = operands(3, 128, 128, fp8=True)
+def test_what_it_cannot_do_is_refused() -> None:
+    x, weight, scales = operands(3, 128, 256, fp8=True)
     with pytest.raises(ValueError, match="counters"):
-        linear(x, weight, **scales, tile=PersistentTile(8, 1, 132))
+        linear(x, weight, **scales, tile=HopperTile(8, 1, 2))
+    with pytest.raises(ValueError, match="shared memory"):
+        linear(x, weight, **scales, tile=HopperTile(64, 8))
+    with pytest.raises(ValueError, match="aligned"):
+        linear(x[:, 1:129], weight[:, :128], x_scale=scales["x_scale"][:1], w_scale=scales["w_scale"][:, :1],
+               tile=HopperTile(8, 1))  # fmt: skip

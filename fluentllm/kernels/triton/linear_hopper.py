@@ -1,0 +1,383 @@
+"""y = x Wᵀ for few rows of x on Hopper: a program asks for its weights before the kernels in front have ended.
+
+A program has a part of the depth of 64 rows of the matrix, or a few whole tiles of 64 rows, and its ring leaves room for a
+program of the next such product on the same multiprocessor, whose weights so are on their way while this one multiplies. A tile
+that several programs have parts of is added up by the last of them, in their order.
+
+    weights (64 rows × UNIT · 128 bytes a stage)   operands swapped: M of the matrix instruction
+    tokens  (up to 64)                             N of it; FP8 sums are promoted to float32 every 128 columns
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from triton import knobs
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..fp8_weight import on_hopper
+from ..mla_decode.hopper_common import async_load, barrier, launch_dependents, wait_for_inputs
+from .language import SCALE_BLOCK
+from .launch import bulk_copies, launch, multiprocessors, power_of_2, programmatic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROWS: gl.constexpr = gl.constexpr(64)
+"""Of a tile: a matrix instruction's."""
+BYTES: gl.constexpr = gl.constexpr(128)
+"""Columns are taken by as many as TMA swizzles; in E4M3 they share a scale."""
+MOST_TOKENS = {1: 64, 2: 16}
+"""By bytes of an element: more are `linear`'s own kernel's, or the library's. At 32 tokens in BF16 it is 10 % slower to 14 %
+faster than that, by shape."""
+SHARED_BYTES = 113 * 1024 - 512
+"""Of a program: two fit, this one and one of the next product."""
+SCALE_BYTES = 16 * 1024
+"""Of a program's scales."""
+LEAST_BYTES = {8: 64, 16: 64, 32: 80, 64: 96}
+"""KiB of weights of a program, by a tile's tokens: what a tile's programs have to hand on grows with these."""
+
+
+@dataclass(frozen=True, slots=True)
+class HopperTile:
+    """Sizes of `hopper_product`."""
+
+    tokens: int
+    """8, 16, 32 or 64: rows of x, padded."""
+    unit: int
+    """Of 128 bytes of each row, in a stage."""
+    splits: int = 1
+    """Programs that share a tile's depth; or"""
+    together: int = 1
+    """tiles of a program."""
+
+    @property
+    def rows(self) -> int:
+        """Of the matrix, in a tile."""
+        return ROWS.value
+
+
+@cache
+def hopper_tile(tokens: int, rows: int, depth: int, width: int, gated: bool, device: torch.device) -> HopperTile | None:
+    """For x [tokens, depth] and a matrix [rows, depth] (twice the rows if gated) of `width` bytes an element; None where this
+    kernel does not run, or not for so many."""
+    runs = not knobs.runtime.interpret and (device.type == "meta" or on_hopper(device))
+    return rule(tokens, rows, depth, width, gated, multiprocessors(device)) if runs else None
+
+
+def rule(tokens: int, rows: int, depth: int, width: int, gated: bool, processors: int) -> HopperTile | None:
+    """The same for so many multiprocessors: programs of 64 KB and more that all run at once, whole tiles where they are small.
+    Within 2 % of the best of benchmarks/kernels/gemm.py on average, and within 11 % everywhere."""
+    if not 0 < tokens <= MOST_TOKENS.get(width, 0):
+        return None
+    wide = max(8, power_of_2(tokens))
+    unit = 4 if wide <= (32 if width == 1 else 8) else 2
+    if gated:
+        unit = 1 if wide == 64 else 2
+    halves = 2 if gated else 1
+    tiles, blocks = -(-rows // ROWS.value), -(-depth * width // BYTES.value)
+    units, places = -(-blocks // unit), 2 * processors
+    whole, least = 8 * blocks * halves, LEAST_BYTES[wide] * halves * (2 if gated and wide >= 32 else 1)
+    many = tiles >= places // 6
+    splits = 1
+    if tiles <= places and not (many and whole <= 128):
+        most = max(1, min(places // tiles, 8, round(whole / least - 0.2)))
+        most = most if many else max(most, -(-64 // tiles))
+        splits = max(n for n in range(1, most + 1) if units % n == 0)
+        if tiles * splits < places // 6:
+            splits = -(-units // -(-units // most))
+    tile = HopperTile(wide, unit, splits, -(-tiles // places))
+    return tile if fits(tile, depth, width, gated) else None
+
+
+def fits(tile: HopperTile, depth: int, width: int, gated: bool) -> bool:
+    """Have a program's scales and a ring of two stages room, for columns of `width` bytes?"""
+    units = -(-depth * width // (BYTES.value * tile.unit))
+    return _stages(tile, units, 2 if gated else 1, width) >= min(2, -(-units // tile.splits))
+
+
+def _stages(tile: HopperTile, units: int, halves: int, width: int) -> int:
+    """Of the ring; 0: the scales leave no room."""
+    span = -(-units // tile.splits)
+    scales = 4 * halves * tile.tokens * power_of_2(tile.together * span * tile.unit) if width == 1 else 0
+    if scales > SCALE_BYTES:
+        return 0
+    stage = tile.unit * BYTES.value * (ROWS.value * halves + tile.tokens)
+    # What remains beside the scales, and a tile of sums that changes its layout.
+    return min(tile.together * span, (SHARED_BYTES - scales - 4 * ROWS.value * tile.tokens) // stage)
+
+
+@gluon.jit
+def _ask_weights(w_box, w, there, tile, unit, stage, N, UNIT: gl.constexpr, COLUMNS: gl.constexpr, GATED: gl.constexpr):
+    HALVES: gl.constexpr = 2 if GATED else 1
+    mbarrier.expect(there.index(stage), UNIT * HALVES * ROWS * BYTES)
+    for i in gl.static_range(UNIT):
+        column = (unit * UNIT + i) * COLUMNS
+        for half in gl.static_range(HALVES):
+            place = (stage * UNIT + i) * HALVES + half
+            async_load(w_box, [tile * ROWS + half * N, column], there.index(stage), w.index(place))
+
+
+@gluon.jit
+def _ask_tokens(x_box, x, there, unit, stage, UNIT: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr):
+    mbarrier.expect(there.index(stage), UNIT * TOKENS * BYTES)
+    for i in gl.static_range(UNIT):
+        async_load(x_box, [0, (unit * UNIT + i) * COLUMNS], there.index(stage), x.index(stage * UNIT + i))
+
+
+@gluon.jit
+def _scales_there(scales, of_rows, of_tokens, SHARE: gl.constexpr, TOKENS: gl.constexpr):
+    """Their product [SHARE, TOKENS] in shared memory, a step's by its index."""
+    scales.store(of_tokens * of_rows[:, None])
+    return scales._reinterpret(gl.float32, [SHARE, TOKENS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def _multiply(w, x, scales, up_scales, acc, up, stage, step, UNIT: gl.constexpr, GATED: gl.constexpr, SCALED: gl.constexpr):
+    """A stage's products added to the sums acc and up [64, TOKENS]. With scales each step of 128 columns has sums of its own,
+    promoted here: tensor cores add E4M3 products up in fewer bits than float32."""
+    HALVES: gl.constexpr = 2 if GATED else 1
+    SUMS: gl.constexpr = acc.type.layout
+    zero = gl.zeros_like(acc)
+    found = ()
+    for i in gl.static_range(UNIT):
+        tokens = x.index(stage * UNIT + i).permute((1, 0))
+        for half in gl.static_range(HALVES):
+            rows = w.index((stage * UNIT + i) * HALVES + half)
+            if SCALED:
+                one = warpgroup_mma(rows, tokens, zero, use_acc=False, is_async=True)
+                found = found + (one,)  # type: ignore[assignment]
+            elif half == 0:
+                acc = warpgroup_mma(rows, tokens, acc, is_async=True)
+            else:
+                up = warpgroup_mma(rows, tokens, up, is_async=True)
+    if SCALED:
+        if UNIT * HALVES == 1:
+            found = (warpgroup_mma_wait(0, deps=found),)  # type: ignore[assignment]
+        else:
+            found = warpgroup_mma_wait(0, deps=found)
+        for i in gl.static_range(UNIT):
+            acc += found[i * HALVES] * scales.index(step + i).load(gl.SliceLayout(0, SUMS))[None, :]
+            if GATED:
+                up += found[i * HALVES + 1] * up_scales.index(step + i).load(gl.SliceLayout(0, SUMS))[None, :]
+    elif GATED:
+        acc, up = warpgroup_mma_wait(0, deps=[acc, up])
+    else:
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    return acc, up
+
+
+@gluon.jit
+def _finish(out, other, residual, norm, squares_out, y, n, m, n0, M, N, normed, out_row, other_row, residual_row, factor):
+    """As `linear._finish`; y [64, TOKENS] float32 at rows m and columns n of the output."""
+    inside = (m < M)[None, :] & (n < N)[:, None]
+    row = m.to(gl.int64)
+    if other is not None:
+        rest = gl.load(other + (row * other_row)[None, :] + n[:, None], mask=inside, other=0.0)
+        y = (y.to(out.dtype.element_ty).to(gl.float32) + rest.to(gl.float32)) * factor
+    y = y.to(out.dtype.element_ty)
+    if residual is not None:
+        at = residual + (row * residual_row)[None, :] + n[:, None]
+        # The sum has the stream's dtype, as an addition of its own would leave it.
+        y = (y.to(gl.float32) + gl.load(at, mask=inside, other=0.0).to(gl.float32)).to(out.dtype.element_ty)
+        gl.store(at, y, mask=inside)
+    if norm is not None:  # noqa: SIM102 (the one is known when this is compiled, the other is not)
+        if n0 < normed:
+            wide = gl.where(inside, y.to(gl.float32), 0.0)
+            gl.store(squares_out + (n0 // ROWS).to(gl.int64) * M + m, gl.sum(wide * wide, 0), mask=m < M)
+            weight = gl.load(norm + n, mask=n < N, other=0.0).to(gl.float32)
+            y = (wide * weight[:, None]).to(out.dtype.element_ty)
+    gl.store(out + (row * out_row)[None, :] + n[:, None], y, mask=inside)
+
+
+@gluon.jit
+def _norm_factor(squares, m, M, parts, size, eps, PARTS: gl.constexpr, LAYOUT: gl.constexpr):
+    """As `normed.norm_factor`: [TOKENS]."""
+    part = gl.arange(0, PARTS, gl.SliceLayout(1, LAYOUT))
+    inside = (part < parts)[:, None] & (m < M)[None, :]
+    found = gl.load(squares + (part.to(gl.int64) * M)[:, None] + m[None, :], mask=inside, other=0.0)
+    return gl.rsqrt(gl.sum(found, 0) / size + eps)
+
+
+@gluon.jit
+def _leave(out, other, residual, norm, squares, squares_out, y, up, n, m, tile, M, N, K, normed, out_row, other_row,
+           residual_row, factor, parts, eps, GATED: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    """The end of a tile's sums [64, TOKENS]: the factor of x's norm, SwiGLU, and `_finish`."""
+    if PARTS > 0:
+        rms = _norm_factor(squares, m, M, parts, K, eps, PARTS, LAYOUT)[None, :]
+        y = y * rms
+        up = up * rms
+    if GATED:
+        # Rounded first, as a product of its own would leave them.
+        gate = y.to(out.dtype.element_ty).to(gl.float32)
+        y = gate / (1.0 + gl.exp(-gate)) * up.to(out.dtype.element_ty).to(gl.float32)
+    _finish(out, other, residual, norm, squares_out, y, tile * ROWS + n, m, tile * ROWS, M, N, normed, out_row, other_row,
+            residual_row, factor)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["M", "blocks", "scale_row", "factor", "parts", "eps", "normed"])
+def _hopper_linear_kernel(out, x_box, x_scale, w_box, w_scale, other, residual, norm, squares, squares_out, partial, counters,
+                          M, N, K, blocks, scale_row, out_row, other_row, residual_row, factor, units, share, tiles, together,
+                          parts, eps, normed, TOKENS: gl.constexpr, UNIT: gl.constexpr, STAGES: gl.constexpr,
+                          SHARE: gl.constexpr, SPLITS: gl.constexpr, GATED: gl.constexpr, PARTS: gl.constexpr,
+                          PDL: gl.constexpr):  # fmt: skip
+    """units: stages along the depth of a tile; share: of them a program's, which has `together` tiles, or with others one;
+    SHARE: 128s of columns that a program has scales for, a power of two. GATED: W holds N gate rows, then N up rows."""
+    HALVES: gl.constexpr = 2 if GATED else 1
+    SCALED: gl.constexpr = x_scale is not None
+    COLUMNS: gl.constexpr = BYTES if w_box.dtype.primitive_bitwidth == 8 else BYTES // 2
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 256 // w_box.dtype.primitive_bitwidth])
+    # Neighbours in the output, a thread.
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4 if TOKENS == 8 else 8, 1], [16 if TOKENS == 8 else 8, 2 if TOKENS == 8 else 4],
+                                            [1, 4], [0, 1])  # fmt: skip
+    w = gl.allocate_shared_memory(w_box.dtype, [STAGES * UNIT * HALVES, ROWS, COLUMNS], w_box.layout)
+    x = gl.allocate_shared_memory(x_box.dtype, [STAGES * UNIT, TOKENS, COLUMNS], x_box.layout)
+    w_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    x_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(w_there.index(i), count=1)
+        mbarrier.init(x_there.index(i), count=1)
+    first = gl.program_id(0) // SPLITS * together
+    low = gl.program_id(0) % SPLITS * share
+    span = gl.minimum(share, units - low)
+    total = span * gl.minimum(together, tiles - first)
+    for i in gl.static_range(STAGES):
+        if i < total:
+            _ask_weights(w_box, w, w_there, first + i // span, low + i % span, i, N, UNIT, COLUMNS, GATED)
+    if PDL:
+        launch_dependents()
+    if SCALED:
+        FLAT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+        PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        step = gl.arange(0, SHARE, gl.SliceLayout(1, FLAT))
+        column = low * UNIT + step % (span * UNIT)
+        row = (first + step // (span * UNIT)) * ROWS
+        inside = (step < total * UNIT) & (column < blocks)
+        of_rows = gl.load(w_scale + row // SCALE_BLOCK * blocks + column, mask=inside, other=0.0)
+        if GATED:
+            of_up = gl.load(w_scale + (row + N) // SCALE_BLOCK * blocks + column, mask=inside, other=0.0)
+    wait_for_inputs(PDL)
+    for i in gl.static_range(STAGES):
+        if i < total:
+            _ask_tokens(x_box, x, x_there, low + i % span, i, UNIT, COLUMNS, TOKENS)
+    scales, up_scales = None, None
+    if SCALED:
+        token = gl.arange(0, TOKENS, gl.SliceLayout(0, FLAT))
+        of_tokens = gl.load(x_scale + (column * scale_row)[:, None] + token[None, :],
+                            mask=inside[:, None] & (token < M)[None, :], other=0.0)  # fmt: skip
+        scales = gl.allocate_shared_memory(gl.float32, [SHARE, TOKENS], PLAIN)
+        scales = _scales_there(scales, of_rows, of_tokens, SHARE, TOKENS)
+        if GATED:
+            up_scales = gl.allocate_shared_memory(gl.float32, [SHARE, TOKENS], PLAIN)
+            up_scales = _scales_there(up_scales, of_up, of_tokens, SHARE, TOKENS)
+    n = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    m = gl.arange(0, TOKENS, gl.SliceLayout(0, LAYOUT))
+    for index in range(0, total // span):
+        acc = gl.zeros([ROWS, TOKENS], gl.float32, SUMS)
+        up = gl.zeros([ROWS, TOKENS], gl.float32, SUMS)
+        for at in range(index * span, (index + 1) * span):
+            stage = at % STAGES
+            mbarrier.wait(w_there.index(stage), at // STAGES & 1)
+            mbarrier.wait(x_there.index(stage), at // STAGES & 1)
+            acc, up = _multiply(w, x, scales, up_scales, acc, up, stage, at * UNIT, UNIT, GATED, SCALED)
+            later = at + STAGES
+            if later < total:
+                # All warps have read the stage.
+                barrier()
+                _ask_weights(w_box, w, w_there, first + later // span, low + later % span, stage, N, UNIT, COLUMNS, GATED)
+                _ask_tokens(x_box, x, x_there, low + later % span, stage, UNIT, COLUMNS, TOKENS)
+        y = gl.convert_layout(acc, LAYOUT)
+        y_up = gl.convert_layout(up, LAYOUT)
+        tile = first + index
+        if SPLITS == 1:
+            _leave(out, other, residual, norm, squares, squares_out, y, y_up, n, m, tile, M, N, K, normed, out_row, other_row,
+                   residual_row, factor, parts, eps, GATED, PARTS, LAYOUT)  # fmt: skip
+        else:
+            PART: gl.constexpr = ROWS * TOKENS
+            sums = partial + tile * (SPLITS * HALVES * PART) + m[None, :] * ROWS + n[:, None]
+            mine = sums + gl.program_id(0) % SPLITS * (HALVES * PART)
+            gl.store(mine, y)
+            if GATED:
+                gl.store(mine + PART, y_up)
+            # All threads' sums are written before the one that counts says so.
+            barrier()
+            if gl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1:
+                y = gl.zeros([ROWS, TOKENS], gl.float32, LAYOUT)
+                y_up = gl.zeros([ROWS, TOKENS], gl.float32, LAYOUT)
+                for part in gl.static_range(SPLITS):
+                    y += gl.load(sums + part * (HALVES * PART), cache_modifier=".cg")
+                    if GATED:
+                        y_up += gl.load(sums + part * (HALVES * PART) + PART, cache_modifier=".cg")
+                gl.store(counters + tile, 0)
+                _leave(out, other, residual, norm, squares, squares_out, y, y_up, n, m, tile, M, N, K, normed, out_row,
+                       other_row, residual_row, factor, parts, eps, GATED, PARTS, LAYOUT)  # fmt: skip
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Can TMA read both?"""
+    return bulk_copies(x) and bulk_copies(weight)
+
+
+def hopper_product(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    tile: HopperTile,
+    counters: Tensor | None,
+    *,
+    x_scale: Tensor | None = None,
+    w_scale: Tensor | None = None,
+    squares: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    other: Tensor | None = None,
+    factor: float = 1.0,
+    residual: Tensor | None = None,
+    norm: Tensor | None = None,
+    squares_out: Tensor | None = None,
+) -> None:
+    """As `linear.linear` and `linear.linear_norm`, of which it is one of three ways: x [T, K] · weight [N, K]ᵀ → out [T, N];
+    both in BF16, or in E4M3 with their scales.
+
+    squares [parts, T]: of x's norm, whose factor is applied here. norm: weight of the norm of the first columns, of which
+    squares_out [⌈columns / 64⌉, T] gets the sums of squares. ValueError: a tile whose ring does not fit.
+    """
+    tokens, depth = x.shape
+    rows = out.shape[1]
+    columns = BYTES.value // weight.element_size()
+    blocks, tiles = -(-depth // columns), -(-rows // ROWS.value)
+    units, halves = -(-blocks // tile.unit), 2 if gated else 1
+    share = -(-units // tile.splits)
+    splits = -(-units // share)
+    stages = _stages(tile, units, halves, weight.element_size())
+    if not fits(tile, depth, weight.element_size(), gated):
+        raise ValueError(
+            f"{tile} does not fit {depth} columns into shared memory: take a smaller unit, or fewer tiles together"
+        )
+    if splits > 1 and (tile.together > 1 or counters is None or counters.shape[0] < tiles):
+        raise ValueError(f"{tile} shares a tile, for which it needs counters of {tiles} tiles, and one tile a program")
+    parts = 0 if squares is None else squares.shape[0]
+    partial = None
+    if splits > 1:
+        partial = torch.empty(tiles * splits * halves * ROWS.value * tile.tokens, dtype=torch.float32, device=x.device)
+    launch(
+        _hopper_linear_kernel, (-(-tiles // tile.together) * splits,), out, _box(x, tile.tokens, columns), x_scale,
+        _box(weight, ROWS.value, columns), w_scale, other, residual, norm, squares, squares_out, partial, counters,
+        tokens, rows, depth, blocks, 0 if x_scale is None else x_scale.stride(0), out.stride(0),
+        0 if other is None or other.ndim == 1 else other.stride(0), 0 if residual is None else residual.stride(0),
+        factor, units, share, tiles, tile.together, parts, eps, 0 if norm is None else norm.shape[0],
+        TOKENS=tile.tokens, UNIT=tile.unit, STAGES=stages, SHARE=power_of_2(tile.together * share * tile.unit), SPLITS=splits,
+        GATED=gated, PARTS=power_of_2(parts) if parts else 0, num_warps=4, **programmatic(x.device, "product"),
+    )  # fmt: skip
+
+
+def _box(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """For TMA, `rows` × 128 bytes of a matrix; outside of it there are zeros."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * matrix.element_size(), rank=2)
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], layout)
