@@ -33,6 +33,8 @@ ROWS: gl.constexpr = gl.constexpr(64)
 """Of a tile: a matrix instruction's."""
 BYTES: gl.constexpr = gl.constexpr(128)
 """Columns are taken by as many as TMA swizzles; in E4M3 they share a scale."""
+REINTERPRETS: gl.constexpr = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+"""Triton 3.9 renamed it."""
 MOST_TOKENS = {1: 64, 2: 16}
 """By bytes of an element: more are `linear`'s own kernel's, or the library's. At 32 tokens in BF16 it is 10 % slower to 14 %
 faster than that, by shape."""
@@ -135,7 +137,12 @@ def _ask_tokens(x_box, x, there, unit, stage, UNIT: gl.constexpr, COLUMNS: gl.co
 def _scales_there(scales, of_rows, of_tokens, SHARE: gl.constexpr, TOKENS: gl.constexpr):
     """Their product [SHARE, TOKENS] in shared memory, a step's by its index."""
     scales.store(of_tokens * of_rows[:, None])
-    return scales._reinterpret(gl.float32, [SHARE, TOKENS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    STEP: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    if REINTERPRETS:
+        scales = scales.reinterpret(gl.float32, [SHARE, TOKENS], STEP)
+    else:
+        scales = scales._reinterpret(gl.float32, [SHARE, TOKENS], STEP)
+    return scales
 
 
 @gluon.jit

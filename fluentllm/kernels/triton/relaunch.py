@@ -15,6 +15,7 @@ import torch
 import triton
 from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -91,9 +92,9 @@ def key_of(args: list[Any], options: dict[str, Any]) -> tuple[Any, ...] | None:
             found.append("f")
         elif kind is bool:
             found.append(value)
-        elif kind is TensorDescriptor:
-            rounded = getattr(value, "round_f32_to_tf32", False)
-            found.append((value.base.dtype, value.padding, rounded, *value.block_shape))
+        elif kind is TensorDescriptor or kind is GluonDescriptor:
+            rounded, layout = getattr(value, "round_f32_to_tf32", False), getattr(value, "layout", None)
+            found.append((value.base.dtype, value.padding, rounded, layout, *value.block_shape))
         else:
             return None
     return (tuple(found), types, tuple(options.items()))
