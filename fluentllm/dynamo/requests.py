@@ -6,11 +6,22 @@ Dynamo's front end has the tokenizer: it sends token ids, gets token ids, and en
 from __future__ import annotations
 
 import secrets
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InvalidRequest
-from ..core.types import Handoff, HandoffReport, Request, RequestOutput, SamplingParams
+from ..core.types import GrammarSpec, Handoff, HandoffReport, Request, RequestOutput, SamplingParams
+from ..frontend import structured
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GRAMMARS: dict[str, Callable[[Any], GrammarSpec]] = {
+    "json": structured.json_schema,
+    "regex": structured.regex,
+    "choice": structured.choice,
+    "grammar": structured.grammar,
+}
+"""Field of Dynamo's `GuidedDecodingOptions` → what makes a grammar of its value."""
 FINISH = {"stop": "stop", "length": "length", "abort": "cancelled"}
 
 
@@ -24,8 +35,6 @@ def _params(body: dict[str, Any], room: int) -> SamplingParams:
     sampling, stop = _given(body, "sampling_options"), _given(body, "stop_conditions")
     if sampling.get("n", 1) > 1:
         raise InvalidRequest("n is above 1, which is not served through Dynamo.", param="n")
-    if sampling.get("guided_decoding"):
-        raise InvalidRequest("Grammars are not served through Dynamo.", param="response_format")
     names = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
     floats: dict[str, Any] = {field: float(sampling[field]) for field in names if field in sampling}
     seed = sampling.get("seed")
@@ -37,8 +46,20 @@ def _params(body: dict[str, Any], room: int) -> SamplingParams:
         stop_token_ids=tuple({*stop.get("stop_token_ids", ()), *stop.get("stop_token_ids_hidden", ())}),
         ignore_eos=bool(stop.get("ignore_eos", False)),
         logprobs=_given(body, "output_options").get("logprobs"),
+        grammar=_grammar(sampling),
         **floats,
     )
+
+
+def _grammar(sampling: dict[str, Any]) -> GrammarSpec | None:
+    """What the text must be; which library sees to it (`backend`) is ours to choose. Dynamo lets one of them through."""
+    given = _given(sampling, "guided_decoding")
+    for name, make in GRAMMARS.items():
+        if given.get(name):
+            return make(given[name])
+    for name in sorted(given.keys() - GRAMMARS.keys() - {"backend"}):
+        raise InvalidRequest(f"guided_decoding.{name} is not served here.", fix=f"Give {' or '.join(GRAMMARS)}.", param=name)
+    return None
 
 
 def _given(body: dict[str, Any], group: str) -> dict[str, Any]:

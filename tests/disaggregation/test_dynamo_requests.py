@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from fluentllm.core.errors import InvalidRequest
-from fluentllm.core.types import Handoff, HandoffReport, RequestOutput, SamplingParams, TokenLogprob
+from fluentllm.core.types import GrammarSpec, Handoff, HandoffReport, RequestOutput, SamplingParams, TokenLogprob
 from fluentllm.dynamo.requests import chunk_of, ended, request_of, transfer_params
+from fluentllm.frontend import structured
 
 BODY: dict[str, Any] = {
     "token_ids": [5, 6, 7],
@@ -36,10 +37,37 @@ def test_what_is_not_given() -> None:
     assert of(sampling_options={}).params.seed != of(sampling_options={}).params.seed
 
 
-@pytest.mark.parametrize("options", [{"n": 2}, {"guided_decoding": {"json": {}}}])
-def test_what_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest):
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"n": 2}, "n is above 1"),
+        ({"guided_decoding": {"structural_tag": {"type": "structural_tag"}}}, "structural_tag"),
+        ({"guided_decoding": {"whitespace_pattern": " "}}, "whitespace_pattern"),
+        ({"guided_decoding": {"json": "{"}}, "JSON"),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidRequest, match=named):
         of(sampling_options=options)
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"json": SCHEMA}, structured.json_schema(SCHEMA)),
+        ({"json": '{"type": "string"}', "regex": None, "backend": "xgrammar"}, structured.json_schema({"type": "string"})),
+        ({"regex": "a+"}, structured.regex("a+")),
+        ({"choice": ["x", "y"]}, structured.choice(["x", "y"])),
+        ({"grammar": "root ::= 'a'", "choice": []}, structured.grammar("root ::= 'a'")),
+        ({"backend": "xgrammar"}, None),
+        ({}, None),
+    ],
+)
+def test_grammars(given: dict[str, Any], expected: GrammarSpec | None) -> None:
+    assert of(sampling_options={"guided_decoding": given}).params.grammar == expected
 
 
 def test_both_at_once() -> None:

@@ -64,6 +64,7 @@ def tell_request(exchange: Exchange, incoming: Incoming) -> bool:
 
 
 def can_tell(incoming: Incoming) -> bool:
-    """Whether another engine can be told the request: not a grammar, which a front end compiled for two."""
+    """Whether another engine can be told the request: it fits into one message, its grammar too."""
     request = incoming.sequence.request
-    return request.params.grammar is None and 4 * len(request.prompt) <= MAX_PROMPT
+    grammar = request.params.grammar
+    return 4 * len(request.prompt) + (0 if grammar is None else 4 * len(grammar.source)) <= MAX_PROMPT

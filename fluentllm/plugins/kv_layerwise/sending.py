@@ -58,6 +58,8 @@ class Sender:
         """Released before the request came: nobody will ask for these."""
         self._over: dict[str, bool] = {}
         """Released after it came, so that saying it twice means nothing."""
+        self._requests_told: dict[str, bool] = {}
+        """Ids of those from decode that are on their way in: their grammars may take long to compile."""
         self._sendings: dict[Attempt, tuple[Sending, Outgoing]] = {}
         self._doubtful: dict[Attempt, bool] = {}
         self._transfers: dict[int, Sending] = {}
@@ -76,6 +78,8 @@ class Sender:
             return False
         tokens = sequence.tokens
         outgoing = Outgoing(name, sequence, len(tokens), hashlib.sha256(encode_tokens(tokens)).digest())
+        if self._requests_told.pop(sequence.request.id, False):
+            outgoing.told = sequence.request.id
         if known is not None:
             self._finish(known)
         self._by_id[name] = self._by_sequence[sequence] = outgoing
@@ -195,15 +199,15 @@ class Sender:
             handoff=Handoff(id=of.handoff),
         )
         self._unwanted_early.pop(of.handoff, None)
+        self._requests_told[request.id] = True
         try:
             self._exchange.host.submit(request)
         except FluentError as error:
+            self._requests_told.pop(request.id, None)
             self._counters["told_refused"] += 1
             connection.link.send(Refuse(of=of, code="busy", reason=str(error)[:4096]))
             return
         self._counters["requests_told"] += 1
-        if of.handoff in self._by_id:
-            self._by_id[of.handoff].told = request.id
 
     def _release(self, connection: Connection, handoff: str) -> None:
         self._drop_early(handoff, connection.layout.tp_rank)
@@ -215,7 +219,7 @@ class Sender:
                 self._over[handoff] = True
         elif handoff not in self._over:
             self._unwanted_early[handoff] = True
-        for memory in (self._unwanted_early, self._over):
+        for memory in (self._unwanted_early, self._over, self._requests_told):
             while len(memory) > MAX_REMEMBERED:
                 del memory[next(iter(memory))]
         self._exchange.host.wake()
