@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from ..core.settings import Settings
     from ..core.types import ModelSpec
     from ..kernels.native.library import Library
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KV_DTYPES = {name: getattr(torch, kept) for name, kept in KV_FORMATS.items()}
@@ -77,6 +80,10 @@ def check_speculation(settings: Settings, spec: ModelSpec, plugins: PluginManage
     """Before anything is loaded. Raises `ConfigError` for what cannot work with this model."""
     drafts = draft_length(settings)
     synthetic_share(settings, drafts.max_k if drafts is not None else 0)
+    wanted = settings.speculative
+    if wanted.method == "none" and (wanted.k not in ("auto", 0) or wanted.model is not None):
+        idle = f"speculative.model {wanted.model!r}" if wanted.model is not None else f"speculative.k {wanted.k}"
+        log.warning("%s has no effect: speculative.method is none, so nothing drafts; --speculative chooses", idle)
     if drafts is not None:
         draft_memory(plugins.registry("proposers").require(settings.speculative.method, spec), target)
 

@@ -163,3 +163,25 @@ def test_a_k_beyond_the_most_is_refused(exact: Harness) -> None:
 
     with pytest.raises(ConfigError, match="max_k"):
         draft_length(exact.settings(**{"speculative.method": "pld", "speculative.k": 5, "speculative.max_k": 2}))
+
+
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        ({"speculative.k": 3}, "speculative.k 3"),
+        ({"speculative.model": "folder"}, "speculative.model 'folder'"),
+        ({"speculative.k": 0}, None),
+        ({}, None),
+    ],
+)
+def test_drafts_that_nobody_makes_are_warned_of(
+    exact: Harness, caplog: pytest.LogCaptureFixture, given: dict[str, Any], idle: str | None
+) -> None:
+    from fluentllm.assembly.choices import check_speculation
+    from fluentllm.core.protocols import DraftTarget
+
+    settings, spec = exact.settings(**given), exact.loaded.model.spec
+    check_speculation(settings, spec, exact.plugins, DraftTarget(settings, spec, 4))
+    assert [record.message for record in caplog.records] == (
+        [f"{idle} has no effect: speculative.method is none, so nothing drafts; --speculative chooses"] if idle else []
+    )
