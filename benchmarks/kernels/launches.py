@@ -157,7 +157,12 @@ def applied(variant: Variant) -> Iterator[None]:
             put(linear_tiles, "MEASURED", {})
         if variant.prefetch:
             choose = linear.linear_tile
-            put(linear, "linear_tile", lambda *shape: replace(choose(*shape), prefetch=variant.prefetch))
+
+            def ahead(*shape: Any) -> linear_tiles.Tile:
+                tile = choose(*shape)
+                return replace(tile, prefetch=variant.prefetch) if isinstance(tile, linear_tiles.LinearTile) else tile
+
+            put(linear, "linear_tile", ahead)
         yield
 
 

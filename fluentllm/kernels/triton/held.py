@@ -18,7 +18,7 @@ from .language import FIRST, LOADED, SCALE_BLOCK, silu_of_rounded, start_next, w
 from .launch import HOPPER_MULTIPROCESSORS, launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from .row_product import RowProduct
 
 MOST_TOKENS = 2
 """More rows are `linear`'s own kernel's: at four a step takes 1 to 6 % longer this way (one H100, Qwen3-0.6B and
@@ -188,39 +188,16 @@ def _held_kernel(out, x, w, w_scale, other, residual, norm, squares, squares_out
         tl.store(out + m * out_row + n, y, mask=there)
 
 
-def held_product(
-    x: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    tile: HeldTile,
-    *,
-    w_scale: Tensor | None = None,
-    squares: Tensor | None = None,
-    eps: float = 0.0,
-    gated: bool = False,
-    other: Tensor | None = None,
-    factor: float = 1.0,
-    residual: Tensor | None = None,
-    norm: Tensor | None = None,
-    squares_out: Tensor | None = None,
-) -> None:
-    """As `linear.linear` and `linear.linear_norm`, of which it is one of two ways: x [T, K] · weight [N, K]ᵀ → out [T, N].
-
-    w_scale float32 [⌈N / 128⌉, ⌈K / 128⌉]: of a weight in E4M3, which is multiplied by x as it is: there is time to spare, and
-    nothing to quantise.
-
-    squares [parts, T]: of x's norm, whose factor is applied here. norm: weight of the norm of the first columns, of which
-    squares_out [⌈columns / tile.rows⌉, T] gets the sums of squares.
-    """
-    tokens, depth = x.shape
-    rows = out.shape[1]
-    parts = 0 if squares is None else squares.shape[0]
-    block = 2 if tokens > 1 else 1
+def held_product(product: RowProduct, tile: HeldTile) -> None:
+    """One of three ways of `linear`. A weight in E4M3, with its scales, is multiplied by x as it is: there is time to spare,
+    and nothing to quantise."""
+    p = product
+    block = 2 if p.tokens > 1 else 1
     launch(
-        _held_kernel, (-(-rows // tile.rows) * -(-tokens // block),),
-        out, x, weight, w_scale, other, residual, norm, squares, squares_out, tokens, rows, depth, x.stride(0),
-        weight.stride(0), out.stride(0), 0 if other is None or other.ndim == 1 else other.stride(0),
-        0 if residual is None else residual.stride(0), factor, parts, eps, 0 if norm is None else norm.shape[0],
-        TOKENS=block, ROWS=tile.rows, DEPTH=tile.depth, PIECES=-(-depth // tile.depth), VECTOR=vector(weight.element_size()),
-        GATED=gated, PARTS=power_of_2(parts) if parts else 0, num_warps=tile.warps, **programmatic(x.device, "product"),
+        _held_kernel, (-(-p.rows // tile.rows) * -(-p.tokens // block),),
+        p.out, p.x, p.weight, p.w_scale, p.other, p.residual, p.norm, p.squares, p.squares_out, p.tokens, p.rows, p.depth,
+        p.x.stride(0), p.weight.stride(0), p.out.stride(0), p.other_row, p.residual_row, p.factor, p.parts, p.eps, p.normed,
+        TOKENS=block, ROWS=tile.rows, DEPTH=tile.depth, PIECES=-(-p.depth // tile.depth),
+        VECTOR=vector(p.weight.element_size()), GATED=p.gated, PARTS=p.padded_parts, num_warps=tile.warps,
+        **programmatic(p.x.device, "product"),
     )  # fmt: skip

@@ -29,6 +29,8 @@ from .launch import bulk_copies, launch, multiprocessors, power_of_2, programmat
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .row_product import RowProduct
+
 ROWS: gl.constexpr = gl.constexpr(64)
 """Of a tile: a matrix instruction's."""
 BYTES: gl.constexpr = gl.constexpr(128)
@@ -182,7 +184,7 @@ def _multiply(w, x, scales, up_scales, acc, up, stage, step, UNIT: gl.constexpr,
 
 @gluon.jit
 def _finish(out, other, residual, norm, squares_out, y, n, m, n0, M, N, normed, out_row, other_row, residual_row, factor):
-    """As `linear._finish`; y [64, TOKENS] float32 at rows m and columns n of the output."""
+    """As `linear_streamed._finish`; y [64, TOKENS] float32 at rows m and columns n of the output."""
     inside = (m < M)[None, :] & (n < N)[:, None]
     row = m.to(gl.int64)
     if other is not None:
@@ -331,56 +333,36 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     return bulk_copies(x) and bulk_copies(weight)
 
 
-def hopper_product(
-    x: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    tile: HopperTile,
-    counters: Tensor | None,
-    *,
-    x_scale: Tensor | None = None,
-    w_scale: Tensor | None = None,
-    squares: Tensor | None = None,
-    eps: float = 0.0,
-    gated: bool = False,
-    other: Tensor | None = None,
-    factor: float = 1.0,
-    residual: Tensor | None = None,
-    norm: Tensor | None = None,
-    squares_out: Tensor | None = None,
-) -> None:
-    """As `linear.linear` and `linear.linear_norm`, of which it is one of three ways: x [T, K] · weight [N, K]ᵀ → out [T, N];
-    both in BF16, or in E4M3 with their scales.
-
-    squares [parts, T]: of x's norm, whose factor is applied here. norm: weight of the norm of the first columns, of which
-    squares_out [⌈columns / 64⌉, T] gets the sums of squares. ValueError: a tile whose ring does not fit.
-    """
-    tokens, depth = x.shape
-    rows = out.shape[1]
-    columns = BYTES.value // weight.element_size()
-    blocks, tiles = -(-depth // columns), -(-rows // ROWS.value)
-    units, halves = -(-blocks // tile.unit), 2 if gated else 1
+def hopper_product(product: RowProduct, tile: HopperTile) -> None:
+    """One of three ways of `linear`: both operands in BF16 (or float16), or in E4M3 with their scales. Raises `ValueError` for
+    operands that TMA cannot read, and for a tile that does not fit them."""
+    p = product
+    width = p.weight.element_size()
+    columns = BYTES.value // width
+    blocks, tiles = -(-p.depth // columns), -(-p.rows // ROWS.value)
+    units = -(-blocks // tile.unit)
     share = -(-units // tile.splits)
     splits = -(-units // share)
-    stages = _stages(tile, units, halves, weight.element_size())
-    if not fits(tile, depth, weight.element_size(), gated):
+    if not takes(p.x, p.weight):
+        raise ValueError("operands that TMA cannot read: their rows must be aligned to 16 bytes")
+    if not fits(tile, p.depth, width, p.gated):
         raise ValueError(
-            f"{tile} does not fit {depth} columns into shared memory: take a smaller unit, or fewer tiles together"
+            f"{tile} does not fit {p.depth} columns into shared memory: take a smaller unit, or fewer tiles together"
         )
-    if splits > 1 and (tile.together > 1 or counters is None or counters.shape[0] < tiles):
+    if splits > 1 and (tile.together > 1 or p.counters is None or p.counters.shape[0] < tiles):
         raise ValueError(f"{tile} shares a tile, for which it needs counters of {tiles} tiles, and one tile a program")
-    parts = 0 if squares is None else squares.shape[0]
     partial = None
     if splits > 1:
-        partial = torch.empty(tiles * splits * halves * ROWS.value * tile.tokens, dtype=torch.float32, device=x.device)
+        sums = tiles * splits * p.halves * ROWS.value * tile.tokens
+        partial = torch.empty(sums, dtype=torch.float32, device=p.x.device)
     launch(
-        _hopper_linear_kernel, (-(-tiles // tile.together) * splits,), out, _box(x, tile.tokens, columns), x_scale,
-        _box(weight, ROWS.value, columns), w_scale, other, residual, norm, squares, squares_out, partial, counters,
-        tokens, rows, depth, blocks, 0 if x_scale is None else x_scale.stride(0), out.stride(0),
-        0 if other is None or other.ndim == 1 else other.stride(0), 0 if residual is None else residual.stride(0),
-        factor, units, share, tiles, tile.together, parts, eps, 0 if norm is None else norm.shape[0],
-        TOKENS=tile.tokens, UNIT=tile.unit, STAGES=stages, SHARE=power_of_2(tile.together * share * tile.unit), SPLITS=splits,
-        GATED=gated, PARTS=power_of_2(parts) if parts else 0, num_warps=4, **programmatic(x.device, "product"),
+        _hopper_linear_kernel, (-(-tiles // tile.together) * splits,), p.out, _box(p.x, tile.tokens, columns), p.x_scale,
+        _box(p.weight, ROWS.value, columns), p.w_scale, p.other, p.residual, p.norm, p.squares, p.squares_out, partial,
+        p.counters, p.tokens, p.rows, p.depth, blocks, p.scale_row, p.out.stride(0), p.other_row, p.residual_row, p.factor,
+        units, share, tiles, tile.together, p.parts, p.eps, p.normed,
+        TOKENS=tile.tokens, UNIT=tile.unit, STAGES=_stages(tile, units, p.halves, width),
+        SHARE=power_of_2(tile.together * share * tile.unit), SPLITS=splits, GATED=p.gated, PARTS=p.padded_parts, num_warps=4,
+        **programmatic(p.x.device, "product"),
     )  # fmt: skip
 
 
