@@ -16,6 +16,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper_common import (
     PAGES_AT,
     RECORD,
+    Pages,
+    Piece,
+    Probabilities,
+    Queries,
+    Results,
+    Sums,
+    Work,
     async_load,
     exp2,
     handshakes,
@@ -35,63 +42,61 @@ STAGES = 2
 
 
 @gluon.jit
-def _loader(q_desc, qr_desc, kv_desc, kr_desc, q, qr, k0, k1, kr, q_full, q_empty, k_full, k_empty, mapped, page_table, lengths,
-            starts, records, ROWS: gl.constexpr, GROUPS: gl.constexpr, TABLE_WIDTH, PAGES: gl.constexpr, EARLY: gl.constexpr,
-            MAPS: gl.constexpr, NUM_STAGES: gl.constexpr):  # fmt: skip
+def _loader(q_desc, qr_desc, kv_desc, kr_desc, queries, pages, mapped, work, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+            PAGES: gl.constexpr, EARLY: gl.constexpr, MAPS: gl.constexpr, NUM_STAGES: gl.constexpr):  # fmt: skip
     if MAPS:
         # Used on places outside their tensors, where they give zeros.
         FAR: gl.constexpr = 1 << 30
         mbarrier.expect(mapped, 64 * 1152 + 64 * 640)
-        async_load(q_desc, [FAR, 0], mapped, q)
-        async_load(qr_desc, [FAR, 0], mapped, qr)
-        async_load(kv_desc, [FAR, 0, 0], mapped, k0.index(0))
-        async_load(kr_desc, [FAR, 0, 0], mapped, kr.index(0))
+        async_load(q_desc, [FAR, 0], mapped, queries.content)
+        async_load(qr_desc, [FAR, 0], mapped, queries.rope)
+        async_load(kv_desc, [FAR, 0, 0], mapped, pages.content[0].index(0))
+        async_load(kr_desc, [FAR, 0, 0], mapped, pages.rope.index(0))
     wait_for_inputs(EARLY)
-    _, begin, end, high, first, last, _ = part_of(records, GROUPS)
+    _, begin, end, high, first, last, _ = part_of(work, GROUPS)
     group = gl.program_id(0) % GROUPS
     step = 0
     piece = 0
     page = 0
     if PAGES > 0:
-        page = gl.load(records + gl.program_id(0) // GROUPS * RECORD + PAGES_AT)
+        page = gl.load(work.records + gl.program_id(0) // GROUPS * RECORD + PAGES_AT)
     if MAPS:
         mbarrier.wait(mapped, 0)
     for sequence in range(begin, end):
         if PAGES == 0:
-            next_first, next_last, _ = next_piece(starts, lengths, sequence, end, high, False)
+            next_first, next_last, _ = next_piece(work, sequence, end, high, False)
         if first < last:
             row = sequence * ROWS + group * 64
-            table = page_table + sequence * TABLE_WIDTH
+            table = work.page_table + sequence * work.table_width
             if PAGES == 0 or piece > 0:
                 page = gl.load(table + first)
-            mbarrier.wait(q_empty, (piece & 1) ^ 1)
-            mbarrier.expect(q_full, 64 * 1152)
-            async_load(q_desc, [row, 0], q_full, q)
-            async_load(qr_desc, [row, 0], q_full, qr)
+            mbarrier.wait(queries.empty, (piece & 1) ^ 1)
+            mbarrier.expect(queries.full, 64 * 1152)
+            async_load(q_desc, [row, 0], queries.full, queries.content)
+            async_load(qr_desc, [row, 0], queries.full, queries.rope)
             for index in range(first, last):
                 stage = step % NUM_STAGES
-                following = page_number(records, table, piece, first, gl.minimum(index + 1, last - 1), GROUPS, PAGES)
-                mbarrier.wait(k_empty.index(stage), ((step // NUM_STAGES) & 1) ^ 1)
-                full = k_full.index(stage)
+                following = page_number(work, table, piece, first, gl.minimum(index + 1, last - 1), GROUPS, PAGES)
+                mbarrier.wait(pages.empty.index(stage), ((step // NUM_STAGES) & 1) ^ 1)
+                full = pages.full.index(stage)
                 mbarrier.expect(full, 64 * 1152)
-                async_load(kv_desc, [page, 0, 0], full, k0.index(stage))
-                async_load(kv_desc, [page, 0, 256], full, k1.index(stage))
-                async_load(kr_desc, [page, 0, 512], full, kr.index(stage))
+                async_load(kv_desc, [page, 0, 0], full, pages.content[0].index(stage))
+                async_load(kv_desc, [page, 0, 256], full, pages.content[1].index(stage))
+                async_load(kr_desc, [page, 0, 512], full, pages.rope.index(stage))
                 page = following
                 step += 1
             piece += 1
         if PAGES > 0:
-            next_first, next_last, _ = next_piece(starts, lengths, sequence, end, high, True)
+            next_first, next_last, _ = next_piece(work, sequence, end, high, True)
         first = next_first
         last = next_last
 
 
 @gluon.jit
-def _scores(lse, q, qr, k0, k1, kr, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full, p_empty, l_full, l_empty,
-            lengths, starts, records, scale_log2, HEADS: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
-            NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+def _scores(lse, queries, pages, probabilities, sums, work, scale_log2, HEADS: gl.constexpr, ROWS: gl.constexpr,
+            GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     wait_for_inputs(EARLY)
-    part, begin, end, high, first, last, keys = part_of(records, GROUPS)
+    part, begin, end, high, first, last, keys = part_of(work, GROUPS)
     group = gl.program_id(0) % GROUPS
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, S))
@@ -100,23 +105,23 @@ def _scores(lse, q, qr, k0, k1, kr, p, alphas, inverse, q_full, q_empty, k_full,
     step = 0
     piece = 0
     for sequence in range(begin, end):
-        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
+        next_first, next_last, next_keys = next_piece(work, sequence, end, high, PAGES > 0)
         if first < last:
             least = keys - ROWS // HEADS + 1
             visible = least + row // HEADS
             top = gl.full([64], -1.0e30, gl.float32, gl.SliceLayout(1, S))
             total = gl.zeros([64], gl.float32, gl.SliceLayout(1, S))
-            mbarrier.wait(q_full, piece & 1)
+            mbarrier.wait(queries.full, piece & 1)
             for index in range(first, last):
                 stage = step % NUM_STAGES
-                mbarrier.wait(k_full.index(stage), (step // NUM_STAGES) & 1)
-                left = k0.index(stage).reshape([64, 256]).permute((1, 0))
-                right = k1.index(stage).reshape([64, 256]).permute((1, 0))
-                raw = warpgroup_mma(q.slice(0, 256, dim=1), left, zero, use_acc=False, is_async=True)
-                raw = warpgroup_mma(q.slice(256, 256, dim=1), right, raw, is_async=True)
-                raw = warpgroup_mma(qr, kr.index(stage).reshape([64, 64]).permute((1, 0)), raw, is_async=True)
+                mbarrier.wait(pages.full.index(stage), (step // NUM_STAGES) & 1)
+                left = pages.content[0].index(stage).reshape([64, 256]).permute((1, 0))
+                right = pages.content[1].index(stage).reshape([64, 256]).permute((1, 0))
+                raw = warpgroup_mma(queries.content.slice(0, 256, dim=1), left, zero, use_acc=False, is_async=True)
+                raw = warpgroup_mma(queries.content.slice(256, 256, dim=1), right, raw, is_async=True)
+                raw = warpgroup_mma(queries.rope, pages.rope.index(stage).reshape([64, 64]).permute((1, 0)), raw, is_async=True)
                 raw = warpgroup_mma_wait(0, deps=[raw])
-                mbarrier.arrive(k_empty.index(stage), count=1)
+                mbarrier.arrive(pages.empty.index(stage), count=1)
                 # The bounds also drop NaN (the other operand is returned): products of huge inputs may overflow.
                 logit = gl.minimum(gl.maximum(raw * scale_log2, -1.0e29), 1.0e29)
                 if (index + 1) * 64 > least:
@@ -126,14 +131,15 @@ def _scores(lse, q, qr, k0, k1, kr, p, alphas, inverse, q_full, q_empty, k_full,
                 prob = exp2(logit - new_top[:, None])
                 top = new_top
                 total = total * alpha + row_sum(prob)
-                mbarrier.wait(p_empty, (step & 1) ^ 1)
-                p.store(prob.to(gl.bfloat16))
-                alphas.store(alpha)
+                mbarrier.wait(probabilities.empty, (step & 1) ^ 1)
+                probabilities.p.store(prob.to(gl.bfloat16))
+                probabilities.alphas.store(alpha)
                 fence_async_shared()
-                mbarrier.arrive(p_full, count=1)
+                mbarrier.arrive(probabilities.full, count=1)
                 step += 1
-            mbarrier.arrive(q_empty, count=1)
-            publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS, 64)
+            mbarrier.arrive(queries.empty, count=1)
+            here = Piece(part, sequence, first, last, keys, piece)
+            publish_sums(sums, lse, top, total, here, row, ROWS, 64)
             piece += 1
         first = next_first
         last = next_last
@@ -141,14 +147,13 @@ def _scores(lse, q, qr, k0, k1, kr, p, alphas, inverse, q_full, q_empty, k_full,
 
 
 @gluon.jit
-def _values(out, partial, lse, v, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths, starts, spans,
-            records, counters, count, parts, HALF: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+def _values(results, pages, probabilities, sums, work, HALF: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
             NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr, MERGE: gl.constexpr):  # fmt: skip
     wait_for_inputs(EARLY)
-    part, begin, end, high, first, last, keys = part_of(records, GROUPS)
+    part, begin, end, high, first, last, keys = part_of(work, GROUPS)
     if MERGE:
-        first_a, splits_a, first_b, splits_b = ends_of_part(spans, begin, end, count)
-        clear_inert(out, lengths, count, parts, GROUPS, ROWS, HALF)
+        ends = ends_of_part(work, begin, end)
+        clear_inert(results.out, work, GROUPS, ROWS, HALF)
     group = gl.program_id(0) % GROUPS
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
@@ -158,28 +163,28 @@ def _values(out, partial, lse, v, p, alphas, inverse, k_full, k_empty, p_full, p
     before_a = 0
     before_b = 0
     for sequence in range(begin, end):
-        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
+        next_first, next_last, next_keys = next_piece(work, sequence, end, high, PAGES > 0)
         if first < last:
             left = gl.zeros([64, 128], gl.float32, OUT)
             right = gl.zeros([64, 128], gl.float32, OUT)
             for _ in range(first, last):
                 stage = step % NUM_STAGES
-                mbarrier.wait(k_full.index(stage), (step // NUM_STAGES) & 1)
-                mbarrier.wait(p_full, step & 1)
-                alpha = alphas.load(gl.SliceLayout(1, OUT))
-                value = v.index(stage).reshape([64, 256])
+                mbarrier.wait(pages.full.index(stage), (step // NUM_STAGES) & 1)
+                mbarrier.wait(probabilities.full, step & 1)
+                alpha = probabilities.alphas.load(gl.SliceLayout(1, OUT))
+                value = pages.content[HALF].index(stage).reshape([64, 256])
                 left = left * alpha[:, None]
                 right = right * alpha[:, None]
-                left = warpgroup_mma(p, value.slice(0, 128, dim=1), left, is_async=True)
-                right = warpgroup_mma(p, value.slice(128, 128, dim=1), right, is_async=True)
+                left = warpgroup_mma(probabilities.p, value.slice(0, 128, dim=1), left, is_async=True)
+                right = warpgroup_mma(probabilities.p, value.slice(128, 128, dim=1), right, is_async=True)
                 left, right = warpgroup_mma_wait(0, deps=[left, right])
-                mbarrier.arrive(k_empty.index(stage), count=1)
-                mbarrier.arrive(p_empty, count=1)
+                mbarrier.arrive(pages.empty.index(stage), count=1)
+                mbarrier.arrive(probabilities.empty, count=1)
                 step += 1
-            write_piece(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column,
-                        piece, ROWS)  # fmt: skip
+            here = Piece(part, sequence, first, last, keys, piece)
+            write_piece(results, left, right, sums, here, row, column, ROWS)
             if MERGE:
-                before_b = count_piece(counters, sequence, first, last, keys, GROUPS, HALF)
+                before_b = count_piece(work, here, GROUPS, HALF)
                 if sequence == begin:
                     before_a = before_b
             piece += 1
@@ -187,8 +192,7 @@ def _values(out, partial, lse, v, p, alphas, inverse, k_full, k_empty, p_full, p
         last = next_last
         keys = next_keys
     if MERGE:
-        merge_splits(out, partial, lse, counters, part, begin, end, first_a, splits_a, first_b, splits_b, before_a, before_b,
-                     ROWS, GROUPS, HALF)  # fmt: skip
+        merge_splits(results, work, part, begin, end, ends, before_a, before_b, ROWS, GROUPS, HALF)
 
 
 @gluon.jit(do_not_specialize=["count", "parts"])
@@ -214,18 +218,22 @@ def decode_bf16(q_desc, qr_desc, kv_desc, kr_desc, out, partial, lse, page_table
     p_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
     mbarrier.init(p_full, count=1)
     mbarrier.init(p_empty, count=2)
+    queries = Queries(q, qr, q_full, q_empty)
+    pages = Pages((k0, k1), kr, None, k_full, k_empty)
+    probabilities = Probabilities(p, alphas, p_full, p_empty)
+    sums = Sums(inverse, l_full, l_empty)
+    results = Results(out, partial, lse)
+    work = Work(records, starts, lengths, spans, counters, count, parts, page_table, table_width)
     if PDL:
         launch_dependents()
     gl.warp_specialize(
         [
-            (_scores, (lse, q, qr, k0, k1, kr, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full, p_empty, l_full,
-                       l_empty, lengths, starts, records, scale_log2, HEADS, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY)),
-            (_values, (out, partial, lse, k0, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths,
-                       starts, spans, records, counters, count, parts, 0, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
-            (_values, (out, partial, lse, k1, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths,
-                       starts, spans, records, counters, count, parts, 1, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
-            (_loader, (q_desc, qr_desc, kv_desc, kr_desc, q, qr, k0, k1, kr, q_full, q_empty, k_full, k_empty, mapped,
-                       page_table, lengths, starts, records, ROWS, GROUPS, table_width, PAGES, EARLY, MAPS, NUM_STAGES)),
+            (_scores, (lse, queries, pages, probabilities, sums, work, scale_log2, HEADS, ROWS, GROUPS, NUM_STAGES, PAGES,
+                       EARLY)),
+            (_values, (results, pages, probabilities, sums, work, 0, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
+            (_values, (results, pages, probabilities, sums, work, 1, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
+            (_loader, (q_desc, qr_desc, kv_desc, kr_desc, queries, pages, mapped, work, ROWS, GROUPS, PAGES, EARLY, MAPS,
+                       NUM_STAGES)),
         ],
         [4, 4, 1],
         [168, 168, 24],

@@ -1,4 +1,7 @@
-"""What the Hopper decode kernels have in common: finding their part of the plan, and handing on its results."""
+"""What the Hopper decode kernels have in common: what their partitions share, how they find their part of the plan, and how
+they hand on its results."""
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -13,6 +16,79 @@ RECORD: gl.constexpr = gl.constexpr(16)
 """Of `plan.RECORD`."""
 PAGES_AT: gl.constexpr = gl.constexpr(8)
 """Of `plan.PAGES_AT`."""
+
+
+class Work(NamedTuple):
+    """The plan (`plan.DecodePlan`), as tensors in global memory."""
+
+    records: Any
+    starts: Any
+    lengths: Any
+    spans: Any
+    counters: Any
+    count: Any
+    """Sequences."""
+    parts: Any
+    page_table: Any
+    table_width: Any
+
+
+class Results(NamedTuple):
+    """In global memory: the output, and of pieces that others have splits of, normalised partial outputs and log-sum-exps."""
+
+    out: Any
+    partial: Any
+    lse: Any
+
+
+class Queries(NamedTuple):
+    """Of a piece, in shared memory, and the barriers that say that they are there, and free again."""
+
+    content: Any
+    rope: Any
+    full: Any
+    empty: Any
+
+
+class Pages(NamedTuple):
+    """The ring of pages: latent, rotary part, scales; there, and free again."""
+
+    content: Any
+    rope: Any
+    scale: Any
+    full: Any
+    empty: Any
+
+
+class Probabilities(NamedTuple):
+    """From the softmax to those who hold the output: [rows, keys], and the factor of what was summed before."""
+
+    p: Any
+    alphas: Any
+    full: Any
+    empty: Any
+
+
+class Sums(NamedTuple):
+    """Reciprocal sums of a piece's rows."""
+
+    inverse: Any
+    full: Any
+    empty: Any
+
+
+class Piece(NamedTuple):
+    """A part's run of pages of one sequence."""
+
+    part: Any
+    sequence: Any
+    first: Any
+    last: Any
+    """Page behind the last."""
+    keys: Any
+    """Of the whole sequence."""
+    number: Any
+    """Among the part's."""
 
 
 @gluon.jit
@@ -75,37 +151,37 @@ def probability_handshakes():
 
 
 @gluon.jit
-def part_of(records, GROUPS: gl.constexpr):
+def part_of(work, GROUPS: gl.constexpr):
     """This CTA's part: number, sequences [begin, end), its end on the axis of work, and its first piece."""
     part = gl.program_id(0) // GROUPS
-    record = records + part * RECORD
+    record = work.records + part * RECORD
     return (part, gl.load(record), gl.load(record + 1), gl.load(record + 2), gl.load(record + 3), gl.load(record + 4),
             gl.load(record + 5))  # fmt: skip
 
 
 @gluon.jit
-def next_piece(starts, lengths, sequence, end, high, AHEAD: gl.constexpr):
+def next_piece(work, sequence, end, high, AHEAD: gl.constexpr):
     """First and last + 1 page, and keys, of the next sequence's piece: only a part's first piece starts inside its sequence.
     AHEAD: nothing is loaded where there is none, since it would be waited for at once."""
     if AHEAD:
         last = 0
         keys = 0
         if sequence + 1 < end:
-            keys = gl.load(lengths + sequence + 1)
-            last = gl.minimum((keys + 63) // 64, high - gl.load(starts + sequence + 1))
+            keys = gl.load(work.lengths + sequence + 1)
+            last = gl.minimum((keys + 63) // 64, high - gl.load(work.starts + sequence + 1))
         return 0, last, keys
     following = gl.minimum(sequence + 1, end - 1)
-    keys = gl.load(lengths + following)
-    return 0, gl.minimum((keys + 63) // 64, high - gl.load(starts + following)), keys
+    keys = gl.load(work.lengths + following)
+    return 0, gl.minimum((keys + 63) // 64, high - gl.load(work.starts + following)), keys
 
 
 @gluon.jit
-def page_number(records, table, piece, first, index, GROUPS: gl.constexpr, PAGES: gl.constexpr):
+def page_number(work, table, piece, first, index, GROUPS: gl.constexpr, PAGES: gl.constexpr):
     """Of page `index` of a sequence. PAGES: so many of a part's first piece are in its record."""
     place = table + index
     if PAGES > 0:  # noqa: SIM102 (the one is known when this is compiled, the other is not)
         if (piece == 0) & (index - first < PAGES):
-            place = records + (gl.program_id(0) // GROUPS * RECORD + PAGES_AT + index - first)
+            place = work.records + (gl.program_id(0) // GROUPS * RECORD + PAGES_AT + index - first)
     return gl.load(place)
 
 
@@ -128,51 +204,49 @@ def row_sum(x):
 
 
 @gluon.jit
-def publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS: gl.constexpr,
-                 TILE: gl.constexpr):  # fmt: skip
+def publish_sums(sums, lse, top, total, piece, row, ROWS: gl.constexpr, TILE: gl.constexpr):
     """End of a piece in the partition that keeps the softmax: log-sum-exps (log2 units) for whoever merges, if the sequence
     has other pieces, then reciprocal sums for the partitions that hold the output, which count this piece as finished."""
-    if last - first < (keys + 63) // 64:
-        slot = 2 * part + (first == 0).to(gl.int32)
+    if piece.last - piece.first < (piece.keys + 63) // 64:
+        slot = 2 * piece.part + (piece.first == 0).to(gl.int32)
         gl.store(lse + slot * ROWS + row, gl.where(total > 0, top + gl.log2(total), float("-inf")), mask=row < ROWS)
-    mbarrier.wait(l_empty, (piece & 1) ^ 1)
-    inverse.slice(0, TILE, dim=0).store(gl.where(total > 0, 1.0 / total, 0.0))
+    mbarrier.wait(sums.empty, (piece.number & 1) ^ 1)
+    sums.inverse.slice(0, TILE, dim=0).store(gl.where(total > 0, 1.0 / total, 0.0))
     # All threads' log-sum-exps are written before the one that arrives says so.
     barrier()
-    mbarrier.arrive(l_full, count=1)
+    mbarrier.arrive(sums.full, count=1)
 
 
 @gluon.jit
-def write_piece(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column, piece,
-                ROWS: gl.constexpr):  # fmt: skip
+def write_piece(results, left, right, sums, piece, row, column, ROWS: gl.constexpr):
     """End of a piece in a partition that holds 2 × 128 columns of the output, from `column` on: normalise, then write them to
     the output, or to the piece's slot."""
-    mbarrier.wait(l_full, piece & 1)
-    factor = inverse.load(row.type.layout)[:, None]
-    mbarrier.arrive(l_empty, count=1)
+    mbarrier.wait(sums.full, piece.number & 1)
+    factor = sums.inverse.load(row.type.layout)[:, None]
+    mbarrier.arrive(sums.empty, count=1)
     inside = (row < ROWS)[:, None]
-    if last - first == (keys + 63) // 64:
-        target = out + (sequence * ROWS + row).to(gl.int64)[:, None] * 512 + column[None, :]
-        gl.store(target, (left * factor).to(out.dtype.element_ty), mask=inside)
-        gl.store(target + 128, (right * factor).to(out.dtype.element_ty), mask=inside)
+    if piece.last - piece.first == (piece.keys + 63) // 64:
+        target = results.out + (piece.sequence * ROWS + row).to(gl.int64)[:, None] * 512 + column[None, :]
+        gl.store(target, (left * factor).to(results.out.dtype.element_ty), mask=inside)
+        gl.store(target + 128, (right * factor).to(results.out.dtype.element_ty), mask=inside)
     else:
-        slot = 2 * part + (first == 0).to(gl.int32)
-        place = partial + (slot * ROWS + row).to(gl.int64)[:, None] * 512 + column[None, :]
+        slot = 2 * piece.part + (piece.first == 0).to(gl.int32)
+        place = results.partial + (slot * ROWS + row).to(gl.int64)[:, None] * 512 + column[None, :]
         gl.store(place, left * factor, mask=inside)
         gl.store(place + 128, right * factor, mask=inside)
 
 
 @gluon.jit
-def store_columns(out, partial, left, right, part, sequence, first, last, keys, row, column, ROWS: gl.constexpr):
+def store_columns(results, left, right, piece, row, column, ROWS: gl.constexpr):
     """2 × [128 columns, rows], normalised, to the output, or to the piece's slot."""
     inside = (row < ROWS)[None, :]
-    if last - first == (keys + 63) // 64:
-        target = out + (sequence * ROWS + row).to(gl.int64)[None, :] * 512 + column[:, None]
-        gl.store(target, left.to(out.dtype.element_ty), mask=inside)
-        gl.store(target + 128, right.to(out.dtype.element_ty), mask=inside)
+    if piece.last - piece.first == (piece.keys + 63) // 64:
+        target = results.out + (piece.sequence * ROWS + row).to(gl.int64)[None, :] * 512 + column[:, None]
+        gl.store(target, left.to(results.out.dtype.element_ty), mask=inside)
+        gl.store(target + 128, right.to(results.out.dtype.element_ty), mask=inside)
     else:
-        slot = 2 * part + (first == 0).to(gl.int32)
-        place = partial + (slot * ROWS + row).to(gl.int64)[None, :] * 512 + column[:, None]
+        slot = 2 * piece.part + (piece.first == 0).to(gl.int32)
+        place = results.partial + (slot * ROWS + row).to(gl.int64)[None, :] * 512 + column[:, None]
         gl.store(place, left, mask=inside)
         gl.store(place + 128, right, mask=inside)
 

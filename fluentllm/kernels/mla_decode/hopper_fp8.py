@@ -23,6 +23,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper_common import (
     PAGES_AT,
     RECORD,
+    Pages,
+    Piece,
+    Probabilities,
+    Queries,
+    Results,
+    Sums,
+    Work,
     async_load,
     exp2,
     half_page_buffers,
@@ -44,77 +51,80 @@ STAGES = 3
 
 
 @gluon.jit
-def fetch_maps(k8_desc, kr_desc, ks_desc, qr_desc, k8, kr, ks, qr, q_desc, q8, mapped, TILE: gl.constexpr, SWAP: gl.constexpr):
+def fetch_maps(q_desc, qr_desc, k8_desc, kr_desc, ks_desc, queries, pages, mapped, TILE: gl.constexpr, SWAP: gl.constexpr):
     """Use all tensor maps on places outside their tensors, where they give zeros."""
     FAR: gl.constexpr = 1 << 30
     mbarrier.expect(mapped, 64 * 260 + TILE * (256 if SWAP else 128))
-    async_load(k8_desc, [FAR, 0, 0], mapped, k8.index(0))
-    async_load(kr_desc, [FAR, 0, 0], mapped, kr.index(0))
-    async_load(ks_desc, [FAR, 0], mapped, ks.index(0))
-    async_load(qr_desc, [FAR, 0], mapped, qr)
+    async_load(k8_desc, [FAR, 0, 0], mapped, pages.content.index(0))
+    async_load(kr_desc, [FAR, 0, 0], mapped, pages.rope.index(0))
+    async_load(ks_desc, [FAR, 0], mapped, pages.scale.index(0))
+    async_load(qr_desc, [FAR, 0], mapped, queries.rope)
     if SWAP:
-        async_load(q_desc, [FAR, 0], mapped, q8.index(0))
+        async_load(q_desc, [FAR, 0], mapped, queries.content.index(0))
 
 
 @gluon.jit
-def loader(q_desc, qr_desc, k8_desc, kr_desc, ks_desc, q8, qr, k8, kr, ks, q_full, q_empty, k_full, k_empty, mapped,
-           page_table, lengths, starts, records, ROWS: gl.constexpr, GROUPS: gl.constexpr, TABLE_WIDTH, TILE: gl.constexpr,
-           SWAP: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr, MAPS: gl.constexpr,
+def loader(q_desc, qr_desc, k8_desc, kr_desc, ks_desc, queries, pages, mapped, work, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+           TILE: gl.constexpr, SWAP: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr, MAPS: gl.constexpr,
            NUM_STAGES: gl.constexpr):  # fmt: skip
-    """SWAP: the content of the queries comes this way too, by `q_desc` into `q8`; otherwise these are not used."""
+    """SWAP: the content of the queries comes this way too, by `q_desc`; otherwise that is not used."""
     if MAPS:
-        fetch_maps(k8_desc, kr_desc, ks_desc, qr_desc, k8, kr, ks, qr, q_desc, q8, mapped, TILE, SWAP)
+        fetch_maps(q_desc, qr_desc, k8_desc, kr_desc, ks_desc, queries, pages, mapped, TILE, SWAP)
     wait_for_inputs(EARLY)
-    _, begin, end, high, first, last, _ = part_of(records, GROUPS)
+    _, begin, end, high, first, last, _ = part_of(work, GROUPS)
     group = gl.program_id(0) % GROUPS
     step = 0
     piece = 0
     page = 0
     if PAGES > 0:
-        page = gl.load(records + gl.program_id(0) // GROUPS * RECORD + PAGES_AT)
+        page = gl.load(work.records + gl.program_id(0) // GROUPS * RECORD + PAGES_AT)
     if MAPS:
         mbarrier.wait(mapped, 0)
     for sequence in range(begin, end):
         if PAGES == 0:
-            next_first, next_last, _ = next_piece(starts, lengths, sequence, end, high, False)
+            next_first, next_last, _ = next_piece(work, sequence, end, high, False)
         if first < last:
             row = sequence * ROWS + group * 64
-            table = page_table + sequence * TABLE_WIDTH
+            table = work.page_table + sequence * work.table_width
             if PAGES == 0 or piece > 0:
                 page = gl.load(table + first)
-            mbarrier.wait(q_empty, (piece & 1) ^ 1)
-            mbarrier.expect(q_full, TILE * (640 if SWAP else 128))
-            async_load(qr_desc, [row, 0], q_full, qr)
+            mbarrier.wait(queries.empty, (piece & 1) ^ 1)
+            mbarrier.expect(queries.full, TILE * (640 if SWAP else 128))
+            async_load(qr_desc, [row, 0], queries.full, queries.rope)
             if SWAP:
                 for panel in gl.static_range(4):
-                    async_load(q_desc, [row, panel * 128], q_full, q8.index(panel))
+                    async_load(q_desc, [row, panel * 128], queries.full, queries.content.index(panel))
             for index in range(first, last):
                 stage = step % NUM_STAGES
-                following = page_number(records, table, piece, first, gl.minimum(index + 1, last - 1), GROUPS, PAGES)
-                mbarrier.wait(k_empty.index(stage), ((step // NUM_STAGES) & 1) ^ 1)
-                full = k_full.index(stage)
+                following = page_number(work, table, piece, first, gl.minimum(index + 1, last - 1), GROUPS, PAGES)
+                mbarrier.wait(pages.empty.index(stage), ((step // NUM_STAGES) & 1) ^ 1)
+                full = pages.full.index(stage)
                 mbarrier.expect(full, 64 * 644)
                 for panel in gl.static_range(4):
-                    async_load(k8_desc, [page, 0, panel * 128], full, k8.index(stage * 4 + panel))
-                async_load(kr_desc, [page, 0, 0], full, kr.index(stage))
-                async_load(ks_desc, [page, 0], full, ks.index(stage))
+                    async_load(k8_desc, [page, 0, panel * 128], full, pages.content.index(stage * 4 + panel))
+                async_load(kr_desc, [page, 0, 0], full, pages.rope.index(stage))
+                async_load(ks_desc, [page, 0], full, pages.scale.index(stage))
                 page = following
                 step += 1
             piece += 1
         if PAGES > 0:
-            next_first, next_last, _ = next_piece(starts, lengths, sequence, end, high, True)
+            next_first, next_last, _ = next_piece(work, sequence, end, high, True)
         first = next_first
         last = next_last
 
 
 @gluon.jit
-def _raw_scores(q0, q1, q2, q3, qr, k8, kr, stage, zero8, zeror):
+def _raw_scores(q0, q1, q2, q3, queries, pages, stage, zero8, zeror):
     """Q K^T of one page, unscaled. Two accumulators, since FP8 and BF16 products have different types of layout."""
-    s8 = warpgroup_mma(q0, k8.index(stage * 4).reshape([64, 128]).permute((1, 0)), zero8, use_acc=False, is_async=True)
-    s8 = warpgroup_mma(q1, k8.index(stage * 4 + 1).reshape([64, 128]).permute((1, 0)), s8, is_async=True)
-    s8 = warpgroup_mma(q2, k8.index(stage * 4 + 2).reshape([64, 128]).permute((1, 0)), s8, is_async=True)
-    s8 = warpgroup_mma(q3, k8.index(stage * 4 + 3).reshape([64, 128]).permute((1, 0)), s8, is_async=True)
-    sr = warpgroup_mma(qr, kr.index(stage).reshape([64, 64]).permute((1, 0)), zeror, use_acc=False, is_async=True)
+    s8 = warpgroup_mma(
+        q0, pages.content.index(stage * 4).reshape([64, 128]).permute((1, 0)), zero8, use_acc=False, is_async=True
+    )
+    s8 = warpgroup_mma(q1, pages.content.index(stage * 4 + 1).reshape([64, 128]).permute((1, 0)), s8, is_async=True)
+    s8 = warpgroup_mma(q2, pages.content.index(stage * 4 + 2).reshape([64, 128]).permute((1, 0)), s8, is_async=True)
+    s8 = warpgroup_mma(q3, pages.content.index(stage * 4 + 3).reshape([64, 128]).permute((1, 0)), s8, is_async=True)
+    sr = warpgroup_mma(
+        queries.rope, pages.rope.index(stage).reshape([64, 64]).permute((1, 0)), zeror, use_acc=False, is_async=True
+    )
     s8, sr = warpgroup_mma_wait(0, deps=[s8, sr])
     return s8 + gl.convert_layout(sr, zero8.type.layout)
 
@@ -135,8 +145,7 @@ def weighted_logits(raw, scale_bits, factor, hidden_from, visible, key):
 
 
 @gluon.jit
-def softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total, p, alphas, p_full, p_empty, step,
-                  TILE: gl.constexpr):  # fmt: skip
+def softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total, probabilities, step, TILE: gl.constexpr):
     """Online softmax of a page."""
     weighted, reciprocal = weighted_logits(raw, scale_bits, factor, hidden_from, visible, key)
     if TILE == 64:
@@ -150,21 +159,20 @@ def softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total,
     else:
         total = total * alpha + gl.sum(prob * reciprocal[None, :], 1)
     buffer = step % 2
-    mbarrier.wait(p_empty.index(buffer), ((step // 2) & 1) ^ 1)
-    p.index(buffer).slice(0, TILE, dim=0).store(prob.to(gl.float16))
-    alphas.index(buffer).slice(0, TILE, dim=0).store(alpha)
+    mbarrier.wait(probabilities.empty.index(buffer), ((step // 2) & 1) ^ 1)
+    probabilities.p.index(buffer).slice(0, TILE, dim=0).store(prob.to(gl.float16))
+    probabilities.alphas.index(buffer).slice(0, TILE, dim=0).store(alpha)
     fence_async_shared()
-    mbarrier.arrive(p_full.index(buffer), count=1)
+    mbarrier.arrive(probabilities.full.index(buffer), count=1)
     return new_top, total
 
 
 @gluon.jit
-def _scores(q8, q_scale, lse, qr, k8, kr, ks, spread, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full, p_empty,
-            l_full, l_empty, lengths, starts, records, scale_log2, HEADS: gl.constexpr, ROWS: gl.constexpr,
-            GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PAGES: gl.constexpr,
+def _scores(q8, q_scale, lse, queries, pages, spread, probabilities, sums, work, scale_log2, HEADS: gl.constexpr,
+            ROWS: gl.constexpr, GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PAGES: gl.constexpr,
             EARLY: gl.constexpr):  # fmt: skip
     wait_for_inputs(EARLY)
-    part, begin, end, high, first, last, keys = part_of(records, GROUPS)
+    part, begin, end, high, first, last, keys = part_of(work, GROUPS)
     group = gl.program_id(0) % GROUPS
     S8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
     SR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -182,7 +190,7 @@ def _scores(q8, q_scale, lse, qr, k8, kr, ks, spread, p, alphas, inverse, q_full
     step = 0
     piece = 0
     for sequence in range(begin, end):
-        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
+        next_first, next_last, next_keys = next_piece(work, sequence, end, high, PAGES > 0)
         if first < last:
             factor = gl.load(q_scale + sequence * ROWS + row, mask=row < ROWS, other=0.0) * scale_log2
             least = keys - ROWS // HEADS + 1
@@ -195,21 +203,22 @@ def _scores(q8, q_scale, lse, qr, k8, kr, ks, spread, p, alphas, inverse, q_full
             q1 = gl.load(source + 128, mask=inside, other=0.0)
             q2 = gl.load(source + 256, mask=inside, other=0.0)
             q3 = gl.load(source + 384, mask=inside, other=0.0)
-            mbarrier.wait(q_full, piece & 1)
+            mbarrier.wait(queries.full, piece & 1)
             for index in range(first, last):
                 stage = step % NUM_STAGES
-                mbarrier.wait(k_full.index(stage), (step // NUM_STAGES) & 1)
-                raw = _raw_scores(q0, q1, q2, q3, qr, k8, kr, stage, zero8, zeror)
-                bits = ks.index(stage).reshape([64]).load(gl.SliceLayout(0, SOFT)).to(gl.int32, bitcast=True)
-                mbarrier.arrive(k_empty.index(stage), count=1)
+                mbarrier.wait(pages.full.index(stage), (step // NUM_STAGES) & 1)
+                raw = _raw_scores(q0, q1, q2, q3, queries, pages, stage, zero8, zeror)
+                bits = pages.scale.index(stage).reshape([64]).load(gl.SliceLayout(0, SOFT)).to(gl.int32, bitcast=True)
+                mbarrier.arrive(pages.empty.index(stage), count=1)
                 if TILE < 64:
                     spread.store(raw)
                     raw = spread.slice(0, TILE, dim=0).load(SOFT)
-                top, total = softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total, p,
-                                           alphas, p_full, p_empty, step, TILE)  # fmt: skip
+                top, total = softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total,
+                                          probabilities, step, TILE)  # fmt: skip
                 step += 1
-            mbarrier.arrive(q_empty, count=1)
-            publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS, TILE)
+            mbarrier.arrive(queries.empty, count=1)
+            here = Piece(part, sequence, first, last, keys, piece)
+            publish_sums(sums, lse, top, total, here, row, ROWS, TILE)
             piece += 1
         first = next_first
         last = next_last
@@ -217,7 +226,7 @@ def _scores(q8, q_scale, lse, qr, k8, kr, ks, spread, p, alphas, inverse, q_full
 
 
 @gluon.jit
-def convert(k8, v_left, v_right, stage, HALF: gl.constexpr, KEYS_FROM: gl.constexpr):
+def convert(pages, v_left, v_right, stage, HALF: gl.constexpr, KEYS_FROM: gl.constexpr):
     """Half a page's keys (32) of half the latent (2 × 128): E4M3 → FP16, exactly."""
     # Lanes so that neither the 16-byte reads of E4M3 nor the two 16-byte writes of FP16 meet in a bank of the 128-byte
     # swizzle: eight lanes are four chunks of a row and four of the row whose index differs in bits 0 and 2.
@@ -228,22 +237,21 @@ def convert(k8, v_left, v_right, stage, HALF: gl.constexpr, KEYS_FROM: gl.conste
         block_bases=[],
         shape=[32, 128],
     )
-    left = k8.index(stage * 4 + HALF * 2).reshape([64, 128]).slice(KEYS_FROM * 32, 32, dim=0).load(LANES)
-    right = k8.index(stage * 4 + HALF * 2 + 1).reshape([64, 128]).slice(KEYS_FROM * 32, 32, dim=0).load(LANES)
+    left = pages.content.index(stage * 4 + HALF * 2).reshape([64, 128]).slice(KEYS_FROM * 32, 32, dim=0).load(LANES)
+    right = pages.content.index(stage * 4 + HALF * 2 + 1).reshape([64, 128]).slice(KEYS_FROM * 32, 32, dim=0).load(LANES)
     v_left.store(left.to(gl.float16))
     v_right.store(right.to(gl.float16))
 
 
 @gluon.jit
-def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full,
-            l_empty, lengths, starts, spans, records, counters, count, parts, HALF: gl.constexpr, ROWS: gl.constexpr,
+def _values(results, pages, v00, v01, v10, v11, probabilities, sums, work, HALF: gl.constexpr, ROWS: gl.constexpr,
             GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr,
             MERGE: gl.constexpr):  # fmt: skip
     wait_for_inputs(EARLY)
-    part, begin, end, high, first, last, keys = part_of(records, GROUPS)
+    part, begin, end, high, first, last, keys = part_of(work, GROUPS)
     if MERGE:
-        first_a, splits_a, first_b, splits_b = ends_of_part(spans, begin, end, count)
-        clear_inert(out, lengths, count, parts, GROUPS, ROWS, HALF)
+        ends = ends_of_part(work, begin, end)
+        clear_inert(results.out, work, GROUPS, ROWS, HALF)
     group = gl.program_id(0) % GROUPS
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
@@ -253,40 +261,40 @@ def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_ful
     before_a = 0
     before_b = 0
     for sequence in range(begin, end):
-        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
+        next_first, next_last, next_keys = next_piece(work, sequence, end, high, PAGES > 0)
         if first < last:
             left = gl.zeros([64, 128], gl.float32, OUT)
             right = gl.zeros([64, 128], gl.float32, OUT)
-            mbarrier.wait(k_full.index(step % NUM_STAGES), (step // NUM_STAGES) & 1)
-            convert(k8, v00, v01, step % NUM_STAGES, HALF, 0)
+            mbarrier.wait(pages.full.index(step % NUM_STAGES), (step // NUM_STAGES) & 1)
+            convert(pages, v00, v01, step % NUM_STAGES, HALF, 0)
             for index in range(first, last):
                 stage = step % NUM_STAGES
                 buffer = step % 2
-                mbarrier.wait(p_full.index(buffer), (step // 2) & 1)
-                alpha = alphas.index(buffer).load(gl.SliceLayout(1, OUT))
+                mbarrier.wait(probabilities.full.index(buffer), (step // 2) & 1)
+                alpha = probabilities.alphas.index(buffer).load(gl.SliceLayout(1, OUT))
                 left = left * alpha[:, None]
                 right = right * alpha[:, None]
                 fence_async_shared()
-                prob = p.index(buffer)
+                prob = probabilities.p.index(buffer)
                 left = warpgroup_mma(prob.slice(0, 32, dim=1), v00, left, is_async=True)
                 right = warpgroup_mma(prob.slice(0, 32, dim=1), v01, right, is_async=True)
-                convert(k8, v10, v11, stage, HALF, 1)
+                convert(pages, v10, v11, stage, HALF, 1)
                 fence_async_shared()
                 left = warpgroup_mma(prob.slice(32, 32, dim=1), v10, left, is_async=True)
                 right = warpgroup_mma(prob.slice(32, 32, dim=1), v11, right, is_async=True)
-                mbarrier.arrive(k_empty.index(stage), count=1)
+                mbarrier.arrive(pages.empty.index(stage), count=1)
                 step += 1
                 # The first keys' V is free again; convert the next page's under the second product.
                 left, right = warpgroup_mma_wait(2, deps=[left, right])
                 if index + 1 < last:
-                    mbarrier.wait(k_full.index(step % NUM_STAGES), (step // NUM_STAGES) & 1)
-                    convert(k8, v00, v01, step % NUM_STAGES, HALF, 0)
+                    mbarrier.wait(pages.full.index(step % NUM_STAGES), (step // NUM_STAGES) & 1)
+                    convert(pages, v00, v01, step % NUM_STAGES, HALF, 0)
                 left, right = warpgroup_mma_wait(0, deps=[left, right])
-                mbarrier.arrive(p_empty.index(buffer), count=1)
-            write_piece(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column,
-                        piece, ROWS)  # fmt: skip
+                mbarrier.arrive(probabilities.empty.index(buffer), count=1)
+            here = Piece(part, sequence, first, last, keys, piece)
+            write_piece(results, left, right, sums, here, row, column, ROWS)
             if MERGE:
-                before_b = count_piece(counters, sequence, first, last, keys, GROUPS, HALF)
+                before_b = count_piece(work, here, GROUPS, HALF)
                 if sequence == begin:
                     before_a = before_b
             piece += 1
@@ -294,8 +302,7 @@ def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_ful
         last = next_last
         keys = next_keys
     if MERGE:
-        merge_splits(out, partial, lse, counters, part, begin, end, first_a, splits_a, first_b, splits_b, before_a, before_b,
-                     ROWS, GROUPS, HALF)  # fmt: skip
+        merge_splits(results, work, part, begin, end, ends, before_a, before_b, ROWS, GROUPS, HALF)
 
 
 @gluon.jit(do_not_specialize=["count", "parts"])
@@ -319,22 +326,24 @@ def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, ls
     inverse = gl.allocate_shared_memory(gl.float32, [64], FLAT)
     mapped, q_full, q_empty, l_full, l_empty, k_full, k_empty = handshakes(NUM_STAGES)
     p_full, p_empty = probability_handshakes()
+    queries = Queries(qr, qr, q_full, q_empty)
+    pages = Pages(k8, kr, ks, k_full, k_empty)
+    probabilities = Probabilities(p, alphas, p_full, p_empty)
+    sums = Sums(inverse, l_full, l_empty)
+    results = Results(out, partial, lse)
+    work = Work(records, starts, lengths, spans, counters, count, parts, page_table, table_width)
     if PDL:
         launch_dependents()
     gl.warp_specialize(
         [
-            (_scores, (q8, q_scale, lse, qr, k8, kr, ks, spread, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full,
-                       p_empty, l_full, l_empty, lengths, starts, records, scale_log2, HEADS, ROWS, GROUPS, NUM_STAGES, TILE,
-                       PAGES, EARLY)),
-            (_values, (out, partial, lse, k8, v[0], v[1], v[2], v[3], p, alphas, inverse, k_full, k_empty, p_full, p_empty,
-                       l_full, l_empty, lengths, starts, spans, records, counters, count, parts, 0, ROWS, GROUPS, NUM_STAGES,
-                       PAGES, EARLY, MERGE)),
-            (_values, (out, partial, lse, k8, v[4], v[5], v[6], v[7], p, alphas, inverse, k_full, k_empty, p_full, p_empty,
-                       l_full, l_empty, lengths, starts, spans, records, counters, count, parts, 1, ROWS, GROUPS, NUM_STAGES,
-                       PAGES, EARLY, MERGE)),
-            (loader, (qr_desc, qr_desc, k8_desc, kr_desc, ks_desc, qr, qr, k8, kr, ks, q_full, q_empty, k_full, k_empty, mapped,
-                      page_table, lengths, starts, records, ROWS, GROUPS, table_width, 64, False, PAGES, EARLY, MAPS,
-                      NUM_STAGES)),
+            (_scores, (q8, q_scale, lse, queries, pages, spread, probabilities, sums, work, scale_log2, HEADS, ROWS, GROUPS,
+                       NUM_STAGES, TILE, PAGES, EARLY)),
+            (_values, (results, pages, v[0], v[1], v[2], v[3], probabilities, sums, work, 0, ROWS, GROUPS, NUM_STAGES, PAGES,
+                       EARLY, MERGE)),
+            (_values, (results, pages, v[4], v[5], v[6], v[7], probabilities, sums, work, 1, ROWS, GROUPS, NUM_STAGES, PAGES,
+                       EARLY, MERGE)),
+            (loader, (qr_desc, qr_desc, k8_desc, kr_desc, ks_desc, queries, pages, mapped, work, ROWS, GROUPS, 64, False, PAGES,
+                      EARLY, MAPS, NUM_STAGES)),
         ],
         [4, 4, 1],
         [160, 160, 24],

@@ -18,6 +18,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_common import (
+    Pages,
+    Piece,
+    Probabilities,
+    Queries,
+    Results,
+    Sums,
+    Work,
     half_page_buffers,
     handshakes,
     launch_dependents,
@@ -33,23 +40,25 @@ from .hopper_merge import clear_inert, count_piece, ends_of_part, merge_splits
 
 
 @gluon.jit
-def _raw_scores(q8, qr, k8, kr, stage, zero8, zeror):
+def _raw_scores(queries, pages, stage, zero8, zeror):
     """K Q^T of one page, [64 keys, rows], unscaled. Two accumulators: FP8 and BF16 products have different types of layout."""
     s8 = zero8
     for panel in gl.static_range(4):
-        keys = k8.index(stage * 4 + panel).reshape([64, 128])
-        s8 = warpgroup_mma(keys, q8.index(panel).permute((1, 0)), s8, use_acc=panel > 0, is_async=True)
-    sr = warpgroup_mma(kr.index(stage).reshape([64, 64]), qr.permute((1, 0)), zeror, use_acc=False, is_async=True)
+        keys = pages.content.index(stage * 4 + panel).reshape([64, 128])
+        s8 = warpgroup_mma(keys, queries.content.index(panel).permute((1, 0)), s8, use_acc=panel > 0, is_async=True)
+    sr = warpgroup_mma(
+        pages.rope.index(stage).reshape([64, 64]), queries.rope.permute((1, 0)), zeror, use_acc=False, is_async=True
+    )
     s8, sr = warpgroup_mma_wait(0, deps=[s8, sr])
     return s8 + gl.convert_layout(sr, zero8.type.layout)
 
 
 @gluon.jit
-def _scores(q_scale, lse, q8, qr, k8, kr, ks, spread, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full, p_empty,
-            l_full, l_empty, lengths, starts, records, scale_log2, HEADS: gl.constexpr, ROWS: gl.constexpr,
-            NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+def _scores(q_scale, lse, queries, pages, spread, probabilities, sums, work, scale_log2, HEADS: gl.constexpr,
+            ROWS: gl.constexpr, NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PAGES: gl.constexpr,
+            EARLY: gl.constexpr):  # fmt: skip
     wait_for_inputs(EARLY)
-    part, begin, end, high, first, last, keys = part_of(records, 1)
+    part, begin, end, high, first, last, keys = part_of(work, 1)
     S8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 32])
     SR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     # Turned on the way through shared memory, so that a row's keys are in eight lanes of a warp.
@@ -61,27 +70,28 @@ def _scores(q_scale, lse, q8, qr, k8, kr, ks, spread, p, alphas, inverse, q_full
     step = 0
     piece = 0
     for sequence in range(begin, end):
-        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
+        next_first, next_last, next_keys = next_piece(work, sequence, end, high, PAGES > 0)
         if first < last:
             factor = gl.load(q_scale + sequence * ROWS + row, mask=row < ROWS, other=0.0) * scale_log2
             least = keys - ROWS // HEADS + 1
             visible = least + row // HEADS
             top = gl.full([TILE], -1.0e30, gl.float32, gl.SliceLayout(1, SOFT))
             total = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, SOFT))
-            mbarrier.wait(q_full, piece & 1)
+            mbarrier.wait(queries.full, piece & 1)
             for index in range(first, last):
                 stage = step % NUM_STAGES
-                mbarrier.wait(k_full.index(stage), (step // NUM_STAGES) & 1)
-                raw = _raw_scores(q8, qr, k8, kr, stage, zero8, zeror)
-                bits = ks.index(stage).reshape([64]).load(gl.SliceLayout(0, SOFT)).to(gl.int32, bitcast=True)
-                mbarrier.arrive(k_empty.index(stage), count=1)
+                mbarrier.wait(pages.full.index(stage), (step // NUM_STAGES) & 1)
+                raw = _raw_scores(queries, pages, stage, zero8, zeror)
+                bits = pages.scale.index(stage).reshape([64]).load(gl.SliceLayout(0, SOFT)).to(gl.int32, bitcast=True)
+                mbarrier.arrive(pages.empty.index(stage), count=1)
                 spread.permute((1, 0)).store(raw)
                 raw = spread.load(SOFT)
-                top, total = softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total, p,
-                                          alphas, p_full, p_empty, step, TILE)  # fmt: skip
+                top, total = softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total,
+                                          probabilities, step, TILE)  # fmt: skip
                 step += 1
-            mbarrier.arrive(q_empty, count=1)
-            publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS, TILE)
+            mbarrier.arrive(queries.empty, count=1)
+            here = Piece(part, sequence, first, last, keys, piece)
+            publish_sums(sums, lse, top, total, here, row, ROWS, TILE)
             piece += 1
         first = next_first
         last = next_last
@@ -89,25 +99,23 @@ def _scores(q_scale, lse, q8, qr, k8, kr, ks, spread, p, alphas, inverse, q_full
 
 
 @gluon.jit
-def _write_columns(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column, piece,
-                   ROWS: gl.constexpr):  # fmt: skip
+def _write_columns(results, left, right, sums, piece, row, column, ROWS: gl.constexpr):
     """As `hopper_common.write_piece`, of [columns, rows]."""
-    mbarrier.wait(l_full, piece & 1)
-    factor = inverse.slice(0, row.shape[0], dim=0).load(row.type.layout)[None, :]
-    mbarrier.arrive(l_empty, count=1)
-    store_columns(out, partial, left * factor, right * factor, part, sequence, first, last, keys, row, column, ROWS)
+    mbarrier.wait(sums.full, piece.number & 1)
+    factor = sums.inverse.slice(0, row.shape[0], dim=0).load(row.type.layout)[None, :]
+    mbarrier.arrive(sums.empty, count=1)
+    store_columns(results, left * factor, right * factor, piece, row, column, ROWS)
 
 
 @gluon.jit
-def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full,
-            l_empty, lengths, starts, spans, records, counters, count, parts, HALF: gl.constexpr, ROWS: gl.constexpr,
+def _values(results, pages, v00, v01, v10, v11, probabilities, sums, work, HALF: gl.constexpr, ROWS: gl.constexpr,
             NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr,
             MERGE: gl.constexpr):  # fmt: skip
     wait_for_inputs(EARLY)
-    part, begin, end, high, first, last, keys = part_of(records, 1)
+    part, begin, end, high, first, last, keys = part_of(work, 1)
     if MERGE:
-        first_a, splits_a, first_b, splits_b = ends_of_part(spans, begin, end, count)
-        clear_inert(out, lengths, count, parts, 1, ROWS, HALF)
+        ends = ends_of_part(work, begin, end)
+        clear_inert(results.out, work, 1, ROWS, HALF)
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     row = gl.arange(0, TILE, gl.SliceLayout(0, OUT))
     column = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(1, OUT))
@@ -116,35 +124,35 @@ def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_ful
     before_a = 0
     before_b = 0
     for sequence in range(begin, end):
-        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
+        next_first, next_last, next_keys = next_piece(work, sequence, end, high, PAGES > 0)
         if first < last:
             left = gl.zeros([128, TILE], gl.float32, OUT)
             right = gl.zeros([128, TILE], gl.float32, OUT)
             for _ in range(first, last):
                 stage = step % NUM_STAGES
                 buffer = step % 2
-                mbarrier.wait(k_full.index(stage), (step // NUM_STAGES) & 1)
-                convert(k8, v00, v01, stage, HALF, 0)
-                convert(k8, v10, v11, stage, HALF, 1)
+                mbarrier.wait(pages.full.index(stage), (step // NUM_STAGES) & 1)
+                convert(pages, v00, v01, stage, HALF, 0)
+                convert(pages, v10, v11, stage, HALF, 1)
                 fence_async_shared()
-                mbarrier.arrive(k_empty.index(stage), count=1)
-                mbarrier.wait(p_full.index(buffer), (step // 2) & 1)
-                alpha = alphas.index(buffer).slice(0, TILE, dim=0).load(gl.SliceLayout(0, OUT))
+                mbarrier.arrive(pages.empty.index(stage), count=1)
+                mbarrier.wait(probabilities.full.index(buffer), (step // 2) & 1)
+                alpha = probabilities.alphas.index(buffer).slice(0, TILE, dim=0).load(gl.SliceLayout(0, OUT))
                 left = left * alpha[None, :]
                 right = right * alpha[None, :]
-                early = p.index(buffer).slice(0, 32, dim=1).permute((1, 0))
-                late = p.index(buffer).slice(32, 32, dim=1).permute((1, 0))
+                early = probabilities.p.index(buffer).slice(0, 32, dim=1).permute((1, 0))
+                late = probabilities.p.index(buffer).slice(32, 32, dim=1).permute((1, 0))
                 left = warpgroup_mma(v00.permute((1, 0)), early, left, is_async=True)
                 right = warpgroup_mma(v01.permute((1, 0)), early, right, is_async=True)
                 left = warpgroup_mma(v10.permute((1, 0)), late, left, is_async=True)
                 right = warpgroup_mma(v11.permute((1, 0)), late, right, is_async=True)
                 left, right = warpgroup_mma_wait(0, deps=[left, right])
-                mbarrier.arrive(p_empty.index(buffer), count=1)
+                mbarrier.arrive(probabilities.empty.index(buffer), count=1)
                 step += 1
-            _write_columns(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, row, column,
-                           piece, ROWS)  # fmt: skip
+            here = Piece(part, sequence, first, last, keys, piece)
+            _write_columns(results, left, right, sums, here, row, column, ROWS)
             if MERGE:
-                before_b = count_piece(counters, sequence, first, last, keys, 1, HALF)
+                before_b = count_piece(work, here, 1, HALF)
                 if sequence == begin:
                     before_a = before_b
             piece += 1
@@ -152,8 +160,7 @@ def _values(out, partial, lse, k8, v00, v01, v10, v11, p, alphas, inverse, k_ful
         last = next_last
         keys = next_keys
     if MERGE:
-        merge_splits(out, partial, lse, counters, part, begin, end, first_a, splits_a, first_b, splits_b, before_a, before_b,
-                     ROWS, 1, HALF)  # fmt: skip
+        merge_splits(results, work, part, begin, end, ends, before_a, before_b, ROWS, 1, HALF)
 
 
 @gluon.jit(do_not_specialize=["count", "parts"])
@@ -177,21 +184,24 @@ def decode_fp8_few(q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, pa
     inverse = gl.allocate_shared_memory(gl.float32, [64], FLAT)
     mapped, q_full, q_empty, l_full, l_empty, k_full, k_empty = handshakes(NUM_STAGES)
     p_full, p_empty = probability_handshakes()
+    queries = Queries(q8, qr, q_full, q_empty)
+    pages = Pages(k8, kr, ks, k_full, k_empty)
+    probabilities = Probabilities(p, alphas, p_full, p_empty)
+    sums = Sums(inverse, l_full, l_empty)
+    results = Results(out, partial, lse)
+    work = Work(records, starts, lengths, spans, counters, count, parts, page_table, table_width)
     if PDL:
         launch_dependents()
     gl.warp_specialize(
         [
-            (_scores, (q_scale, lse, q8, qr, k8, kr, ks, spread, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full,
-                       p_empty, l_full, l_empty, lengths, starts, records, scale_log2, HEADS, ROWS, NUM_STAGES, TILE, PAGES,
-                       EARLY)),
-            (_values, (out, partial, lse, k8, v[0], v[1], v[2], v[3], p, alphas, inverse, k_full, k_empty, p_full, p_empty,
-                       l_full, l_empty, lengths, starts, spans, records, counters, count, parts, 0, ROWS, NUM_STAGES, TILE,
-                       PAGES, EARLY, MERGE)),
-            (_values, (out, partial, lse, k8, v[4], v[5], v[6], v[7], p, alphas, inverse, k_full, k_empty, p_full, p_empty,
-                       l_full, l_empty, lengths, starts, spans, records, counters, count, parts, 1, ROWS, NUM_STAGES, TILE,
-                       PAGES, EARLY, MERGE)),
-            (loader, (q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, q8, qr, k8, kr, ks, q_full, q_empty, k_full, k_empty, mapped,
-                      page_table, lengths, starts, records, ROWS, 1, table_width, TILE, True, PAGES, EARLY, MAPS, NUM_STAGES)),
+            (_scores, (q_scale, lse, queries, pages, spread, probabilities, sums, work, scale_log2, HEADS, ROWS, NUM_STAGES,
+                       TILE, PAGES, EARLY)),
+            (_values, (results, pages, v[0], v[1], v[2], v[3], probabilities, sums, work, 0, ROWS, NUM_STAGES, TILE, PAGES,
+                       EARLY, MERGE)),
+            (_values, (results, pages, v[4], v[5], v[6], v[7], probabilities, sums, work, 1, ROWS, NUM_STAGES, TILE, PAGES,
+                       EARLY, MERGE)),
+            (loader, (q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, queries, pages, mapped, work, ROWS, 1, TILE, True, PAGES,
+                      EARLY, MAPS, NUM_STAGES)),
         ],
         [4, 4, 1],
         [160, 160, 24],

@@ -19,6 +19,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_common import (
+    Pages,
+    Piece,
+    Probabilities,
+    Queries,
+    Results,
+    Sums,
+    Work,
     exp2,
     handshakes,
     launch_dependents,
@@ -39,20 +46,21 @@ LAG: gl.constexpr = gl.constexpr(8.0)
 
 
 @gluon.jit
-def _raw_scores(q8, qr, k8, kr, stage, zeror, S8: gl.constexpr):
+def _raw_scores(queries, pages, stage, zeror, S8: gl.constexpr):
     """Q K^T of one page, unscaled. FP8 and BF16 products have different types of layout, though the same registers: what the
     rotary part gives, once it is there, is where the content's products begin."""
-    sr = warpgroup_mma(qr, kr.index(stage).reshape([64, 64]).permute((1, 0)), zeror, use_acc=False, is_async=True)
+    sr = warpgroup_mma(
+        queries.rope, pages.rope.index(stage).reshape([64, 64]).permute((1, 0)), zeror, use_acc=False, is_async=True
+    )
     raw = gl.convert_layout(warpgroup_mma_wait(0, deps=[sr]), S8, assert_trivial=True)
     for panel in gl.static_range(4):
-        keys = k8.index(stage * 4 + panel).reshape([64, 128]).permute((1, 0))
-        raw = warpgroup_mma(q8.index(panel), keys, raw, is_async=True)
+        keys = pages.content.index(stage * 4 + panel).reshape([64, 128]).permute((1, 0))
+        raw = warpgroup_mma(queries.content.index(panel), keys, raw, is_async=True)
     return warpgroup_mma_wait(0, deps=[raw])
 
 
 @gluon.jit
-def _softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total, p, alphas, p_full, p_empty, step,
-                  SUMS: gl.constexpr):  # fmt: skip
+def _softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total, probabilities, step, SUMS: gl.constexpr):
     """As `hopper_fp8.softmax_page`, with sums [64, 4]: those of a quad's lanes stay apart until the piece ends."""
     weighted, reciprocal = weighted_logits(raw, scale_bits, factor, hidden_from, visible, key)
     best = row_max(weighted)
@@ -61,11 +69,11 @@ def _softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total
     alpha = exp2(top - new_top)
     prob = exp2(weighted - new_top[:, None])
     buffer = step % 2
-    mbarrier.wait(p_empty.index(buffer), ((step // 2) & 1) ^ 1)
-    p.index(buffer).store(prob.to(gl.float16))
-    alphas.index(buffer).store(alpha)
+    mbarrier.wait(probabilities.empty.index(buffer), ((step // 2) & 1) ^ 1)
+    probabilities.p.index(buffer).store(prob.to(gl.float16))
+    probabilities.alphas.index(buffer).store(alpha)
     fence_async_shared()
-    mbarrier.arrive(p_full.index(buffer), count=1)
+    mbarrier.arrive(probabilities.full.index(buffer), count=1)
     own = gl.sum(gl.sum((prob * reciprocal[None, :]).reshape([64, 8, 4, 2]), 1), 2)
     kept = gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))
     total = total * kept[:, None] + gl.convert_layout(own, SUMS, assert_trivial=True)
@@ -73,11 +81,10 @@ def _softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total
 
 
 @gluon.jit
-def _scores(q_scale, lse, q8, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full, p_empty, l_full,
-            l_empty, lengths, starts, records, scale_log2, HEADS: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
-            NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+def _scores(q_scale, lse, queries, pages, probabilities, sums, work, scale_log2, HEADS: gl.constexpr, ROWS: gl.constexpr,
+            GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     wait_for_inputs(EARLY)
-    part, begin, end, high, first, last, keys = part_of(records, GROUPS)
+    part, begin, end, high, first, last, keys = part_of(work, GROUPS)
     group = gl.program_id(0) % GROUPS
     S8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
     SR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -95,26 +102,27 @@ def _scores(q_scale, lse, q8, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empt
     step = 0
     piece = 0
     for sequence in range(begin, end):
-        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
+        next_first, next_last, next_keys = next_piece(work, sequence, end, high, PAGES > 0)
         if first < last:
             factor = gl.load(q_scale + sequence * ROWS + row, mask=row < ROWS, other=0.0) * scale_log2
             least = keys - ROWS // HEADS + 1
             visible = least + row // HEADS
             top = gl.full([64], -1.0e30, gl.float32, gl.SliceLayout(1, S8))
             total = gl.zeros([64, 4], gl.float32, SUMS)
-            mbarrier.wait(q_full, piece & 1)
+            mbarrier.wait(queries.full, piece & 1)
             for index in range(first, last):
                 stage = step % NUM_STAGES
-                mbarrier.wait(k_full.index(stage), (step // NUM_STAGES) & 1)
-                raw = _raw_scores(q8, qr, k8, kr, stage, zeror, S8)
-                bits = ks.index(stage).reshape([64]).load(gl.SliceLayout(0, S8)).to(gl.int32, bitcast=True)
-                mbarrier.arrive(k_empty.index(stage), count=1)
-                top, total = _softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total, p,
-                                           alphas, p_full, p_empty, step, SUMS)  # fmt: skip
+                mbarrier.wait(pages.full.index(stage), (step // NUM_STAGES) & 1)
+                raw = _raw_scores(queries, pages, stage, zeror, S8)
+                bits = pages.scale.index(stage).reshape([64]).load(gl.SliceLayout(0, S8)).to(gl.int32, bitcast=True)
+                mbarrier.arrive(pages.empty.index(stage), count=1)
+                top, total = _softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total,
+                                           probabilities, step, SUMS)  # fmt: skip
                 step += 1
-            mbarrier.arrive(q_empty, count=1)
+            mbarrier.arrive(queries.empty, count=1)
             total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
-            publish_sums(inverse, lse, l_full, l_empty, top, total, part, first, last, keys, row, piece, ROWS, 64)
+            here = Piece(part, sequence, first, last, keys, piece)
+            publish_sums(sums, lse, top, total, here, row, ROWS, 64)
             piece += 1
         first = next_first
         last = next_last
@@ -122,7 +130,7 @@ def _scores(q_scale, lse, q8, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empt
 
 
 @gluon.jit
-def _columns_of_keys(k8, panel, FROM: gl.constexpr, A: gl.constexpr):
+def _columns_of_keys(pages, panel, FROM: gl.constexpr, A: gl.constexpr):
     """V^T of 16 keys, from FROM on, and the 128 columns of a panel: [128, 16] FP16, as an MMA's first operand."""
     # Lane (g, t) of a warp holds keys 2t, 2t + 1, 2t + 8, 2t + 9 of columns 4g … 4g + 3: eight lanes read 32 contiguous bytes
     # of each of four keys, which do not meet in a bank of the 128-byte swizzle.
@@ -133,7 +141,7 @@ def _columns_of_keys(k8, panel, FROM: gl.constexpr, A: gl.constexpr):
         block_bases=[],
         shape=[16, 128],
     )
-    read = k8.index(panel).reshape([64, 128]).slice(FROM, 16, dim=0).load(READ)
+    read = pages.content.index(panel).reshape([64, 128]).slice(FROM, 16, dim=0).load(READ)
     # [pairs of keys, the two, 32 runs of columns, 4 columns] → of each pair's four columns a register of FP16 each, the two
     # keys in it: the inputs' order in a thread is (key, column), the outputs' (column, key).
     pairs = read.reshape([8, 2, 32, 4]).permute((0, 2, 1, 3))
@@ -171,28 +179,26 @@ def _in_order(rows):
 
 
 @gluon.jit
-def _write_columns(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, group, piece,
-                   HALF: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
+def _write_columns(results, left, right, sums, piece, group, HALF: gl.constexpr, ROWS: gl.constexpr):
     """As `hopper_common.write_piece`, of [columns, rows]."""
-    mbarrier.wait(l_full, piece & 1)
-    factor = inverse.load(gl.SliceLayout(0, left.type.layout))[None, :]
-    mbarrier.arrive(l_empty, count=1)
+    mbarrier.wait(sums.full, piece.number & 1)
+    factor = sums.inverse.load(gl.SliceLayout(0, left.type.layout))[None, :]
+    mbarrier.arrive(sums.empty, count=1)
     left = _in_order(left * factor)
     right = _in_order(right * factor)
     row = group * 64 + gl.arange(0, 64, gl.SliceLayout(0, left.type.layout))
     column = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(1, left.type.layout))
-    store_columns(out, partial, left, right, part, sequence, first, last, keys, row, column, ROWS)
+    store_columns(results, left, right, piece, row, column, ROWS)
 
 
 @gluon.jit
-def _values(out, partial, lse, k8, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths, starts,
-            spans, records, counters, count, parts, HALF: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+def _values(results, pages, probabilities, sums, work, HALF: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr,
             NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr, MERGE: gl.constexpr):  # fmt: skip
     wait_for_inputs(EARLY)
-    part, begin, end, high, first, last, keys = part_of(records, GROUPS)
+    part, begin, end, high, first, last, keys = part_of(work, GROUPS)
     if MERGE:
-        first_a, splits_a, first_b, splits_b = ends_of_part(spans, begin, end, count)
-        clear_inert(out, lengths, count, parts, GROUPS, ROWS, HALF)
+        ends = ends_of_part(work, begin, end)
+        clear_inert(results.out, work, GROUPS, ROWS, HALF)
     group = gl.program_id(0) % GROUPS
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
@@ -201,7 +207,7 @@ def _values(out, partial, lse, k8, p, alphas, inverse, k_full, k_empty, p_full, 
     before_a = 0
     before_b = 0
     for sequence in range(begin, end):
-        next_first, next_last, next_keys = next_piece(starts, lengths, sequence, end, high, PAGES > 0)
+        next_first, next_last, next_keys = next_piece(work, sequence, end, high, PAGES > 0)
         if first < last:
             left = gl.zeros([128, 64], gl.float32, OUT)
             right = gl.zeros([128, 64], gl.float32, OUT)
@@ -209,33 +215,33 @@ def _values(out, partial, lse, k8, p, alphas, inverse, k_full, k_empty, p_full, 
                 stage = step % NUM_STAGES
                 buffer = step % 2
                 panel = stage * 4 + HALF * 2
-                mbarrier.wait(k_full.index(stage), (step // NUM_STAGES) & 1)
-                v_left = _columns_of_keys(k8, panel, 0, A)
-                v_right = _columns_of_keys(k8, panel + 1, 0, A)
-                mbarrier.wait(p_full.index(buffer), (step // 2) & 1)
-                alpha = alphas.index(buffer).load(gl.SliceLayout(0, OUT))
+                mbarrier.wait(pages.full.index(stage), (step // NUM_STAGES) & 1)
+                v_left = _columns_of_keys(pages, panel, 0, A)
+                v_right = _columns_of_keys(pages, panel + 1, 0, A)
+                mbarrier.wait(probabilities.full.index(buffer), (step // 2) & 1)
+                alpha = probabilities.alphas.index(buffer).load(gl.SliceLayout(0, OUT))
                 if gl.min(alpha, 0) < 1.0:
                     left = left * alpha[None, :]
                     right = right * alpha[None, :]
                 # The two in turns: one's columns are converted while the other's product runs.
                 for block in gl.static_range(4):
-                    probabilities = p.index(buffer).slice(block * 16, 16, dim=1).permute((1, 0))
-                    left = warpgroup_mma(v_left, probabilities, left, is_async=True)
+                    prob = probabilities.p.index(buffer).slice(block * 16, 16, dim=1).permute((1, 0))
+                    left = warpgroup_mma(v_left, prob, left, is_async=True)
                     if block > 0:
                         right, v_right = warpgroup_mma_wait(1, deps=[right, v_right])
-                        v_right = _columns_of_keys(k8, panel + 1, block * 16, A)
-                    right = warpgroup_mma(v_right, probabilities, right, is_async=True)
+                        v_right = _columns_of_keys(pages, panel + 1, block * 16, A)
+                    right = warpgroup_mma(v_right, prob, right, is_async=True)
                     if block < 3:
                         left, v_left = warpgroup_mma_wait(1, deps=[left, v_left])
-                        v_left = _columns_of_keys(k8, panel, (block + 1) * 16, A)
-                mbarrier.arrive(k_empty.index(stage), count=1)
+                        v_left = _columns_of_keys(pages, panel, (block + 1) * 16, A)
+                mbarrier.arrive(pages.empty.index(stage), count=1)
                 left, right, v_left, v_right = warpgroup_mma_wait(0, deps=[left, right, v_left, v_right])
-                mbarrier.arrive(p_empty.index(buffer), count=1)
+                mbarrier.arrive(probabilities.empty.index(buffer), count=1)
                 step += 1
-            _write_columns(out, partial, left, right, inverse, l_full, l_empty, part, sequence, first, last, keys, group, piece,
-                           HALF, ROWS)  # fmt: skip
+            here = Piece(part, sequence, first, last, keys, piece)
+            _write_columns(results, left, right, sums, here, group, HALF, ROWS)
             if MERGE:
-                before_b = count_piece(counters, sequence, first, last, keys, GROUPS, HALF)
+                before_b = count_piece(work, here, GROUPS, HALF)
                 if sequence == begin:
                     before_a = before_b
             piece += 1
@@ -243,8 +249,7 @@ def _values(out, partial, lse, k8, p, alphas, inverse, k_full, k_empty, p_full, 
         last = next_last
         keys = next_keys
     if MERGE:
-        merge_splits(out, partial, lse, counters, part, begin, end, first_a, splits_a, first_b, splits_b, before_a, before_b,
-                     ROWS, GROUPS, HALF)  # fmt: skip
+        merge_splits(results, work, part, begin, end, ends, before_a, before_b, ROWS, GROUPS, HALF)
 
 
 @gluon.jit(do_not_specialize=["count", "parts"])
@@ -266,19 +271,22 @@ def decode_fp8_many(q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, p
     inverse = gl.allocate_shared_memory(gl.float32, [64], FLAT)
     mapped, q_full, q_empty, l_full, l_empty, k_full, k_empty = handshakes(NUM_STAGES)
     p_full, p_empty = probability_handshakes()
+    queries = Queries(q8, qr, q_full, q_empty)
+    pages = Pages(k8, kr, ks, k_full, k_empty)
+    probabilities = Probabilities(p, alphas, p_full, p_empty)
+    sums = Sums(inverse, l_full, l_empty)
+    results = Results(out, partial, lse)
+    work = Work(records, starts, lengths, spans, counters, count, parts, page_table, table_width)
     if PDL:
         launch_dependents()
     gl.warp_specialize(
         [
-            (_scores, (q_scale, lse, q8, qr, k8, kr, ks, p, alphas, inverse, q_full, q_empty, k_full, k_empty, p_full, p_empty,
-                       l_full, l_empty, lengths, starts, records, scale_log2, HEADS, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY)),
-            (_values, (out, partial, lse, k8, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths,
-                       starts, spans, records, counters, count, parts, 0, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
-            (_values, (out, partial, lse, k8, p, alphas, inverse, k_full, k_empty, p_full, p_empty, l_full, l_empty, lengths,
-                       starts, spans, records, counters, count, parts, 1, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
-            (loader, (q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, q8, qr, k8, kr, ks, q_full, q_empty, k_full, k_empty, mapped,
-                      page_table, lengths, starts, records, ROWS, GROUPS, table_width, 64, True, PAGES, EARLY, MAPS,
-                      NUM_STAGES)),
+            (_scores, (q_scale, lse, queries, pages, probabilities, sums, work, scale_log2, HEADS, ROWS, GROUPS, NUM_STAGES,
+                       PAGES, EARLY)),
+            (_values, (results, pages, probabilities, sums, work, 0, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
+            (_values, (results, pages, probabilities, sums, work, 1, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
+            (loader, (q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, queries, pages, mapped, work, ROWS, GROUPS, 64, True, PAGES,
+                      EARLY, MAPS, NUM_STAGES)),
         ],
         [4, 4, 1],
         [176, 176, 24],

@@ -22,19 +22,19 @@ PATIENCE: gl.constexpr = gl.constexpr(1 << 23)
 
 
 @gluon.jit
-def count_piece(counters, sequence, first, last, keys, GROUPS: gl.constexpr, HALF: gl.constexpr):
+def count_piece(work, piece, GROUPS: gl.constexpr, HALF: gl.constexpr):
     """A split's results are written: say so. → what the counter was."""
     before = 0
-    if last - first < (keys + 63) // 64:
+    if piece.last - piece.first < (piece.keys + 63) // 64:
         # All threads' results are written before the one that counts says so.
         barrier()
-        cell = counters + (sequence * GROUPS + gl.program_id(0) % GROUPS) * 2 + HALF
+        cell = work.counters + (piece.sequence * GROUPS + gl.program_id(0) % GROUPS) * 2 + HALF
         before = gl.atomic_add(cell, 1, sem="acq_rel", scope="gpu")
     return before
 
 
 @gluon.jit
-def _merge_share(out, partial, lse, sequence, first, splits, row, column, known_rows, ROWS: gl.constexpr, L: gl.constexpr,
+def _merge_share(results, sequence, first, splits, row, column, known_rows, ROWS: gl.constexpr, L: gl.constexpr,
                  SPLITS: gl.constexpr, ONCE: gl.constexpr):  # fmt: skip
     """Rows `row` (those < known_rows), columns `column` of all splits → out. L: layout of [SPLITS, rows, columns], of which no
     row's splits and no splits' row are in different warps. ONCE: there are no more than SPLITS."""
@@ -52,9 +52,9 @@ def _merge_share(out, partial, lse, sequence, first, splits, row, column, known_
         # than 64 times multiprocessors.
         slot = 2 * (first + split) + (split == 0).to(gl.int32)
         place = slot[:, None] * ROWS + row[None, :]
-        weight = gl.load(lse + place, mask=there, other=float("-inf"), cache_modifier=".cg")
+        weight = gl.load(results.lse + place, mask=there, other=float("-inf"), cache_modifier=".cg")
         at = gl.expand_dims(place * 512, 2) + gl.expand_dims(gl.expand_dims(column, 0), 0)
-        values = gl.load(partial + at, mask=gl.expand_dims(there, 2), other=0.0, cache_modifier=".cg")
+        values = gl.load(results.partial + at, mask=gl.expand_dims(there, 2), other=0.0, cache_modifier=".cg")
         # All loads are on their way before the first is waited for.
         barrier()
         new_top = gl.maximum(top, gl.max(weight, 0))
@@ -72,16 +72,16 @@ def _merge_share(out, partial, lse, sequence, first, splits, row, column, known_
     scale = gl.convert_layout(1.0 / gl.where(total > 0, total, 1.0), gl.SliceLayout(1, gl.SliceLayout(0, L)))
     own_row = gl.convert_layout(row, gl.SliceLayout(1, gl.SliceLayout(0, L)))
     own_column = gl.convert_layout(column, gl.SliceLayout(0, gl.SliceLayout(0, L)))
-    target = out + (sequence * ROWS + own_row).to(gl.int64)[:, None] * 512 + own_column[None, :]
-    gl.store(target, (acc * scale[:, None]).to(out.dtype.element_ty), mask=(own_row < known_rows)[:, None])
+    target = results.out + (sequence * ROWS + own_row).to(gl.int64)[:, None] * 512 + own_column[None, :]
+    gl.store(target, (acc * scale[:, None]).to(results.out.dtype.element_ty), mask=(own_row < known_rows)[:, None])
 
 
 @gluon.jit
-def _merge_sequence(out, partial, lse, counters, sequence, first, splits, part, before, ROWS: gl.constexpr,
-                    GROUPS: gl.constexpr, HALF: gl.constexpr):  # fmt: skip
+def _merge_sequence(results, work, sequence, first, splits, part, before, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+                    HALF: gl.constexpr):  # fmt: skip
     if splits > 1:
         group = gl.program_id(0) % GROUPS
-        cell = counters + (sequence * GROUPS + group) * 2 + HALF
+        cell = work.counters + (sequence * GROUPS + group) * 2 + HALF
         wanted = (before // splits + 1) * splits
         tries = 0
         while gl.atomic_add(cell, 0, sem="acquire", scope="gpu") < wanted:
@@ -97,35 +97,36 @@ def _merge_sequence(out, partial, lse, counters, sequence, first, splits, part, 
             row = gl.arange(0, FEW_ROWS, gl.SliceLayout(0, gl.SliceLayout(2, F)))
             column = HALF * 256 + gl.arange(0, 256, gl.SliceLayout(0, gl.SliceLayout(0, F)))
             for base in range(begin + own * FEW_ROWS, end, splits * FEW_ROWS):
-                _merge_share(out, partial, lse, sequence, first, splits, base + row, column, end, ROWS, F, FEW, True)
+                _merge_share(results, sequence, first, splits, base + row, column, end, ROWS, F, FEW, True)
         else:
             M: gl.constexpr = gl.BlockedLayout([1, 1, 4], [4, 1, 8], [1, 1, 4], [2, 1, 0])
             one = gl.arange(0, 1, gl.SliceLayout(0, gl.SliceLayout(2, M)))
             half = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(0, M)))
             for item in range(begin * 2 + own, end * 2, splits):
-                _merge_share(out, partial, lse, sequence, first, splits, item // 2 + one, item % 2 * 128 + half, end, ROWS, M,
+                _merge_share(results, sequence, first, splits, item // 2 + one, item % 2 * 128 + half, end, ROWS, M,
                              MANY, False)  # fmt: skip
 
 
 @gluon.jit
-def ends_of_part(spans, begin, end, count):
+def ends_of_part(work, begin, end):
     """First part and splits of a part's first sequence, and of its last: only these can have splits elsewhere."""
     last = gl.maximum(end - 1, 0)
     # A part without work may begin behind the last sequence.
-    begin = gl.minimum(begin, count - 1)
-    first_a = gl.load(spans + 2 * begin)
-    last_a = gl.load(spans + 2 * begin + 1)
-    first_b = gl.load(spans + 2 * last)
-    last_b = gl.load(spans + 2 * last + 1)
+    begin = gl.minimum(begin, work.count - 1)
+    first_a = gl.load(work.spans + 2 * begin)
+    last_a = gl.load(work.spans + 2 * begin + 1)
+    first_b = gl.load(work.spans + 2 * last)
+    last_b = gl.load(work.spans + 2 * last + 1)
     return first_a, last_a - first_a + 1, first_b, last_b - first_b + 1
 
 
 @gluon.jit
-def merge_splits(out, partial, lse, counters, part, begin, end, first_a, splits_a, first_b, splits_b, before_a, before_b,
-                 ROWS: gl.constexpr, GROUPS: gl.constexpr, HALF: gl.constexpr):  # fmt: skip
-    """End of a part. `first_a` … `splits_b`: `ends_of_part`; `before_a`, `before_b`: what `count_piece` gave for them."""
+def merge_splits(results, work, part, begin, end, ends, before_a, before_b, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+                 HALF: gl.constexpr):  # fmt: skip
+    """End of a part. ends: `ends_of_part`; `before_a`, `before_b`: what `count_piece` gave for them."""
+    first_a, splits_a, first_b, splits_b = ends
     for _ in range(gl.minimum(end - begin, 2)):
-        _merge_sequence(out, partial, lse, counters, begin, first_a, splits_a, part, before_a, ROWS, GROUPS, HALF)
+        _merge_sequence(results, work, begin, first_a, splits_a, part, before_a, ROWS, GROUPS, HALF)
         begin = end - 1
         first_a = first_b
         splits_a = splits_b
@@ -133,13 +134,13 @@ def merge_splits(out, partial, lse, counters, part, begin, end, first_a, splits_
 
 
 @gluon.jit
-def clear_inert(out, lengths, count, parts, GROUPS: gl.constexpr, ROWS: gl.constexpr, HALF: gl.constexpr):
+def clear_inert(out, work, GROUPS: gl.constexpr, ROWS: gl.constexpr, HALF: gl.constexpr):
     """Zeros for sequences without keys, shared out among all parts."""
     Z: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     row = gl.program_id(0) % GROUPS * 64 + gl.arange(0, 16, gl.SliceLayout(1, Z))
     column = HALF * 256 + gl.arange(0, 256, gl.SliceLayout(0, Z))
-    for sequence in range(gl.program_id(0) // GROUPS, count, parts):
-        if gl.load(lengths + sequence) == 0:
+    for sequence in range(gl.program_id(0) // GROUPS, work.count, work.parts):
+        if gl.load(work.lengths + sequence) == 0:
             for base in range(0, gl.minimum(64, ROWS), 16):
                 target = out + (sequence * ROWS + base + row).to(gl.int64)[:, None] * 512 + column[None, :]
                 gl.store(target, gl.zeros([16, 256], out.dtype.element_ty, Z), mask=(base + row < ROWS)[:, None])
