@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from triton import knobs
@@ -117,22 +117,50 @@ def _stages(tile: HopperTile, units: int, halves: int, width: int) -> int:
     return min(tile.together * span, (SHARED_BYTES - scales - 4 * ROWS.value * tile.tokens) // stage)
 
 
+class Rings(NamedTuple):
+    """Stages of weights and tokens in shared memory, and the barriers that say that one is there. A stage is free again when
+    all warps have met behind its products."""
+
+    w: Any
+    x: Any
+    w_there: Any
+    x_there: Any
+
+
+class Ends(NamedTuple):
+    """What happens at both ends of the product: `row_product.RowProduct`."""
+
+    other: Any
+    residual: Any
+    norm: Any
+    squares: Any
+    squares_out: Any
+    other_row: Any
+    residual_row: Any
+    factor: Any
+    parts: Any
+    eps: Any
+    normed: Any
+
+
 @gluon.jit
-def _ask_weights(w_box, w, there, tile, unit, stage, N, UNIT: gl.constexpr, COLUMNS: gl.constexpr, GATED: gl.constexpr):
+def _ask_weights(w_box, rings, tile, unit, stage, N, UNIT: gl.constexpr, COLUMNS: gl.constexpr, GATED: gl.constexpr):
     HALVES: gl.constexpr = 2 if GATED else 1
-    mbarrier.expect(there.index(stage), UNIT * HALVES * ROWS * BYTES)
+    there = rings.w_there.index(stage)
+    mbarrier.expect(there, UNIT * HALVES * ROWS * BYTES)
     for i in gl.static_range(UNIT):
         column = (unit * UNIT + i) * COLUMNS
         for half in gl.static_range(HALVES):
             place = (stage * UNIT + i) * HALVES + half
-            async_load(w_box, [tile * ROWS + half * N, column], there.index(stage), w.index(place))
+            async_load(w_box, [tile * ROWS + half * N, column], there, rings.w.index(place))
 
 
 @gluon.jit
-def _ask_tokens(x_box, x, there, unit, stage, UNIT: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr):
-    mbarrier.expect(there.index(stage), UNIT * TOKENS * BYTES)
+def _ask_tokens(x_box, rings, unit, stage, UNIT: gl.constexpr, COLUMNS: gl.constexpr, TOKENS: gl.constexpr):
+    there = rings.x_there.index(stage)
+    mbarrier.expect(there, UNIT * TOKENS * BYTES)
     for i in gl.static_range(UNIT):
-        async_load(x_box, [0, (unit * UNIT + i) * COLUMNS], there.index(stage), x.index(stage * UNIT + i))
+        async_load(x_box, [0, (unit * UNIT + i) * COLUMNS], there, rings.x.index(stage * UNIT + i))
 
 
 @gluon.jit
@@ -148,7 +176,7 @@ def _scales_there(scales, of_rows, of_tokens, SHARE: gl.constexpr, TOKENS: gl.co
 
 
 @gluon.jit
-def _multiply(w, x, scales, up_scales, acc, up, stage, step, UNIT: gl.constexpr, GATED: gl.constexpr, SCALED: gl.constexpr):
+def _multiply(rings, scales, up_scales, acc, up, stage, step, UNIT: gl.constexpr, GATED: gl.constexpr, SCALED: gl.constexpr):
     """A stage's products added to the sums acc and up [64, TOKENS]. With scales each step of 128 columns has sums of its own,
     promoted here: tensor cores add E4M3 products up in fewer bits than float32."""
     HALVES: gl.constexpr = 2 if GATED else 1
@@ -156,9 +184,9 @@ def _multiply(w, x, scales, up_scales, acc, up, stage, step, UNIT: gl.constexpr,
     zero = gl.zeros_like(acc)
     found = ()
     for i in gl.static_range(UNIT):
-        tokens = x.index(stage * UNIT + i).permute((1, 0))
+        tokens = rings.x.index(stage * UNIT + i).permute((1, 0))
         for half in gl.static_range(HALVES):
-            rows = w.index((stage * UNIT + i) * HALVES + half)
+            rows = rings.w.index((stage * UNIT + i) * HALVES + half)
             if SCALED:
                 one = warpgroup_mma(rows, tokens, zero, use_acc=False, is_async=True)
                 found = found + (one,)  # type: ignore[assignment]
@@ -183,51 +211,49 @@ def _multiply(w, x, scales, up_scales, acc, up, stage, step, UNIT: gl.constexpr,
 
 
 @gluon.jit
-def _finish(out, other, residual, norm, squares_out, y, n, m, n0, M, N, normed, out_row, other_row, residual_row, factor):
+def _finish(out, ends, y, n, m, n0, M, N, out_row):
     """As `linear_streamed._finish`; y [64, TOKENS] float32 at rows m and columns n of the output."""
     inside = (m < M)[None, :] & (n < N)[:, None]
     row = m.to(gl.int64)
-    if other is not None:
-        rest = gl.load(other + (row * other_row)[None, :] + n[:, None], mask=inside, other=0.0)
-        y = (y.to(out.dtype.element_ty).to(gl.float32) + rest.to(gl.float32)) * factor
+    if ends.other is not None:
+        rest = gl.load(ends.other + (row * ends.other_row)[None, :] + n[:, None], mask=inside, other=0.0)
+        y = (y.to(out.dtype.element_ty).to(gl.float32) + rest.to(gl.float32)) * ends.factor
     y = y.to(out.dtype.element_ty)
-    if residual is not None:
-        at = residual + (row * residual_row)[None, :] + n[:, None]
+    if ends.residual is not None:
+        at = ends.residual + (row * ends.residual_row)[None, :] + n[:, None]
         # The sum has the stream's dtype, as an addition of its own would leave it.
         y = (y.to(gl.float32) + gl.load(at, mask=inside, other=0.0).to(gl.float32)).to(out.dtype.element_ty)
         gl.store(at, y, mask=inside)
-    if norm is not None:  # noqa: SIM102 (the one is known when this is compiled, the other is not)
-        if n0 < normed:
+    if ends.norm is not None:  # noqa: SIM102 (the one is known when this is compiled, the other is not)
+        if n0 < ends.normed:
             wide = gl.where(inside, y.to(gl.float32), 0.0)
-            gl.store(squares_out + (n0 // ROWS).to(gl.int64) * M + m, gl.sum(wide * wide, 0), mask=m < M)
-            weight = gl.load(norm + n, mask=n < N, other=0.0).to(gl.float32)
+            gl.store(ends.squares_out + (n0 // ROWS).to(gl.int64) * M + m, gl.sum(wide * wide, 0), mask=m < M)
+            weight = gl.load(ends.norm + n, mask=n < N, other=0.0).to(gl.float32)
             y = (wide * weight[:, None]).to(out.dtype.element_ty)
     gl.store(out + (row * out_row)[None, :] + n[:, None], y, mask=inside)
 
 
 @gluon.jit
-def _norm_factor(squares, m, M, parts, size, eps, PARTS: gl.constexpr, LAYOUT: gl.constexpr):
+def _norm_factor(ends, m, M, size, PARTS: gl.constexpr, LAYOUT: gl.constexpr):
     """As `normed.norm_factor`: [TOKENS]."""
     part = gl.arange(0, PARTS, gl.SliceLayout(1, LAYOUT))
-    inside = (part < parts)[:, None] & (m < M)[None, :]
-    found = gl.load(squares + (part.to(gl.int64) * M)[:, None] + m[None, :], mask=inside, other=0.0)
-    return gl.rsqrt(gl.sum(found, 0) / size + eps)
+    inside = (part < ends.parts)[:, None] & (m < M)[None, :]
+    found = gl.load(ends.squares + (part.to(gl.int64) * M)[:, None] + m[None, :], mask=inside, other=0.0)
+    return gl.rsqrt(gl.sum(found, 0) / size + ends.eps)
 
 
 @gluon.jit
-def _leave(out, other, residual, norm, squares, squares_out, y, up, n, m, tile, M, N, K, normed, out_row, other_row,
-           residual_row, factor, parts, eps, GATED: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+def _leave(out, ends, y, up, n, m, tile, M, N, K, out_row, GATED: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr):
     """The end of a tile's sums [64, TOKENS]: the factor of x's norm, SwiGLU, and `_finish`."""
     if PARTS > 0:
-        rms = _norm_factor(squares, m, M, parts, K, eps, PARTS, LAYOUT)[None, :]
+        rms = _norm_factor(ends, m, M, K, PARTS, LAYOUT)[None, :]
         y = y * rms
         up = up * rms
     if GATED:
         # Rounded first, as a product of its own would leave them.
         gate = y.to(out.dtype.element_ty).to(gl.float32)
         y = gate / (1.0 + gl.exp(-gate)) * up.to(out.dtype.element_ty).to(gl.float32)
-    _finish(out, other, residual, norm, squares_out, y, tile * ROWS + n, m, tile * ROWS, M, N, normed, out_row, other_row,
-            residual_row, factor)  # fmt: skip
+    _finish(out, ends, y, tile * ROWS + n, m, tile * ROWS, M, N, out_row)
 
 
 @gluon.jit(do_not_specialize=["M", "blocks", "scale_row", "factor", "parts", "eps", "normed"])
@@ -252,13 +278,15 @@ def _hopper_linear_kernel(out, x_box, x_scale, w_box, w_scale, other, residual, 
     for i in gl.static_range(STAGES):
         mbarrier.init(w_there.index(i), count=1)
         mbarrier.init(x_there.index(i), count=1)
+    rings = Rings(w, x, w_there, x_there)
+    ends = Ends(other, residual, norm, squares, squares_out, other_row, residual_row, factor, parts, eps, normed)
     first = gl.program_id(0) // SPLITS * together
     low = gl.program_id(0) % SPLITS * share
     span = gl.minimum(share, units - low)
     total = span * gl.minimum(together, tiles - first)
     for i in gl.static_range(STAGES):
         if i < total:
-            _ask_weights(w_box, w, w_there, first + i // span, low + i % span, i, N, UNIT, COLUMNS, GATED)
+            _ask_weights(w_box, rings, first + i // span, low + i % span, i, N, UNIT, COLUMNS, GATED)
     if PDL:
         launch_dependents()
     if SCALED:
@@ -274,7 +302,7 @@ def _hopper_linear_kernel(out, x_box, x_scale, w_box, w_scale, other, residual, 
     wait_for_inputs(PDL)
     for i in gl.static_range(STAGES):
         if i < total:
-            _ask_tokens(x_box, x, x_there, low + i % span, i, UNIT, COLUMNS, TOKENS)
+            _ask_tokens(x_box, rings, low + i % span, i, UNIT, COLUMNS, TOKENS)
     scales, up_scales = None, None
     if SCALED:
         token = gl.arange(0, TOKENS, gl.SliceLayout(0, FLAT))
@@ -292,21 +320,20 @@ def _hopper_linear_kernel(out, x_box, x_scale, w_box, w_scale, other, residual, 
         up = gl.zeros([ROWS, TOKENS], gl.float32, SUMS)
         for at in range(index * span, (index + 1) * span):
             stage = at % STAGES
-            mbarrier.wait(w_there.index(stage), at // STAGES & 1)
-            mbarrier.wait(x_there.index(stage), at // STAGES & 1)
-            acc, up = _multiply(w, x, scales, up_scales, acc, up, stage, at * UNIT, UNIT, GATED, SCALED)
+            mbarrier.wait(rings.w_there.index(stage), at // STAGES & 1)
+            mbarrier.wait(rings.x_there.index(stage), at // STAGES & 1)
+            acc, up = _multiply(rings, scales, up_scales, acc, up, stage, at * UNIT, UNIT, GATED, SCALED)
             later = at + STAGES
             if later < total:
                 # All warps have read the stage.
                 barrier()
-                _ask_weights(w_box, w, w_there, first + later // span, low + later % span, stage, N, UNIT, COLUMNS, GATED)
-                _ask_tokens(x_box, x, x_there, low + later % span, stage, UNIT, COLUMNS, TOKENS)
+                _ask_weights(w_box, rings, first + later // span, low + later % span, stage, N, UNIT, COLUMNS, GATED)
+                _ask_tokens(x_box, rings, low + later % span, stage, UNIT, COLUMNS, TOKENS)
         y = gl.convert_layout(acc, LAYOUT)
         y_up = gl.convert_layout(up, LAYOUT)
         tile = first + index
         if SPLITS == 1:
-            _leave(out, other, residual, norm, squares, squares_out, y, y_up, n, m, tile, M, N, K, normed, out_row, other_row,
-                   residual_row, factor, parts, eps, GATED, PARTS, LAYOUT)  # fmt: skip
+            _leave(out, ends, y, y_up, n, m, tile, M, N, K, out_row, GATED, PARTS, LAYOUT)
         else:
             PART: gl.constexpr = ROWS * TOKENS
             sums = partial + tile * (SPLITS * HALVES * PART) + m[None, :] * ROWS + n[:, None]
@@ -324,8 +351,7 @@ def _hopper_linear_kernel(out, x_box, x_scale, w_box, w_scale, other, residual, 
                     if GATED:
                         y_up += gl.load(sums + part * (HALVES * PART) + PART, cache_modifier=".cg")
                 gl.store(counters + tile, 0)
-                _leave(out, other, residual, norm, squares, squares_out, y, y_up, n, m, tile, M, N, K, normed, out_row,
-                       other_row, residual_row, factor, parts, eps, GATED, PARTS, LAYOUT)  # fmt: skip
+                _leave(out, ends, y, y_up, n, m, tile, M, N, K, out_row, GATED, PARTS, LAYOUT)
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:

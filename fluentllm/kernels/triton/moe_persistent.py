@@ -14,7 +14,7 @@ so that TMA reads them too. BF16 needs none of this: nothing is promoted, and `m
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from triton import knobs
@@ -57,40 +57,64 @@ def tile_rows(pairs: int, experts: int) -> int:
     return 16 if each <= 6 else 32 if each <= 16 else 64
 
 
+class Items(NamedTuple):
+    """What the sort left (`moe_sort.ExpertTiles`), and how an expert's matrix is cut."""
+
+    experts: Any
+    firsts: Any
+    used: Any
+    order: Any
+    offsets: Any
+    columns: Any
+    """Tiles of rows of a matrix."""
+    steps: Any
+    """Along its depth."""
+    N: Any
+    """Columns of the output."""
+
+
+class Ring(NamedTuple):
+    """Steps of weights and pairs in shared memory, and the barriers that say that one is there, and free again."""
+
+    w: Any
+    x: Any
+    full: Any
+    empty: Any
+
+
 @gluon.jit
-def _item(item, used, columns, tile_experts, tile_firsts):
+def _item(item, used, items):
     """Expert, first place and column of an item."""
-    group = item // (GROUP * columns)
+    group = item // (GROUP * items.columns)
     size = gl.minimum(used - group * GROUP, GROUP)
-    rest = item % (GROUP * columns)
+    rest = item % (GROUP * items.columns)
     tile = group * GROUP + rest % size
-    return gl.load(tile_experts + tile), gl.load(tile_firsts + tile), rest // size
+    return gl.load(items.experts + tile), gl.load(items.firsts + tile), rest // size
 
 
 @gluon.jit
-def _loader(w_box, x_box, w, x, full, empty, tile_experts, tile_firsts, used_at, columns, steps, N, ROWS: gl.constexpr,
-            GATED: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+def _loader(w_box, x_box, ring, items, ROWS: gl.constexpr, GATED: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
+            PDL: gl.constexpr):  # fmt: skip
     wait_for_inputs(PDL)
-    used = gl.load(used_at)
+    used = gl.load(items.used)
     step = 0
-    for item in range(gl.program_id(0), used * columns, gl.num_programs(0)):
-        expert, first, column = _item(item, used, columns, tile_experts, tile_firsts)
+    for item in range(gl.program_id(0), used * items.columns, gl.num_programs(0)):
+        expert, first, column = _item(item, used, items)
         top = expert * ROWS + column * (HALF if GATED else 2 * HALF)
-        bottom = top + (N if GATED else HALF)
-        for index in range(0, steps):
+        bottom = top + (items.N if GATED else HALF)
+        for index in range(0, items.steps):
             stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            there = full.index(stage)
+            mbarrier.wait(ring.empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            there = ring.full.index(stage)
             mbarrier.expect(there, (2 * HALF + TOKENS) * DEPTH)
-            async_load(w_box, [top, index * DEPTH], there, w.index(2 * stage))
-            async_load(w_box, [bottom, index * DEPTH], there, w.index(2 * stage + 1))
-            async_load(x_box, [first, index * DEPTH], there, x.index(stage))
+            async_load(w_box, [top, index * DEPTH], there, ring.w.index(2 * stage))
+            async_load(w_box, [bottom, index * DEPTH], there, ring.w.index(2 * stage + 1))
+            async_load(x_box, [first, index * DEPTH], there, ring.x.index(stage))
             step += 1
 
 
 @gluon.jit
-def _sums(w, x, full, empty, scale_at, top_at, bottom_at, inside, scale_row, step, steps, TOKENS: gl.constexpr,
-          STAGES: gl.constexpr):  # fmt: skip
+def _sums(ring, scale_at, top_at, bottom_at, inside, scale_row, step, steps, TOKENS: gl.constexpr, STAGES: gl.constexpr):
     """An item's two sums [64, TOKENS]. Scales are loaded a step ahead; a step's sums are promoted before the next begins, since
     the tensor cores add E4M3 products up in fewer bits than float32."""
     zero = gl.zeros([HALF, TOKENS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32]))
@@ -105,12 +129,12 @@ def _sums(w, x, full, empty, scale_at, top_at, bottom_at, inside, scale_row, ste
         next_scale = gl.load(scale_at + following * scale_row, mask=inside, other=0.0)
         next_above = gl.load(top_at + following)
         next_below = gl.load(bottom_at + following)
-        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        pairs = x.index(stage).permute((1, 0))
-        first = warpgroup_mma(w.index(2 * stage), pairs, zero, use_acc=False, is_async=True)
-        second = warpgroup_mma(w.index(2 * stage + 1), pairs, zero, use_acc=False, is_async=True)
+        mbarrier.wait(ring.full.index(stage), (step // STAGES) & 1)
+        pairs = ring.x.index(stage).permute((1, 0))
+        first = warpgroup_mma(ring.w.index(2 * stage), pairs, zero, use_acc=False, is_async=True)
+        second = warpgroup_mma(ring.w.index(2 * stage + 1), pairs, zero, use_acc=False, is_async=True)
         first, second = warpgroup_mma_wait(0, deps=[first, second])
-        mbarrier.arrive(empty.index(stage), count=1)
+        mbarrier.arrive(ring.empty.index(stage), count=1)
         top += first * (scale * above)[None, :]
         bottom += second * (scale * below)[None, :]
         scale = next_scale
@@ -129,39 +153,38 @@ def _store(out, value, target, inside, n0, N, out_row, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _products(out, x_scale, w_scale, w, x, full, empty, order, offsets, tile_experts, tile_firsts, used_at, columns, steps, N,
-              scale_row, out_row, ROWS: gl.constexpr, GATED: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-              PDL: gl.constexpr):  # fmt: skip
+def _products(out, x_scale, w_scale, ring, items, scale_row, out_row, ROWS: gl.constexpr, GATED: gl.constexpr,
+              TOKENS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     wait_for_inputs(PDL)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
     # Eight rows of the matrix, which are neighbours in the output, a thread.
     LAYOUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
     pair = gl.arange(0, TOKENS, gl.SliceLayout(0, LAYOUT))
-    used = gl.load(used_at)
+    used = gl.load(items.used)
     step = 0
-    for item in range(gl.program_id(0), used * columns, gl.num_programs(0)):
-        expert, first, column = _item(item, used, columns, tile_experts, tile_firsts)
-        last = gl.load(offsets + expert + 1)
+    for item in range(gl.program_id(0), used * items.columns, gl.num_programs(0)):
+        expert, first, column = _item(item, used, items)
+        last = gl.load(items.offsets + expert + 1)
         inside = first + pair < last
         n0 = column * (HALF if GATED else 2 * HALF)
         target = first + pair
         if not GATED:
-            target = gl.load(order + target, mask=inside, other=0)
+            target = gl.load(items.order + target, mask=inside, other=0)
         target = target.to(gl.int64)
         place = first + gl.arange(0, TOKENS, gl.SliceLayout(0, SUMS))
         row = expert * ROWS + n0
-        top, bottom = _sums(w, x, full, empty, x_scale + place, w_scale + row // SCALE_BLOCK * steps,
-                            w_scale + (row + N if GATED else row) // SCALE_BLOCK * steps, place < last, scale_row, step, steps,
-                            TOKENS, STAGES)  # fmt: skip
+        top, bottom = _sums(ring, x_scale + place, w_scale + row // SCALE_BLOCK * items.steps,
+                            w_scale + (row + items.N if GATED else row) // SCALE_BLOCK * items.steps, place < last, scale_row,
+                            step, items.steps, TOKENS, STAGES)  # fmt: skip
         if GATED:
             # Rounded first, as a product of its own would leave them.
             gate = top.to(out.dtype.element_ty).to(gl.float32)
             up = bottom.to(out.dtype.element_ty).to(gl.float32)
-            _store(out, gate / (1.0 + gl.exp(-gate)) * up, target, inside, n0, N, out_row, LAYOUT)
+            _store(out, gate / (1.0 + gl.exp(-gate)) * up, target, inside, n0, items.N, out_row, LAYOUT)
         else:
-            _store(out, top, target, inside, n0, N, out_row, LAYOUT)
-            _store(out, bottom, target, inside, n0 + HALF, N, out_row, LAYOUT)
-        step += steps
+            _store(out, top, target, inside, n0, items.N, out_row, LAYOUT)
+            _store(out, bottom, target, inside, n0 + HALF, items.N, out_row, LAYOUT)
+        step += items.steps
 
 
 @gluon.jit(do_not_specialize=["scale_row"])
@@ -179,16 +202,16 @@ def _persistent_kernel(out, x_box, x_scale, w_box, w_scale, order, offsets, tile
         mbarrier.init(empty.index(i), count=1)
     if PDL:
         launch_dependents()
+    ring = Ring(w, x, full, empty)
+    items = Items(tile_experts, tile_firsts, used_at, order, offsets, columns, steps, N)
     gl.warp_specialize(
         [
-            (_products, (out, x_scale, w_scale, w, x, full, empty, order, offsets, tile_experts, tile_firsts, used_at, columns,
-                         steps, N, scale_row, out_row, ROWS, GATED, TOKENS, STAGES, PDL)),
-            (_loader, (w_box, x_box, w, x, full, empty, tile_experts, tile_firsts, used_at, columns, steps, N, ROWS, GATED,
-                       TOKENS, STAGES, PDL)),
+            (_products, (out, x_scale, w_scale, ring, items, scale_row, out_row, ROWS, GATED, TOKENS, STAGES, PDL)),
+            (_loader, (w_box, x_box, ring, items, ROWS, GATED, TOKENS, STAGES, PDL)),
         ],
         [1],
         [24],
-    )  # fmt: skip
+    )
 
 
 def persistent_gate_up(x: Tensor, x_scale: Tensor, gate_up: Tensor, w_scale: Tensor, tiles: ExpertTiles) -> Tensor:
