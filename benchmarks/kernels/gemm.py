@@ -31,9 +31,9 @@ from fluentllm.kernels.block_fp8 import linear_reference, quantise_weight
 from fluentllm.kernels.fp8_library import ROWS, library_product, library_scale
 from fluentllm.kernels.triton.elementwise import silu_mul
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows
+from fluentllm.kernels.triton.hopper_tiles import HopperTile, fits
 from fluentllm.kernels.triton.launch import power_of_2
 from fluentllm.kernels.triton.linear import linear, new_counters
-from fluentllm.kernels.triton.linear_hopper import HopperTile, fits
 from fluentllm.kernels.triton.linear_tiles import LinearTile, Tile, streamed_tile
 
 if TYPE_CHECKING:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from speculation.test_host_grammars import OPEN
 
 from fluentllm.core.types import GrammarSpec, Handoff
 
-from .pair import DECODE, PREFILL, pair, side
+from .pair import DECODE, PREFILL, Side, pair, side
 from .test_failures import QUICK
 from .test_handoff import ALONE, PROMPT
 from .test_rerouting import COMMON, stats_of
@@ -66,7 +68,9 @@ async def test_matchers_on_the_host(tiny: Harness) -> None:
     assert all(matcher.accept(token) for token in found)
 
 
-async def test_another_engine_is_told_the_grammar_too(tiny: Harness) -> None:
+@asynccontextmanager
+async def turned_to_another(tiny: Harness) -> AsyncIterator[tuple[Slow, Side, Side, str]]:
+    """The engine that a request names is not there; decode has compiled its grammar and told another one, which compiles."""
     slow = Slow()
     plugins: dict[str, Any] = {"plugins": plugins_with(slow)}
     async with side(tiny, **COMMON, **PREFILL, **plugins) as other:
@@ -75,28 +79,26 @@ async def test_another_engine_is_told_the_grammar_too(tiny: Harness) -> None:
             request = decode.hand(PROMPT, Handoff(id="a", host="127.0.0.1", port=9), **LONG, grammar=grammar("a"))
             slow.futures["a"][0].set_result(Brace())
             await told(slow, "a", 2)
-            await asyncio.sleep(0.02)
-            slow.futures["a"][1].set_result(Brace())
-            outputs = await decode.outputs(request)
-            assert outputs[0].tokens[0] in OPEN
-            assert outputs[0].handoff is not None
-            assert outputs[0].handoff.received_bytes > 0
-            assert decode.stats["rerouted"] == decode.stats["requests_told"] == other.stats["requests_told"] == 1
-            assert decode.stats.get("local_prefills", 0) == 0
+            yield slow, other, decode, request
+
+
+async def test_another_engine_is_told_the_grammar_too(tiny: Harness) -> None:
+    async with turned_to_another(tiny) as (slow, other, decode, request):
+        await asyncio.sleep(0.02)
+        slow.futures["a"][1].set_result(Brace())
+        outputs = await decode.outputs(request)
+        assert outputs[0].tokens[0] in OPEN
+        assert outputs[0].handoff is not None
+        assert outputs[0].handoff.received_bytes > 0
+        assert decode.stats["rerouted"] == decode.stats["requests_told"] == other.stats["requests_told"] == 1
+        assert decode.stats.get("local_prefills", 0) == 0
 
 
 async def test_who_leaves_while_another_compiles(tiny: Harness) -> None:
     """What decode told it is computed for nobody, or not at all, and nothing of it stays."""
-    slow = Slow()
-    plugins: dict[str, Any] = {"plugins": plugins_with(slow)}
-    async with side(tiny, **COMMON, **PREFILL, **plugins) as other:
-        peers = {"plugins.kv_layerwise.peers": ["127.0.0.1:9", f"127.0.0.1:{other.port}"]}
-        async with side(tiny, **COMMON, **DECODE, **peers, **plugins) as decode:
-            request = decode.hand(PROMPT, Handoff(id="a", host="127.0.0.1", port=9), **LONG, grammar=grammar("a"))
-            slow.futures["a"][0].set_result(Brace())
-            await told(slow, "a", 2)
-            decode.connection.abort([request])
-            await asyncio.sleep(0.05)
-            slow.futures["a"][1].set_result(Brace())
-            while stats_of(other, decode)["open"] or other.engine.has_work:
-                await asyncio.sleep(0.01)
+    async with turned_to_another(tiny) as (slow, other, decode, request):
+        decode.connection.abort([request])
+        await asyncio.sleep(0.05)
+        slow.futures["a"][1].set_result(Brace())
+        while stats_of(other, decode)["open"] or other.engine.has_work:
+            await asyncio.sleep(0.01)

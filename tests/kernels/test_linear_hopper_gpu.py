@@ -7,8 +7,8 @@ import torch
 
 from fluentllm.kernels.block_fp8 import linear_reference, quantise_weight
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows
+from fluentllm.kernels.triton.hopper_tiles import HopperTile, fits
 from fluentllm.kernels.triton.linear import linear, linear_norm, new_counters
-from fluentllm.kernels.triton.linear_hopper import HopperTile, fits
 from fluentllm.kernels.triton.linear_tiles import LinearTile, streamed_tile
 from fluentllm.kernels.triton.normed import NormAfter, Normed
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .held import HeldTile, held_product
-from .linear_hopper import HopperTile, hopper_product, takes
+from .hopper_tiles import HopperTile
+from .linear_hopper import hopper_product, takes
 from .linear_streamed import streamed_product
 from .linear_tiles import LinearTile, Tile, linear_tile, streamed_tile
 from .normed import Normed, opened

@@ -10,111 +10,27 @@ that several programs have parts of is added up by the last of them, in their or
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from triton import knobs
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..fp8_weight import on_hopper
 from ..mla_decode.hopper_common import async_load, barrier, launch_dependents, wait_for_inputs
+from .hopper_tiles import BYTES, ROWS, fits, stages_of
 from .language import SCALE_BLOCK
-from .launch import bulk_copies, launch, multiprocessors, power_of_2, programmatic
+from .launch import bulk_copies, launch, power_of_2, programmatic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .hopper_tiles import HopperTile
     from .row_product import RowProduct
 
-ROWS: gl.constexpr = gl.constexpr(64)
-"""Of a tile: a matrix instruction's."""
-BYTES: gl.constexpr = gl.constexpr(128)
-"""Columns are taken by as many as TMA swizzles; in E4M3 they share a scale."""
 REINTERPRETS: gl.constexpr = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 """Triton 3.9 renamed it."""
-MOST_TOKENS = {1: 64, 2: 16}
-"""By bytes of an element: more are `linear`'s own kernel's, or the library's. At 32 tokens in BF16 it is 10 % slower to 14 %
-faster than that, by shape."""
-SHARED_BYTES = 113 * 1024 - 512
-"""Of a program: two fit, this one and one of the next product."""
-SCALE_BYTES = 16 * 1024
-"""Of a program's scales."""
-LEAST_BYTES = {8: 64, 16: 64, 32: 80, 64: 96}
-"""KiB of weights of a program, by a tile's tokens: what a tile's programs have to hand on grows with these."""
-
-
-@dataclass(frozen=True, slots=True)
-class HopperTile:
-    """Sizes of `hopper_product`."""
-
-    tokens: int
-    """8, 16, 32 or 64: rows of x, padded."""
-    unit: int
-    """Of 128 bytes of each row, in a stage."""
-    splits: int = 1
-    """Programs that share a tile's depth; or"""
-    together: int = 1
-    """tiles of a program."""
-
-    @property
-    def rows(self) -> int:
-        """Of the matrix, in a tile."""
-        return ROWS.value
-
-
-@cache
-def hopper_tile(tokens: int, rows: int, depth: int, width: int, gated: bool, device: torch.device) -> HopperTile | None:
-    """For x [tokens, depth] and a matrix [rows, depth] (twice the rows if gated) of `width` bytes an element; None where this
-    kernel does not run, or not for so many."""
-    runs = not knobs.runtime.interpret and (device.type == "meta" or on_hopper(device))
-    return rule(tokens, rows, depth, width, gated, multiprocessors(device)) if runs else None
-
-
-def rule(tokens: int, rows: int, depth: int, width: int, gated: bool, processors: int) -> HopperTile | None:
-    """The same for so many multiprocessors: programs of 64 KB and more that all run at once, whole tiles where they are small.
-    Within 2 % of the best of benchmarks/kernels/gemm.py on average, and within 11 % everywhere."""
-    if not 0 < tokens <= MOST_TOKENS.get(width, 0):
-        return None
-    wide = max(8, power_of_2(tokens))
-    unit = 4 if wide <= (32 if width == 1 else 8) else 2
-    if gated:
-        unit = 1 if wide == 64 else 2
-    halves = 2 if gated else 1
-    tiles, blocks = -(-rows // ROWS.value), -(-depth * width // BYTES.value)
-    units, places = -(-blocks // unit), 2 * processors
-    whole, least = 8 * blocks * halves, LEAST_BYTES[wide] * halves * (2 if gated and wide >= 32 else 1)
-    many = tiles >= places // 6
-    splits = 1
-    if tiles <= places and not (many and whole <= 128):
-        most = max(1, min(places // tiles, 8, round(whole / least - 0.2)))
-        most = most if many else max(most, -(-64 // tiles))
-        splits = max(n for n in range(1, most + 1) if units % n == 0)
-        if tiles * splits < places // 6:
-            splits = -(-units // -(-units // most))
-    tile = HopperTile(wide, unit, splits, -(-tiles // places))
-    return tile if fits(tile, depth, width, gated) else None
-
-
-def fits(tile: HopperTile, depth: int, width: int, gated: bool) -> bool:
-    """Have a program's scales and a ring of two stages room, for columns of `width` bytes?"""
-    units = -(-depth * width // (BYTES.value * tile.unit))
-    return _stages(tile, units, 2 if gated else 1, width) >= min(2, -(-units // tile.splits))
-
-
-def _stages(tile: HopperTile, units: int, halves: int, width: int) -> int:
-    """Of the ring; 0: the scales leave no room."""
-    span = -(-units // tile.splits)
-    scales = 4 * halves * tile.tokens * power_of_2(tile.together * span * tile.unit) if width == 1 else 0
-    if scales > SCALE_BYTES:
-        return 0
-    stage = tile.unit * BYTES.value * (ROWS.value * halves + tile.tokens)
-    # What remains beside the scales, and a tile of sums that changes its layout.
-    return min(tile.together * span, (SHARED_BYTES - scales - 4 * ROWS.value * tile.tokens) // stage)
 
 
 class Rings(NamedTuple):
@@ -386,7 +302,7 @@ def hopper_product(product: RowProduct, tile: HopperTile) -> None:
         _box(p.weight, ROWS.value, columns), p.w_scale, p.other, p.residual, p.norm, p.squares, p.squares_out, partial,
         p.counters, p.tokens, p.rows, p.depth, blocks, p.scale_row, p.out.stride(0), p.other_row, p.residual_row, p.factor,
         units, share, tiles, tile.together, p.parts, p.eps, p.normed,
-        TOKENS=tile.tokens, UNIT=tile.unit, STAGES=_stages(tile, units, p.halves, width),
+        TOKENS=tile.tokens, UNIT=tile.unit, STAGES=stages_of(tile, units, p.halves, width),
         SHARE=power_of_2(tile.together * share * tile.unit), SPLITS=splits, GATED=p.gated, PARTS=p.padded_parts, num_warps=4,
         **programmatic(p.x.device, "product"),
     )  # fmt: skip

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .held import HeldTile, held_tile
+from .hopper_tiles import HopperTile, hopper_tile
 from .launch import HOPPER_MULTIPROCESSORS, power_of_2
-from .linear_hopper import HopperTile, hopper_tile
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from fluentllm.kernels.triton.linear_hopper import MOST_TOKENS, HopperTile, fits, rule
+from fluentllm.kernels.triton.hopper_tiles import MOST_TOKENS, HopperTile, fits, rule
 
 PROCESSORS = 132
 
