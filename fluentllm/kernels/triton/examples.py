@@ -30,7 +30,7 @@ from .launch import recording
 from .linear import linear, linear_norm, new_counters
 from .linear_tiles import LinearTile
 from .mla_absorb import absorb
-from .mla_rows import append_latents, rotate_queries
+from .mla_rows import append_and_rotate, append_latents, rotate_queries
 from .moe import experts, fp8_experts
 from .moe_route import route
 from .moe_scores import normed_router_logits, router_logits
@@ -140,6 +140,9 @@ def keys_and_values() -> None:
         append_latents(kv, _empty(512), rope, rope, _longs(8), cache, eps=1e-6, latent_scale=scale, interleaved=heads == 32)
         q = _empty(8, heads, 192)
         rotate_queries(q[..., 128:], rope, rope, _empty(8, heads, 64), interleaved=heads == 32)
+        append_and_rotate(
+            q[..., 128:], kv, _empty(512), rope, rope, _longs(8), cache, eps=1e-6, latent_scale=scale, interleaved=heads == 32
+        )
     latent = _empty(16000, 576)
     append(_empty(8, 512), _empty(8, 64), _longs(8), latent[:, :512], latent[:, 512:])
     append(_empty(8, 1024), _empty(8, 1024), _longs(8), *[_empty(16000, 1024, dtype=FP8)] * 2)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .language import FIRST, LOADED, dot, start_next, wait_for_inputs
 from .launch import launch, power_of_2, programmatic
-from .mla_rows import append_row, rotate_heads
+from .mla_rows import append_or_rotate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,21 +56,15 @@ def _absorb_kernel(out, rotated, cache, q, up_k, kv, kv_weight, cos, sin, kv_row
                    ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
                    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
                    PDL: tl.constexpr):  # fmt: skip
-    groups: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    before = tokens * (1 + (HEADS + BLOCK_H - 1) // BLOCK_H)
     pid = tl.program_id(0)
     start_next(PDL, FIRST)
-    if pid < tokens:
-        append_row(cache, kv, kv_weight, cos, sin, kv_rows, pid.to(tl.int64), eps, latent_scale, kv_row, cache_row, rope_row,
-                   WIDTH, ROPE, INTERLEAVED, BLOCK_W, BLOCK_R, PDL)  # fmt: skip
-    elif pid < tokens * (1 + groups):
-        wait_for_inputs(PDL)
-        token = ((pid - tokens) // groups).to(tl.int64)
-        rotate_heads(rotated + token * (HEADS * ROPE), q + token * q_row + NOPE, cos + token * rope_row, sin + token * rope_row,
-                     (pid - tokens) % groups * BLOCK_H, q_head, ROPE, HEADS, ROPE, INTERLEAVED, BLOCK_H, BLOCK_R,
-                     PDL)  # fmt: skip
+    if pid < before:
+        append_or_rotate(pid, rotated, cache, q + NOPE, kv, kv_weight, cos, sin, kv_rows, eps, latent_scale, tokens, q_row,
+                         q_head, kv_row, cache_row, rope_row, HEADS, WIDTH, ROPE, INTERLEAVED, BLOCK_H, BLOCK_W, BLOCK_R,
+                         PDL)  # fmt: skip
     else:
-        absorb_tile(out, q, up_k, pid - tokens * (1 + groups), tokens, q_row, q_head, HEADS, NOPE, WIDTH, BLOCK_K, BLOCK_C,
-                    BLOCK_T, PDL)  # fmt: skip
+        absorb_tile(out, q, up_k, pid - before, tokens, q_row, q_head, HEADS, NOPE, WIDTH, BLOCK_K, BLOCK_C, BLOCK_T, PDL)
 
 
 def absorb(

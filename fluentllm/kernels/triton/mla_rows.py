@@ -1,7 +1,7 @@
 """Around MLA's products, one launch each: norm of the KV latent, rotary and the KV write; rotary of the queries.
 
-`append_latents` takes what the down projection gives, `rotate_queries` what the query's up projection gives. For few tokens
-both are parts of `mla_absorb`'s launch, which shares what is written here.
+`append_latents` takes what the down projection gives, `rotate_queries` what the query's up projection gives; in decode, where
+nobody waits for the KV in between, one launch does both. For few tokens that is `mla_absorb`'s, which shares what is here.
 """
 
 from __future__ import annotations
@@ -69,6 +69,63 @@ def rotate_heads(out, x, cos, sin, first, x_head, out_head, HEADS: tl.constexpr,
     start_next(PDL, LOADED)
     rotated = (y.to(tl.float32) * c + p.to(tl.float32) * s).to(out.dtype.element_ty)
     tl.store(out + (head * out_head)[:, None] + d[None, :], rotated, mask=inside)
+
+
+@triton.jit
+def append_or_rotate(pid, rotated, cache, q_rope, kv, kv_weight, cos, sin, kv_rows, eps, latent_scale, tokens, q_row, q_head,
+                     kv_row, cache_row, rope_row, HEADS: tl.constexpr, KV: tl.constexpr, ROPE: tl.constexpr,
+                     INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_R: tl.constexpr,
+                     PDL: tl.constexpr):  # fmt: skip
+    """The first `tokens` programs do a token's KV each, the others BLOCK_H heads of a token's queries, q_rope [T, HEADS, ROPE]
+    → rotated, contiguous. Waits for the kernels in front by itself."""
+    groups: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    if pid < tokens:
+        append_row(cache, kv, kv_weight, cos, sin, kv_rows, pid.to(tl.int64), eps, latent_scale, kv_row, cache_row, rope_row,
+                   KV, ROPE, INTERLEAVED, BLOCK_KV, BLOCK_R, PDL)  # fmt: skip
+    else:
+        wait_for_inputs(PDL)
+        token = ((pid - tokens) // groups).to(tl.int64)
+        rotate_heads(rotated + token * (HEADS * ROPE), q_rope + token * q_row, cos + token * rope_row, sin + token * rope_row,
+                     (pid - tokens) % groups * BLOCK_H, q_head, ROPE, HEADS, ROPE, INTERLEAVED, BLOCK_H, BLOCK_R,
+                     PDL)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _append_and_rotate_kernel(rotated, cache, q_rope, kv, kv_weight, cos, sin, kv_rows, eps, latent_scale, tokens, q_row,
+                              q_head, kv_row, cache_row, rope_row, HEADS: tl.constexpr, KV: tl.constexpr, ROPE: tl.constexpr,
+                              INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr,
+                              BLOCK_R: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    start_next(PDL, FIRST)
+    append_or_rotate(tl.program_id(0), rotated, cache, q_rope, kv, kv_weight, cos, sin, kv_rows, eps, latent_scale, tokens,
+                     q_row, q_head, kv_row, cache_row, rope_row, HEADS, KV, ROPE, INTERLEAVED, BLOCK_H, BLOCK_KV, BLOCK_R,
+                     PDL)  # fmt: skip
+
+
+def append_and_rotate(
+    q_rope: Tensor,
+    kv: Tensor,
+    kv_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv_rows: Tensor,
+    cache: Tensor,
+    *,
+    eps: float,
+    latent_scale: float = 1.0,
+    interleaved: bool = False,
+) -> Tensor:
+    """`append_latents` and `rotate_queries` in one launch: q_rope [T, H, R], any strides but a contiguous last dimension →
+    rotated, [T, H, R], contiguous."""
+    tokens, heads, rope = q_rope.shape
+    size, block_h = kv_weight.shape[0], min(16, power_of_2(heads))
+    rotated = q_rope.new_empty(tokens, heads, rope)
+    launch(
+        _append_and_rotate_kernel, (tokens * (1 + -(-heads // block_h)),), rotated, cache, q_rope, kv, kv_weight, cos, sin,
+        kv_rows, eps, latent_scale, tokens, q_rope.stride(0), q_rope.stride(1), kv.stride(0), cache.stride(0), cos.stride(0),
+        HEADS=heads, KV=size, ROPE=rope, INTERLEAVED=interleaved, BLOCK_H=block_h, BLOCK_KV=power_of_2(size),
+        BLOCK_R=power_of_2(rope), num_warps=4, **programmatic(kv.device),
+    )  # fmt: skip
+    return rotated
 
 
 @triton.jit

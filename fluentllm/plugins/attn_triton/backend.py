@@ -16,7 +16,7 @@ from fluentllm.kernels.triton.gqa_plan import GqaPlan, plan_gqa
 from fluentllm.kernels.triton.gqa_prefill import gqa_prefill
 from fluentllm.kernels.triton.gqa_prefill_plan import PaddedPlan, PaddedPlans, PrefillPlan
 from fluentllm.kernels.triton.mla_absorb import absorb, absorbs
-from fluentllm.kernels.triton.mla_rows import rotate_queries
+from fluentllm.kernels.triton.mla_rows import append_and_rotate, rotate_queries
 from fluentllm.kernels.triton.qkv_product import from_product_fits
 from fluentllm.layers.pass_plans import plan_pass
 from fluentllm.layers.pool_writes import PoolWrites
@@ -137,9 +137,14 @@ class TritonAttention(PoolWrites, PlannedPrefill):
         return self._mla_decode(layer, q_nope, q_rope.contiguous(), up_k, up_v, batch, scale)
 
     def mla_at_once(self, layer: int, given: MlaProducts, batch: Batch, scale: float) -> Tensor | None:
-        if not absorbs(given.q.shape[0], batch.query_length):
-            return None
         (cache,) = self._rows[layer]
+        if not absorbs(given.q.shape[0], batch.query_length):
+            nope = given.up_k.shape[1]
+            rotated = append_and_rotate(
+                given.q[..., nope:], given.kv, given.kv_weight, *given.rope, batch.kv_rows, cache, eps=given.eps,
+                latent_scale=given.latent_scale, interleaved=given.interleaved,
+            )  # fmt: skip
+            return self._mla_decode(layer, given.q[..., :nope], rotated, given.up_k, given.up_v, batch, scale)
         absorbed, rotated = absorb(
             given.q, given.up_k, given.kv, given.kv_weight, *given.rope, batch.kv_rows, cache, eps=given.eps,
             latent_scale=given.latent_scale, interleaved=given.interleaved,

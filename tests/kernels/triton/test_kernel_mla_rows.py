@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from test_kernel_kv_append import rope_tables
 
 from fluentllm.kernels.plain import PlainOps
-from fluentllm.kernels.triton.mla_rows import append_latents, rotate_queries
+from fluentllm.kernels.triton.mla_rows import append_and_rotate, append_latents, rotate_queries
 from fluentllm.kernels.triton.moe_scores import router_logits
 
 
@@ -35,6 +35,26 @@ def test_latents_and_rows(
         latent_scale=1.7, interleaved=interleaved,
     )  # fmt: skip
     torch.testing.assert_close(cache.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("tokens", "heads"), [(0, 4), (1, 3), (5, 40), (9, 16)])
+def test_latents_and_queries_in_one_launch(
+    interleaved: bool, tokens: int, heads: int, device: torch.device, rng: torch.Generator
+) -> None:
+    cos, sin = (t[:tokens].to(device) for t in rope_tables(9, 64, interleaved, rng))
+    down = torch.randn(tokens, 24 + 512 + 64, generator=rng).to(device)[:, 24:]
+    kv_weight = (torch.rand(512, generator=rng) + 0.5).to(device)
+    q = torch.randn(tokens, heads, 96, generator=rng).to(device)[..., 32:]
+    rows = torch.randperm(20, generator=rng)[:tokens].to(device)
+    apart, together = torch.zeros(20, 576, device=device), torch.zeros(20, 576, device=device)
+    beside = torch.empty(tokens, heads, 64, device=device)
+    options = {"eps": 1e-6, "latent_scale": 1.7, "interleaved": interleaved}
+    append_latents(down, kv_weight, cos, sin, rows, apart, **options)
+    rotate_queries(q, cos, sin, beside, interleaved=interleaved)
+    rotated = append_and_rotate(q, down, kv_weight, cos, sin, rows, together, **options)
+    assert torch.equal(rotated, beside)
+    assert torch.equal(together, apart)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
