@@ -15,6 +15,7 @@ from .mtp import write_checkpoint
 from .watching import WholeSequence, whole
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -110,12 +111,21 @@ class Reference:
     """Scores of a draft model's drafts after a history, from nothing but the tokens: the pairs (state of position t, token at
     t + 1) are the inputs, at positions 0, 1, …, as in the papers' code."""
 
-    def __init__(self, model: Model, kind: str) -> None:
+    def __init__(
+        self, model: Model, kind: str, weights: Mapping[str, Tensor] | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
+        """`weights`, `config`: of a draft that is not the tiny one."""
         self._model: Any = model
         self._eagle3 = kind == "eagle3"
-        self._weights = draft_tensors(kind)
+        self._weights = draft_tensors(kind) if weights is None else weights
         self._prefix = "midlayer" if self._eagle3 else "layers.0"
         self._known: dict[tuple[int, ...], Tensor] = {}
+        config = DRAFTS[kind] if config is None else config
+        heads, layers = config["num_attention_heads"], model.spec.layers
+        self._size = config.get("head_dim") or config["hidden_size"] // heads
+        self._group = heads // config["num_key_value_heads"]
+        self._theta, self._eps = config["rope_theta"], config["rms_norm_eps"]
+        self._taps = config.get("eagle_aux_hidden_state_layer_ids") or [2, layers // 2, layers - 3]
 
     @torch.inference_mode()
     def scores(self, history: list[int], drafts: list[int]) -> Tensor:
@@ -136,7 +146,7 @@ class Reference:
     def _states(self, tokens: tuple[int, ...]) -> Tensor:
         if tokens not in self._known:
             batch = whole(list(tokens))
-            self._model.tap([0, 1, 2] if self._eagle3 else [])
+            self._model.tap(self._taps if self._eagle3 else [])
             hidden = self._model.forward(batch, WholeSequence())
             if self._eagle3:
                 hidden = torch.cat(batch.layer_inputs, -1) @ self._weights["fc.weight"].T
@@ -157,29 +167,31 @@ class Reference:
 
     def _attention(self, x: Tensor) -> Tensor:
         q, k, v = (
-            (x @ self._weights[f"{self._prefix}.self_attn.{name}_proj.weight"].T).unflatten(1, (-1, 16)) for name in "qkv"
+            (x @ self._weights[f"{self._prefix}.self_attn.{name}_proj.weight"].T).unflatten(1, (-1, self._size))
+            for name in "qkv"
         )
-        count = len(x)
-        angles = torch.outer(torch.arange(count).float(), 10000.0 ** (-torch.arange(0, 16, 2).float() / 16))
+        count, size = len(x), self._size
+        angles = torch.outer(torch.arange(count).float(), self._theta ** (-torch.arange(0, size, 2).float() / size))
         cos, sin = (torch.cat((t, t), -1).unsqueeze(1) for t in (angles.cos(), angles.sin()))
 
         def rotate(y: Tensor) -> Tensor:
-            half = torch.cat((-y[..., 8:], y[..., :8]), -1)
+            half = torch.cat((-y[..., size // 2 :], y[..., : size // 2]), -1)
             return y * cos + half * sin
 
-        scores = torch.einsum("qhd,thd->hqt", rotate(q), rotate(k).repeat_interleave(2, 1)) / 4
+        group = self._group
+        scores = torch.einsum("qhd,thd->hqt", rotate(q), rotate(k).repeat_interleave(group, 1)) / size**0.5
         weights = scores.masked_fill(torch.ones(count, count).triu(1).bool(), float("-inf")).softmax(-1)
-        out = torch.einsum("hqt,thd->qhd", weights, v.repeat_interleave(2, 1)).flatten(1)
+        out = torch.einsum("hqt,thd->qhd", weights, v.repeat_interleave(group, 1)).flatten(1)
         return out @ self._weights[f"{self._prefix}.self_attn.o_proj.weight"].T
 
     def _logits(self, states: Tensor) -> Tensor:
         if not self._eagle3:
             logits: Tensor = self._model.logits(states)
             return logits
-        logits = torch.full((len(states), VOCAB), float("-inf"))
+        logits = torch.full((len(states), self._model.spec.vocab_size), float("-inf"))
         drafted = self._norm(states, "norm") @ self._weights["lm_head.weight"].T
-        logits[:, torch.arange(DRAFT_VOCAB) + self._weights["d2t"]] = drafted
+        logits[:, torch.arange(drafted.shape[1]) + self._weights["d2t"]] = drafted
         return logits
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * self._weights[f"{name}.weight"]
+        return x * (x.pow(2).mean(-1, keepdim=True) + self._eps).rsqrt() * self._weights[f"{name}.weight"]
