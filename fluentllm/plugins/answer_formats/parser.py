@@ -23,7 +23,6 @@ class Parser:
 
     def __init__(self, reasoning: Reasoning | None, *, where: Where, separate_reasoning: bool, calls: bool) -> None:
         """`calls`: look for them."""
-        self.plain = False
         self._text = ""
         self._final = False
         self._pieces: list[Piece] = []
@@ -35,7 +34,9 @@ class Parser:
             "inside": self._opened,
             "behind": self._answer,
         }
-        self._state = states[where] if reasoning is not None and (calls or separate_reasoning) else self._answer
+        looks = reasoning is not None and (calls or separate_reasoning)
+        self._state = states[where] if looks else self._answer
+        self.plain = not calls and (not looks or where == "behind")
 
     def feed(self, text: str) -> list[Piece]:
         if self.plain:
