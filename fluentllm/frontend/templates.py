@@ -32,9 +32,6 @@ MAX_REPEAT = 1_000_000
 
 _MESSAGE_NAME = re.compile(r"\b(?:message|msg|m|loop_message)(?:\.name\b|\[\s*['\"]name['\"]\s*\]|\.get\(\s*['\"]name['\"])")
 
-_TOOLS = re.compile(r"\{[{%](?:(?![%}]\}).)*\btools\b", re.DOTALL)
-"""The variable `tools`, in an expression or a statement."""
-
 _GIVEN = {"messages", "add_generation_prompt", "tools", "documents"}
 """Variables that every template is rendered with. Like the special tokens, they are not for a request to choose."""
 
@@ -106,7 +103,7 @@ class ChatTemplate:
         self.variables = frozenset(read - set(environment.globals) - set(self._special_tokens) - _GIVEN)
         """What it reads that a request may give, such as `enable_thinking`."""
         self.knows_developer = "developer" in source
-        self.knows_tools = _TOOLS.search(source) is not None
+        self.knows_tools = "tools" in read
         self.knows_tool_calls = "tool_calls" in source
         self.knows_names = _MESSAGE_NAME.search(source) is not None
 

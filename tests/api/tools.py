@@ -33,7 +33,8 @@ def write_model(folder: Path, name: str) -> Path:
     if "longcat_tool_call" in TEMPLATES[name]:
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     write_folder(folder, tokenizer, eos_token="<|im_end|>", chat_template=TEMPLATES[name])
-    (folder / "config.json").write_text(json.dumps({**TINY, "vocab_size": tokenizer.get_vocab_size()}))
+    config = {**TINY, "vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 2048}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

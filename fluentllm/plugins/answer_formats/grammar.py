@@ -60,31 +60,31 @@ class TagGrammar:
         """`reasoning`: what may come first, where calls are required."""
         if self.required:
             return structural_tag(_after_reasoning(self._calls(), reasoning, where), markers)
-        tags = self.tags
-        if self.around is not None:
-            tags = [{"type": "tag", "begin": self.around.begin, "content": self._listed(), "end": self.around.end}]
         free: Node = {
             "type": "triggered_tags",
             "triggers": [self.trigger],
-            "tags": tags,
+            "tags": self.tags if self.around is None else [self._calls()],
             "at_least_one": False,
             "stop_after_first": not self.parallel,
         }
         return structural_tag(free, markers)
 
     def _calls(self) -> Node:
+        calls = listed(self.tags, self.separator, parallel=self.parallel)
         if self.around is None:
-            return self._listed()
-        return {"type": "tag", "begin": self.around.begin, "content": self._listed(), "end": self.around.end}
+            return calls
+        return {"type": "tag", "begin": self.around.begin, "content": calls, "end": self.around.end}
 
-    def _listed(self) -> Node:
-        return {
-            "type": "tags_with_separator",
-            "tags": self.tags,
-            "separator": self.separator,
-            "at_least_one": True,
-            "stop_after_first": not self.parallel,
-        }
+
+def listed(tags: list[Node], separator: str, *, parallel: bool) -> Node:
+    """One of `tags`, or several if `parallel`."""
+    return {
+        "type": "tags_with_separator",
+        "tags": tags,
+        "separator": separator,
+        "at_least_one": True,
+        "stop_after_first": not parallel,
+    }
 
 
 def structural_tag(content: Node, markers: Iterable[str]) -> GrammarSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .calls import CallParser
-from .grammar import json_tag, structural_tag
+from .grammar import json_tag, listed, structural_tag
 from .reading import WAIT, expect, skip_space
 
 if TYPE_CHECKING:
@@ -68,13 +68,8 @@ class Llama3Json:
         return Llama3Parser(tools)
 
     def grammar(self, tools: Sequence[Tool], *, required: bool, parallel: bool, where: Where) -> GrammarSpec:
-        calls = {
-            "type": "tags_with_separator",
-            "tags": [json_tag("", tool, "", arguments="parameters") for tool in tools],
-            "separator": "; ",
-            "at_least_one": True,
-            "stop_after_first": not parallel,
-        }
+        tags = [json_tag("", tool, "", arguments="parameters") for tool in tools]
+        calls = listed(tags, "; ", parallel=parallel)
         if required:
             return structural_tag(calls, ())
         # Whatever begins like a call must be one.
