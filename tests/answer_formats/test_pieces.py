@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from fluentllm.core.protocols import Where
+from fluentllm.core.protocols import Tool, Where
 
 from .reading import NAMES, TOOLS, format_of, read
 
@@ -82,23 +82,48 @@ json_values: Any = st.recursive(
 )
 
 
-@given(
-    st.sampled_from(["hermes", "longcat", "llama3_json"]),
-    st.dictionaries(st.text(max_size=6), json_values, max_size=4),
-    st.sampled_from([None, 2]),
-    st.integers(1, 9),
-)
-@settings(deadline=None)
-def test_arguments_come_as_they_were_written(name: str, arguments: dict[str, Any], indent: int | None, size: int) -> None:
+AROUND = [
+    ("hermes", '<tool_call>\n{"name": "time", "arguments": %s}\n</tool_call>'),
+    ("longcat", '<longcat_tool_call>{"name": "time", "arguments": %s}</longcat_tool_call>'),
+    ("llama3_json", '{"name": "time", "parameters": %s}'),
+    ("mistral", '[TOOL_CALLS][{"name": "time", "arguments": %s}]'),
+    ("mistral", "[TOOL_CALLS]time[ARGS]%s"),
+    (
+        "deepseek_v3",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>time\n```json\n%s\n```<｜tool▁call▁end｜>"
+        "<｜tool▁calls▁end｜>",
+    ),
+    ("deepseek_v3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>time<｜tool▁sep｜>%s<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+]
+objects = st.dictionaries(st.text(max_size=6), json_values, max_size=4)
+
+
+@given(st.sampled_from(AROUND), objects, st.sampled_from([None, 2]), st.integers(1, 9))
+@settings(max_examples=400, deadline=None)
+def test_arguments_come_as_they_were_written(
+    around: tuple[str, str], arguments: dict[str, Any], indent: int | None, size: int
+) -> None:
+    name, pattern = around
     written = json.dumps(arguments, ensure_ascii=False, indent=indent)
-    around = {
-        "hermes": '<tool_call>\n{"name": "time", "arguments": %s}\n</tool_call>',
-        "longcat": '<longcat_tool_call>{"name": "time", "arguments": %s}</longcat_tool_call>',
-        "llama3_json": '{"name": "time", "parameters": %s}',
-    }
-    text = around[name] % written
+    text = pattern % written
     pieces = read(name, [text[at : at + size] for at in range(0, len(text), size)])
     assert pieces == [("call", "time"), ("arguments", written), ("end", "")]
+
+
+@given(st.dictionaries(st.text("abc_", min_size=1, max_size=6), json_values, max_size=4), st.integers(1, 9))
+@settings(deadline=None)
+def test_keys_and_values_make_an_object(arguments: dict[str, Any], size: int) -> None:
+    tool = Tool(
+        name="f", parameters={"properties": {k: {"type": "string"} for k, v in arguments.items() if isinstance(v, str)}}
+    )
+    text = "<longcat_tool_call>f\n"
+    for key, value in arguments.items():
+        written = value if isinstance(value, str) else json.dumps(value)
+        text += f"<longcat_arg_key>{key}</longcat_arg_key>\n<longcat_arg_value>{written}</longcat_arg_value>\n"
+    text += "</longcat_tool_call>"
+    pieces = read("longcat", [text[at : at + size] for at in range(0, len(text), size)], tools=[tool])
+    assert [piece.kind for piece in pieces] == ["call", "arguments", "end"]
+    assert json.loads(pieces[1].text) == arguments
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -265,7 +265,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tool_choice": "auto"}, "tool_choice", "no tools are"),
     ({"tool_choice": "required", "tools": []}, "tool_choice", "no tools are"),
     ({"parallel_tool_calls": True}, "parallel_tool_calls", "no tools are"),
-    ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "tools", "response_format and tools each say"),
+    ({"tools": TOOLS, "grammar": {"kind": "table", "source": ""}}, "grammar", "leaves no room for calls"),
     ({"tools": TOOLS, "tool_choice": "required", "regex": "a"}, "tool_choice", "regex and tool_choice each say"),
     ({"tools": [WEATHER, function(strict=True)], "ebnf": "a"}, "tools[1].function.strict", "ebnf and tools[1].function"),
     ({"functions": [{"name": "f"}]}, "functions", "not supported"),

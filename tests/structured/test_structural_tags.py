@@ -11,8 +11,9 @@ from answer_formats.reading import format_of
 from frontend.checkpoints import byte_level, write_folder
 from tokenizers import AddedToken
 
+from fluentllm import structured
 from fluentllm.core.errors import InvalidRequest
-from fluentllm.core.protocols import Tool
+from fluentllm.core.protocols import CallRules, Tool
 from fluentllm.core.types import GrammarSpec
 from fluentllm.frontend.tokenizer import Tokenizer, load_tokenizer
 from fluentllm.plugins.grammar_xgrammar.compiler import Compiler, Library
@@ -101,7 +102,7 @@ def test_every_format(texts: Texts, name: str, template: str, one: str, two: str
     made = format_of(name, template)
 
     def grammar(*, required: bool, parallel: bool) -> CompiledGrammar:
-        return texts.compile(made.grammar([WEATHER, TIME], required=required, parallel=parallel, where="before"))
+        return texts.compile(made.grammar([WEATHER, TIME], CallRules(required=required, parallel=parallel, where="before")))
 
     must, once = grammar(required=True, parallel=True), grammar(required=True, parallel=False)
     assert all(texts.takes(must, text) for text in (one, two))
@@ -120,7 +121,9 @@ def test_every_format(texts: Texts, name: str, template: str, one: str, two: str
 
 def test_reasoning_may_come_first(texts: Texts) -> None:
     def grammar(template: str, where: Any) -> CompiledGrammar:
-        return texts.compile(format_of("hermes", template).grammar([WEATHER], required=True, parallel=True, where=where))
+        return texts.compile(
+            format_of("hermes", template).grammar([WEATHER], CallRules(required=True, parallel=True, where=where))
+        )
 
     thought, inside = f"<think>a <b\n</think>\n\n{H}", f"a <b\n</think>\n\n{H}"
     before = grammar("</think>", "before")
@@ -131,9 +134,31 @@ def test_reasoning_may_come_first(texts: Texts) -> None:
         assert [texts.takes(never, text) for text in (H, thought, inside)] == [True, False, False]
 
 
+OTHERWISE = [
+    (structured.json_object(), '{"a": 1}', "[]"),
+    (structured.json_schema({"type": "integer"}), "12", '"a"'),
+    (structured.regex("[ab]{3}"), "aba", "ab"),
+    (structured.choice(["yes", 'n"o']), 'n"o', "no"),
+    (structured.grammar('root ::= "x" [0-9]'), "x1", "x"),
+]
+
+
+@pytest.mark.parametrize(("otherwise", "good", "bad"), OTHERWISE, ids=[grammar.kind for grammar, _, _ in OTHERWISE])
+@pytest.mark.parametrize(("name", "one"), [("hermes", H), ("llama3_json", J), ("mistral", M)])
+def test_an_answer_that_calls_nothing_may_have_a_grammar_too(
+    texts: Texts, name: str, one: str, otherwise: GrammarSpec, good: str, bad: str
+) -> None:
+    rules = CallRules(required=False, parallel=True, where="before", otherwise=otherwise)
+    grammar = texts.compile(format_of(name).grammar([WEATHER], rules))
+    assert [texts.takes(grammar, text) for text in (one, good, bad, f"{one} {good}")] == [True, True, False, False]
+    odd = CallRules(required=False, parallel=True, where="before", otherwise=GrammarSpec(kind="table", source=""))
+    with pytest.raises(InvalidRequest, match="'table' leaves no room"):
+        format_of(name).grammar([WEATHER], odd)
+
+
 def test_special_tokens_that_are_named_stand_for_their_text(tmp_path: Path) -> None:
     texts = Texts(tmp_path, ("<tool_call>", "</tool_call>", "<other>"))
-    spec = format_of("hermes").grammar([WEATHER], required=True, parallel=True, where="behind")
+    spec = format_of("hermes").grammar([WEATHER], CallRules(required=True, parallel=True, where="behind"))
     grammar = texts.compile(spec)
     ids = texts.tokenizer.encode(H)
     assert ids[0] in texts.tokenizer.special_ids
@@ -155,7 +180,7 @@ def test_what_need_not_be_strict_is_kept_to_as_far_as_can_be(texts: Texts) -> No
 
     def grammar(parameters: dict[str, Any], *, strict: bool) -> CompiledGrammar:
         tool = Tool(name="f", parameters=parameters, strict=strict)
-        return texts.compile(made.grammar([tool], required=True, parallel=True, where="behind"))
+        return texts.compile(made.grammar([tool], CallRules(required=True, parallel=True, where="behind")))
 
     with pytest.raises(InvalidRequest, match="multipleOf"):
         grammar(LOOSE, strict=True)
@@ -166,6 +191,7 @@ def test_what_need_not_be_strict_is_kept_to_as_far_as_can_be(texts: Texts) -> No
         assert texts.takes(loose, '{"name": "f", "parameters": {"b": [1]}}')
         assert not texts.takes(loose, '{"name": "f", "parameters": [1]}')
     kept = grammar(WEATHER.parameters, strict=False)
+    assert not texts.takes(kept, '{"name": "f", "parameters": {"city": "Paris", "more": 1}}')
     assert not texts.takes(kept, J.replace("get_weather", "f").replace("city", "b"))
 
 
@@ -174,7 +200,7 @@ def test_strict_texts_that_the_spelling_cannot_keep_to(texts: Texts) -> None:
 
     def written(*, strict: bool, **schema: Any) -> GrammarSpec:
         tool = Tool(name="f", parameters={"type": "object", "properties": {"a": schema}, "required": ["a"]}, strict=strict)
-        return made.grammar([tool], required=True, parallel=True, where="behind")
+        return made.grammar([tool], CallRules(required=True, parallel=True, where="behind"))
 
     with pytest.raises(InvalidRequest, match=r"properties\.a\.pattern"):
         written(strict=True, type="string", pattern="x")
@@ -207,7 +233,9 @@ def test_what_is_wrong_is_told(texts: Texts, source: str, words: str) -> None:
 @pytest.mark.parametrize("most", [None, 0, 3])
 def test_white_space_is_bounded(tmp_path: Path, most: int | None) -> None:
     texts = Texts(tmp_path, max_whitespace=most)
-    grammar = texts.compile(format_of("llama3_json").grammar([WEATHER], required=True, parallel=True, where="behind"))
+    grammar = texts.compile(
+        format_of("llama3_json").grammar([WEATHER], CallRules(required=True, parallel=True, where="behind"))
+    )
     assert texts.takes(grammar, J)
     spaces = {size: texts.takes(grammar, J.replace('"city": ', '"city":' + " " * size)) for size in (0, 1, 3, 9)}
     assert spaces == {size: size <= (99 if most is None else max(1, most)) for size in spaces}

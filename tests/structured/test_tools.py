@@ -112,6 +112,26 @@ async def test_a_call_is_required(nano: Api) -> None:
 
 
 @needs_xgrammar
+async def test_an_answer_is_calls_or_what_the_response_format_says(nano: Api) -> None:
+    pair: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "pair", "schema": pair}}
+    assert nano.services.answers is not None
+    [marker] = [text for text in ("<tool_call>", "[TOOL_CALLS]") if text in nano.services.answers.markers]
+    first = nano.services.tokenizer.encode(marker)[0]
+    fields = {"messages": HI, "tools": [WEATHER], "response_format": wanted, "parallel_tool_calls": False, **LIMITS}
+    [choice] = (await nano.post(CHAT, **fields, logit_bias={str(first): 100}))["choices"]
+    assert check(choice) == ["get_weather"]
+    [choice] = (await nano.post(CHAT, **fields, logit_bias={str(first): -100}))["choices"]
+    jsonschema.validate(json.loads(choice["message"]["content"]), pair)
+    for stream in (False, True):
+        bad = {**fields, "response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "stream": stream}
+        error = await nano.error(CHAT, status=400, **bad)
+        assert error["param"] == "response_format.json_schema.schema"
+        error = await nano.error(CHAT, status=400, **{**fields, "tool_choice": "required", "stream": stream})
+        assert error["param"] == "tool_choice"
+
+
+@needs_xgrammar
 async def test_the_openai_client(nano: Api) -> None:
     async with openai.AsyncOpenAI(base_url=f"{nano.url}/v1", api_key="none", max_retries=0) as client:
         given: dict[str, Any] = {"model": "nano", "messages": HI, "tools": [WEATHER], "tool_choice": NAMED, **LIMITS}

@@ -4,7 +4,7 @@ Torch-free: tensors and modules appear in annotations only. A factory is called 
 plain bound methods of what it returned.
 """
 
-from .answers import AnswerFormat, AnswerParser, Piece, PieceKind, Tool, Where
+from .answers import AnswerFormat, AnswerParser, CallRules, Piece, PieceKind, Tool, Where
 from .attention import (
     PHASES,
     AttentionBackend,
@@ -42,6 +42,7 @@ __all__ = [
     "AttentionContext",
     "AttentionSpec",
     "BuildContext",
+    "CallRules",
     "Checkpoint",
     "DraftContext",
     "DraftMemory",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from msgspec import Struct
 
-if TYPE_CHECKING:
-    from ..types import GrammarSpec
+from ..types import GrammarSpec
 
 PieceKind = Literal["content", "reasoning", "call", "arguments", "end"]
 Where = Literal["before", "inside", "behind"]
@@ -32,6 +31,18 @@ class Tool(Struct, frozen=True):
     """JSON schema of its arguments, an object's."""
     strict: bool = False
     """A grammar must keep to the schema, or be refused."""
+
+
+class CallRules(Struct, frozen=True, kw_only=True):
+    """What a grammar of an answer that may call tools must say beside the tools."""
+
+    required: bool
+    """One call at least, and nothing else but reasoning."""
+    parallel: bool
+    """More than one is allowed."""
+    where: Where
+    otherwise: GrammarSpec | None = None
+    """What an answer must be that calls nothing; None: any text. Not where calls are required."""
 
 
 class AnswerParser(Protocol):
@@ -59,5 +70,5 @@ class AnswerFormat(Protocol):
     def parser(self, tools: SequenceOf[Tool], *, where: Where, separate_reasoning: bool) -> AnswerParser:
         """`tools`: calls of these are looked for; none if it is empty. Without `separate_reasoning` it is content."""
 
-    def grammar(self, tools: SequenceOf[Tool], *, required: bool, parallel: bool, where: Where) -> GrammarSpec:
-        """Of answers that call these tools: at least one if `required`, at most one unless `parallel`."""
+    def grammar(self, tools: SequenceOf[Tool], rules: CallRules) -> GrammarSpec:
+        """Of answers that may call these tools. Raises `InvalidRequest` for what no grammar can say."""

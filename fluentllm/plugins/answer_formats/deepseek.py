@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .calls import CallParser
-from .grammar import Around, TagGrammar, schema_node
+from .grammar import schema_node, tag_grammar
 from .parser import where_answers_begin
 from .reading import BROKEN, WAIT, expect, expect_all, skip_space
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fluentllm.core.protocols import Tool, Where
+    from fluentllm.core.protocols import CallRules, Tool, Where
     from fluentllm.core.types import GrammarSpec
 
     from .grammar import Node
@@ -114,17 +114,16 @@ class DeepSeekV3:
     def parser(self, tools: Sequence[Tool], *, where: Where, separate_reasoning: bool) -> DeepSeekParser:
         return DeepSeekParser(where=where, separate_reasoning=separate_reasoning, calls=bool(tools))
 
-    def grammar(self, tools: Sequence[Tool], *, required: bool, parallel: bool, where: Where) -> GrammarSpec:
-        tags = [self._tag(tool) for tool in tools]
-        built = TagGrammar(
-            ALL[0],
-            tags,
+    def grammar(self, tools: Sequence[Tool], rules: CallRules) -> GrammarSpec:
+        return tag_grammar(
+            [self._tag(tool) for tool in tools],
+            rules,
+            trigger=ALL[0],
             separator="\n" if self._fenced else "",
-            required=required,
-            parallel=parallel,
-            around=Around(begin=ALL[0], end=ALL[1]),
+            markers=self.markers,
+            reasoning=THINK if self._reasons else None,
+            around=ALL,
         )
-        return built.spec(THINK if self._reasons else None, where, self.markers)
 
     def _tag(self, tool: Tool) -> Node:
         begin, end = f"{ONE[0]}{tool.name}{BETWEEN}", ONE[1]

@@ -5,24 +5,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from fluentllm.core.errors import InvalidRequest
 from fluentllm.core.types import GrammarSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from fluentllm.core.protocols import Tool, Where
+    from fluentllm.core.protocols import CallRules, Tool, Where
 
     from .parser import Reasoning
 
 Node = dict[str, Any]
 
 
-def schema_node(schema: dict[str, Any], *, strict: bool) -> Node:
+def schema_node(schema: Any, *, strict: bool) -> Node:
     return {"type": "json_schema", "json_schema": schema, "strict": strict}
 
 
@@ -36,44 +36,60 @@ def json_tag(begin: str, tool: Tool, end: str, *, arguments: str = "arguments") 
     return {"type": "tag", "begin": head, "content": schema_node(tool.parameters, strict=tool.strict), "end": f"}}{end}"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Around:
-    """What comes before all calls, and behind them."""
-
-    begin: str
-    end: str
-
-
-@dataclass(frozen=True)
-class TagGrammar:
-    """Calls, each a tag. `trigger`: what every call begins with, in text that is otherwise free."""
-
-    trigger: str
-    tags: list[Node]
-    separator: str
-    required: bool
-    parallel: bool
-    around: Around | None = None
-    """Of all calls together, with `trigger` in its beginning and not in each call's."""
-
-    def spec(self, reasoning: Reasoning | None, where: Where, markers: Iterable[str]) -> GrammarSpec:
-        """`reasoning`: what may come first, where calls are required."""
-        if self.required:
-            return structural_tag(_after_reasoning(self._calls(), reasoning, where), markers)
+def tag_grammar(
+    tags: list[Node],
+    rules: CallRules,
+    *,
+    trigger: str,
+    separator: str,
+    markers: Iterable[str],
+    reasoning: Reasoning | None = None,
+    around: tuple[str, str] | None = None,
+) -> GrammarSpec:
+    """Of calls that are `tags` and begin with `trigger`; `around` stands before and behind all of them, and begins so instead.
+    `reasoning` may come first."""
+    calls = listed(tags, separator, parallel=rules.parallel)
+    if around is not None:
+        calls = {"type": "tag", "begin": around[0], "content": calls, "end": around[1]}
+    if rules.otherwise is not None:
+        calls = either(calls, node_of(rules.otherwise))
+    elif not rules.required:
         free: Node = {
             "type": "triggered_tags",
-            "triggers": [self.trigger],
-            "tags": self.tags if self.around is None else [self._calls()],
+            "triggers": [trigger],
+            "tags": tags if around is None else [calls],
             "at_least_one": False,
-            "stop_after_first": not self.parallel,
+            "stop_after_first": not rules.parallel,
         }
         return structural_tag(free, markers)
+    return structural_tag(_after_reasoning(calls, reasoning, rules.where), markers)
 
-    def _calls(self) -> Node:
-        calls = listed(self.tags, self.separator, parallel=self.parallel)
-        if self.around is None:
-            return calls
-        return {"type": "tag", "begin": self.around.begin, "content": calls, "end": self.around.end}
+
+def either(*elements: Node) -> Node:
+    return {"type": "or", "elements": list(elements)}
+
+
+def node_of(grammar: GrammarSpec) -> Node:
+    """A grammar of another kind as a part of a structural tag. Raises `InvalidRequest` for a kind that cannot be one."""
+    kind, source = grammar.kind, grammar.source
+    try:
+        if kind == "json_object":
+            return schema_node({"type": "object"}, strict=True)
+        if kind == "json_schema":
+            return schema_node(msgspec.json.decode(source), strict=True)
+        if kind == "choice":
+            return either(*({"type": "const_string", "value": text} for text in msgspec.json.decode(source, type=list[str])))
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidRequest(f"The grammar's source is not valid: {error}.", fix="Correct it.", param="grammar") from None
+    if kind == "regex":
+        return {"type": "regex", "pattern": source}
+    if kind == "grammar":
+        return {"type": "grammar", "grammar": source}
+    raise InvalidRequest(
+        f"A grammar of the kind {kind!r} leaves no room for calls of tools.",
+        fix='Leave one of them out, or set tool_choice to "none".',
+        param="grammar",
+    )
 
 
 def listed(tags: list[Node], separator: str, *, parallel: bool) -> Node:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .calls import CallParser
-from .grammar import json_tag, listed, structural_tag
+from .grammar import either, json_tag, listed, node_of, structural_tag
 from .reading import WAIT, expect, skip_space
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fluentllm.core.protocols import Tool, Where
+    from fluentllm.core.protocols import CallRules, Tool, Where
     from fluentllm.core.types import GrammarSpec
 
 TAG = "<|python_tag|>"
@@ -67,11 +67,11 @@ class Llama3Json:
     def parser(self, tools: Sequence[Tool], *, where: Where, separate_reasoning: bool) -> Llama3Parser:
         return Llama3Parser(tools)
 
-    def grammar(self, tools: Sequence[Tool], *, required: bool, parallel: bool, where: Where) -> GrammarSpec:
+    def grammar(self, tools: Sequence[Tool], rules: CallRules) -> GrammarSpec:
         tags = [json_tag("", tool, "", arguments="parameters") for tool in tools]
-        calls = listed(tags, "; ", parallel=parallel)
-        if required:
-            return structural_tag(calls, ())
-        # Whatever begins like a call must be one.
-        text = {"type": "regex", "pattern": r"[^{<\s][\s\S]*"}
-        return structural_tag({"type": "or", "elements": [calls, text]}, ())
+        calls = listed(tags, "; ", parallel=rules.parallel)
+        if rules.otherwise is not None:
+            calls = either(calls, node_of(rules.otherwise))
+        elif not rules.required:  # whatever begins like a call must be one
+            calls = either(calls, {"type": "regex", "pattern": r"[^{<\s][\s\S]*"})
+        return structural_tag(calls, ())

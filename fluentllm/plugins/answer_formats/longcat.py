@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from .grammar import TagGrammar, json_tag
+from .grammar import json_tag, tag_grammar
 from .key_values import key_value_tag, means_text
 from .parser import where_answers_begin
 from .reading import BROKEN, WAIT, expect, skip_space
@@ -22,7 +22,7 @@ from .tagged import TaggedParser
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fluentllm.core.protocols import Tool, Where
+    from fluentllm.core.protocols import CallRules, Tool, Where
     from fluentllm.core.types import GrammarSpec
 
 OPEN, CLOSE = "<longcat_tool_call>", "</longcat_tool_call>"
@@ -39,6 +39,8 @@ class LongCatParser(TaggedParser):
         self._name = ""
         self._read = 0
         """Up to where keys and values have been read."""
+        self._searched = 0
+        """Up to where the end of a value is not: long ones come in many pieces."""
         self._values: list[tuple[str, str]] = []
 
     def _begin(self) -> bool:
@@ -58,6 +60,7 @@ class LongCatParser(TaggedParser):
         if end in (at, len(self._text)):
             return self._broken()
         self._name, self._read, self._values = self._text[at:end], end, []
+        self._searched = 0
         self._state = self._key_values
         return True
 
@@ -71,17 +74,18 @@ class LongCatParser(TaggedParser):
             key, behind = self._until(behind, KEY[1])
             if behind > 0:
                 behind = expect(self._text, skip_space(self._text, behind), VALUE[0])
-            value, behind = self._until(behind, VALUE[1])
+            value, behind = self._until(behind, VALUE[1], self._searched)
             if behind < 0:
+                self._searched = len(self._text)
                 return self._broken() if behind == BROKEN or self._final else False
             self._values.append((key, value))
-            self._read = behind
+            self._read, self._searched = behind, 0
 
-    def _until(self, at: int, marker: str) -> tuple[str, int]:
-        """What stands from `at` to `marker`, and where it ends."""
+    def _until(self, at: int, marker: str, searched: int = 0) -> tuple[str, int]:
+        """What stands from `at` to `marker`, and where it ends. `searched`: up to where it is known not to be."""
         if at < 0:
             return "", at
-        end = self._text.find(marker, at)
+        end = self._text.find(marker, max(at, searched - len(marker)))
         return (self._text[at:end], end + len(marker)) if end >= 0 else ("", WAIT)
 
     def _give_whole(self, end: int) -> None:
@@ -120,10 +124,10 @@ class LongCat:
     def parser(self, tools: Sequence[Tool], *, where: Where, separate_reasoning: bool) -> LongCatParser:
         return LongCatParser(tools, where=where, separate_reasoning=separate_reasoning)
 
-    def grammar(self, tools: Sequence[Tool], *, required: bool, parallel: bool, where: Where) -> GrammarSpec:
+    def grammar(self, tools: Sequence[Tool], rules: CallRules) -> GrammarSpec:
         if self._keys:
             tags = [key_value_tag(tool, (OPEN, CLOSE), KEY, VALUE) for tool in tools]
         else:
             tags = [json_tag(OPEN, tool, CLOSE) for tool in tools]
-        built = TagGrammar(OPEN, tags, separator="\n", required=required, parallel=parallel)
-        return built.spec(THINK if self._reasons else None, where, self.markers)
+        reasoning = THINK if self._reasons else None
+        return tag_grammar(tags, rules, trigger=OPEN, separator="\n", markers=self.markers, reasoning=reasoning)

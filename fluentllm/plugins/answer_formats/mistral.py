@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .calls import CallParser
-from .grammar import Around, TagGrammar, json_tag, schema_node
+from .grammar import json_tag, schema_node, tag_grammar
 from .reading import BROKEN, WAIT, expect, skip_space
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fluentllm.core.protocols import Tool, Where
+    from fluentllm.core.protocols import CallRules, Tool, Where
     from fluentllm.core.types import GrammarSpec
+
+    from .grammar import Node
 
 OPEN, ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
 
@@ -82,20 +84,14 @@ class Mistral:
     def parser(self, tools: Sequence[Tool], *, where: Where, separate_reasoning: bool) -> MistralParser:
         return MistralParser(calls=bool(tools))
 
-    def grammar(self, tools: Sequence[Tool], *, required: bool, parallel: bool, where: Where) -> GrammarSpec:
+    def grammar(self, tools: Sequence[Tool], rules: CallRules) -> GrammarSpec:
         if self._names:
-            tags = [
-                {
-                    "type": "tag",
-                    "begin": f"{OPEN}{tool.name}{ARGUMENTS}",
-                    "content": schema_node(tool.parameters, strict=tool.strict),
-                    "end": "",
-                }
-                for tool in tools
-            ]
-            built = TagGrammar(OPEN, tags, separator="", required=required, parallel=parallel)
-        else:
-            tags = [json_tag("", tool, "") for tool in tools]
-            around = Around(begin=f"{OPEN}[", end="]")
-            built = TagGrammar(OPEN, tags, separator=", ", required=required, parallel=parallel, around=around)
-        return built.spec(None, where, self.markers)
+            tags = [_named(tool) for tool in tools]
+            return tag_grammar(tags, rules, trigger=OPEN, separator="", markers=self.markers)
+        tags = [json_tag("", tool, "") for tool in tools]
+        return tag_grammar(tags, rules, trigger=OPEN, separator=", ", markers=self.markers, around=(f"{OPEN}[", "]"))
+
+
+def _named(tool: Tool) -> Node:
+    content = schema_node(tool.parameters, strict=tool.strict)
+    return {"type": "tag", "begin": f"{OPEN}{tool.name}{ARGUMENTS}", "content": content, "end": ""}

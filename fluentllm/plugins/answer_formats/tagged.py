@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .calls import CallParser
-from .grammar import TagGrammar, json_tag
+from .grammar import json_tag, tag_grammar
 from .parser import where_answers_begin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fluentllm.core.protocols import Tool, Where
+    from fluentllm.core.protocols import CallRules, Tool, Where
     from fluentllm.core.types import GrammarSpec
 
     from .parser import Reasoning
@@ -48,7 +48,7 @@ class Hermes:
     def parser(self, tools: Sequence[Tool], *, where: Where, separate_reasoning: bool) -> TaggedParser:
         return TaggedParser((OPEN, CLOSE), THINK, where=where, separate_reasoning=separate_reasoning, calls=bool(tools))
 
-    def grammar(self, tools: Sequence[Tool], *, required: bool, parallel: bool, where: Where) -> GrammarSpec:
+    def grammar(self, tools: Sequence[Tool], rules: CallRules) -> GrammarSpec:
         tags = [json_tag(f"{OPEN}\n", tool, f"\n{CLOSE}") for tool in tools]
-        built = TagGrammar(OPEN, tags, separator="\n", required=required, parallel=parallel)
-        return built.spec(THINK if self._reasons else None, where, self.markers)
+        reasoning = THINK if self._reasons else None
+        return tag_grammar(tags, rules, trigger=OPEN, separator="\n", markers=self.markers, reasoning=reasoning)

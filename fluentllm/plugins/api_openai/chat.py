@@ -67,7 +67,7 @@ async def _job(body: ChatRequest, services: Services, calling: Calling | None) -
     start = None
     if services.answers is not None:
         where = services.answers.where(services.tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False))
-        if calling is not None and calling.guaranteed:
+        if calling is not None:
             with naming(calling.field):
                 options.grammar = calling.grammar(where)
         start = _reading(services.answers, where, body, calling)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET
@@ -90,32 +91,33 @@ class PartsWriter:
         """An event a piece. Log-probabilities come with the first that there is; the reason with the last."""
         reader = self._readers[index]
         calls = reader.calls
-        deltas = []
+        events: list[Callable[[ChatLogprobs | None, ChatFinishReason | None], bytes]] = []
         for piece in reader.read(text, final=finish_reason is not None):
             calls += piece.kind == "call"
-            if piece.kind != "end":
-                deltas.append(_delta(piece, calls - 1))
+            if piece.kind == "content":
+                events.append(partial(self._splicer.chunk, index, piece.text))
+            elif piece.kind != "end":
+                events.append(partial(self._splicer.delta, index, _delta(piece, calls - 1)))
         held = self._logprobs.pop(index, None)
         if held is not None and logprobs is not None:
             held.content += logprobs.content
         logprobs = held or logprobs
-        if not deltas and finish_reason is None:
+        if not events and finish_reason is None:
             if logprobs is not None:
                 self._logprobs[index] = logprobs
             return b""
+        if not events:
+            delta = AnswerDelta() if reader.calls else AnswerDelta(content="")
+            events.append(partial(self._splicer.delta, index, delta))
         reason = None if finish_reason is None else reader.reason(finish_reason)
-        deltas = deltas or [AnswerDelta() if reader.calls else AnswerDelta(content="")]
-        last = len(deltas) - 1
+        last = len(events) - 1
         return b"".join(
-            self._splicer.delta(index, delta, None if number else logprobs, reason if number == last else None)
-            for number, delta in enumerate(deltas)
+            event(None if number else logprobs, reason if number == last else None) for number, event in enumerate(events)
         )
 
 
 def _delta(piece: Piece, call: int) -> AnswerDelta:
-    """`call`: number of the call that the piece belongs to, if it does."""
-    if piece.kind == "content":
-        return AnswerDelta(content=piece.text)
+    """Of anything but content. `call`: number of the call that the piece belongs to, if it does."""
     if piece.kind == "reasoning":
         return AnswerDelta(reasoning_content=piece.text)
     if piece.kind == "arguments":

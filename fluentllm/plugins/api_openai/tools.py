@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from fluentllm.core.errors import InvalidRequest
-from fluentllm.core.protocols import Tool
+from fluentllm.core.protocols import CallRules, Tool
 
 from .tool_schema import NamedTool
 
@@ -36,6 +36,8 @@ class Calling(Struct, kw_only=True):
     """Those of them that a grammar lets be called."""
     required: bool
     parallel: bool
+    otherwise: GrammarSpec | None
+    """What the answer must be if it calls nothing."""
     field: str
     """That asks for a grammar, if one does."""
 
@@ -44,8 +46,11 @@ class Calling(Struct, kw_only=True):
         """A grammar sees to it that calls are as they must be."""
         return self.required or any(tool.strict for tool in self.choice)
 
-    def grammar(self, where: Where) -> GrammarSpec:
-        return self.format.grammar(self.choice, required=self.required, parallel=self.parallel, where=where)
+    def grammar(self, where: Where) -> GrammarSpec | None:
+        if not self.guaranteed and self.otherwise is None:
+            return None
+        rules = CallRules(required=self.required, parallel=self.parallel, where=where, otherwise=self.otherwise)
+        return self.format.grammar(self.choice, rules)
 
 
 def take_tools(body: ChatRequest, services: Services, field: str) -> Calling | None:
@@ -77,9 +82,10 @@ def take_tools(body: ChatRequest, services: Services, field: str) -> Calling | N
         choice=chosen,
         required=choice != "auto",
         parallel=body.parallel_tool_calls is not False and not isinstance(choice, NamedTool),
-        field="tool_choice" if choice != "auto" else f"tools[{strict[0]}].function.strict" if strict else "tools",
+        otherwise=body.grammar,
+        field="tool_choice" if choice != "auto" else f"tools[{strict[0]}].function.strict" if strict else field,
     )
-    if body.grammar is not None:
+    if calling.guaranteed and body.grammar is not None:
         raise InvalidRequest(
             f"{field} and {calling.field} each say what the text must be.",
             fix='Give one of them, or set tool_choice to "none".',
