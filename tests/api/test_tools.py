@@ -192,6 +192,18 @@ async def test_reasoning(hermes: Api) -> None:
     await hermes.post(CHAT, messages=messages)  # what came can be sent back
 
 
+async def test_an_answer_by_a_grammar_is_no_reasoning(hermes: Api) -> None:
+    says(hermes, '{"a": 1}')
+    thinks: dict[str, Any] = {"chat_template_kwargs": {"thinking": True}, "response_format": {"type": "json_object"}}
+    choice = await both_ways(hermes, **thinks)
+    assert choice["message"] == {"role": "assistant", "content": '{"a": 1}', "refusal": None}
+    says(hermes, 'Hm.</think>{"a": 1}')
+    choice = await both_ways(hermes, **thinks, tools=TOOLS)  # then it may come first
+    assert (choice["message"]["reasoning_content"], choice["message"]["content"]) == ("Hm.", '{"a": 1}')
+    source = msgspec.json.decode(hermes.engine.requests[-1].params.grammar.source)
+    assert [part["type"] for part in source["format"]["elements"]] == ["tag", "or"]
+
+
 async def test_logprobs_come_with_the_pieces(hermes: Api) -> None:
     says(hermes, f"<think>Hm.</think>Yes.{HERMES}")
     fields = {"messages": HI, "tools": TOOLS, "logprobs": True}

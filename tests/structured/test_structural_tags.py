@@ -87,6 +87,7 @@ ARGUMENTS = ("<longcat_arg_key>", "[ARGS]", "```json")
         ("longcat", ARGUMENTS[0], L0, f"{L0}\n{L0}", L0.replace("time", "get_weather")),
         ("llama3_json", "", J, f"{J}; {J}", J.replace('"Paris"', "3")),
         ("mistral", "", M, f"[TOOL_CALLS][{CALL}, {CALL}]", M.replace('"Paris"', "3")),
+        ("mistral", "[TOOL_CALLS] [", M.replace("][", "] ["), f"[TOOL_CALLS] [{CALL}, {CALL}]", M),
         ("mistral", ARGUMENTS[1], N, N + N, N.replace('"Paris"', "3")),
         (
             "deepseek_v3",

@@ -105,7 +105,7 @@ class DeepSeekV3:
     markers = frozenset({*ALL, *ONE, BETWEEN, *THINK})
 
     def __init__(self, template: str) -> None:
-        self._reasons = THINK[1] in template
+        self._reasons = any(marker in template for marker in THINK)
         self._fenced = f"{FENCE}json" in template
 
     def where(self, prompt_end: str) -> Where:

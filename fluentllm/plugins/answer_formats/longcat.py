@@ -115,7 +115,7 @@ class LongCat:
     markers = frozenset({OPEN, CLOSE, *KEY, *VALUE, *THINK})
 
     def __init__(self, template: str) -> None:
-        self._reasons = THINK[1] in template
+        self._reasons = any(marker in template for marker in THINK)
         self._keys = KEY[0] in template
 
     def where(self, prompt_end: str) -> Where:

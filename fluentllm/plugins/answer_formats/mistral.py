@@ -77,6 +77,7 @@ class Mistral:
 
     def __init__(self, template: str) -> None:
         self._names = ARGUMENTS in template
+        self._list = f"{OPEN} [" if f"{OPEN} [" in template else f"{OPEN}["
 
     def where(self, prompt_end: str) -> Where:
         return "behind"
@@ -89,7 +90,7 @@ class Mistral:
             tags = [_named(tool) for tool in tools]
             return tag_grammar(tags, rules, trigger=OPEN, separator="", markers=self.markers)
         tags = [json_tag("", tool, "") for tool in tools]
-        return tag_grammar(tags, rules, trigger=OPEN, separator=", ", markers=self.markers, around=(f"{OPEN}[", "]"))
+        return tag_grammar(tags, rules, trigger=OPEN, separator=", ", markers=self.markers, around=(self._list, "]"))
 
 
 def _named(tool: Tool) -> Node:

@@ -48,10 +48,10 @@ def expect_all(text: str, at: int, parts: Sequence[str]) -> int:
 
 def could_begin(text: str, marker: str) -> int:
     """Length of the longest end of `text` that `marker` starts with; less than the marker's own."""
-    for length in range(min(len(marker) - 1, len(text)), 0, -1):
-        if marker.startswith(text[len(text) - length :]):
-            return length
-    return 0
+    at = text.find(marker[0], max(0, len(text) - len(marker) + 1))
+    while at >= 0 and not marker.startswith(text[at:]):
+        at = text.find(marker[0], at + 1)
+    return len(text) - at if at >= 0 else 0
 
 
 class Head(NamedTuple):

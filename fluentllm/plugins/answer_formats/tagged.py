@@ -40,7 +40,7 @@ class Hermes:
     markers = frozenset({OPEN, CLOSE, *THINK})
 
     def __init__(self, template: str) -> None:
-        self._reasons = THINK[1] in template
+        self._reasons = any(marker in template for marker in THINK)
 
     def where(self, prompt_end: str) -> Where:
         return where_answers_begin(THINK, prompt_end)

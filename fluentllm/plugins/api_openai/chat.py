@@ -65,7 +65,7 @@ async def _job(body: ChatRequest, services: Services, calling: Calling | None) -
         messages, variables=body.chat_template_kwargs, tools=None if calling is None else calling.offered
     )
     start = None
-    if services.answers is not None:
+    if services.answers is not None and (calling is not None or body.grammar is None):  # which leaves no room for reasoning
         where = services.answers.where(services.tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False))
         if calling is not None:
             with naming(calling.field):
