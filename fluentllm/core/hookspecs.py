@@ -84,6 +84,12 @@ def fluent_grammars(register: Register) -> None:
 
 
 @hookspec
+def fluent_answer_formats(register: Register) -> None:
+    """Give formats of answers, how a model writes tool calls and reasoning: `register("hermes", factory, supports=...)`.
+    Front-end process."""
+
+
+@hookspec
 def fluent_routes(register: RegisterRoute) -> None:
     """Give HTTP routes: `register("/v1/models", endpoint, methods=("GET",))`. Front-end process."""
 

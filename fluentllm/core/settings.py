@@ -38,6 +38,13 @@ class ModelSettings(Struct, kw_only=True, forbid_unknown_fields=True):
         Annotated[int, Meta(ge=8)] | None, _help("Longest context, prompt and answer; the checkpoint's if null.", "tokens")
     ] = None
     chat_template: Annotated[str | None, _help("Path of a Jinja chat template instead of the checkpoint's.")] = None
+    answer_format: Annotated[
+        str,
+        _help(
+            "How the model writes tool calls and reasoning, by the name a plugin gave it: hermes, longcat, llama3_json, "
+            "mistral, deepseek_v3; auto looks at the chat template; none."
+        ),
+    ] = "auto"
 
 
 class ServerSettings(Struct, kw_only=True, forbid_unknown_fields=True):

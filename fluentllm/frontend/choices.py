@@ -84,10 +84,18 @@ class Choice:
     )
 
     def __init__(
-        self, index: int, tokenizer: Tokenizer, stops: Sequence[str] = (), *, min_tokens: int = 0, logprobs: bool = False
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        logprobs: bool = False,
+        keep: frozenset[int] = frozenset(),
     ) -> None:
+        """`keep`: special tokens that are part of the text."""
         self.index = index
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, keep=keep)
         self._push = self._detokenizer.push_all
         self._stops = StopStrings(stops) if stops else None
         self._min_tokens = min_tokens

@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 class Detokenizer:
     """Feed tokens, get text. What it gives, joined, is the UTF-8 of the tokens' bytes, with U+FFFD for what is none.
 
-    A character whose bytes are spread over tokens comes with the last of them. Special tokens give no text.
+    A character whose bytes are spread over tokens comes with the last of them. Special tokens give no text, but for those that
+    are to be kept.
     """
 
     __slots__ = ("_given", "_ids", "_skip", "_tokenizer", "_utf8", "_waiting", "_whole_text")
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, keep: frozenset[int] = frozenset()) -> None:
+        """`keep`: special tokens that are text all the same, such as the markers of a tool call."""
         self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip = tokenizer.special_ids - keep if skip_special_tokens else frozenset()
         self._whole_text = tokenizer.whole
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._waiting = False  # the decoder holds the beginning of a character

@@ -55,6 +55,8 @@ class Job(Struct, kw_only=True):
     n: int = 1
     stop: tuple[str, ...] = ()
     priority: int = 0
+    keep: frozenset[int] = frozenset()
+    """Special tokens that are part of the text."""
     handoff: Handoff | None = None
     """Set where prompts are computed on one engine and continued on another; each choice's has a number of its own."""
 
@@ -157,15 +159,18 @@ class Generation:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """Ids of the rendered chat. `variables` of the template. Raises `InvalidRequest` if the model has no template or it
-        refuses the messages."""
+        """Ids of the rendered chat. `variables` of the template; `tools` that the answer may call. Raises `InvalidRequest` if
+        the model has no template or it refuses the messages."""
         if self.template is None:
             raise InvalidRequest(
                 "The model has no chat template.", fix="Use /v1/completions, or name a template with model.chat_template."
             )
-        render = partial(self.template.render, messages, add_generation_prompt=add_generation_prompt, variables=variables)
-        size = sum(len(message.get("content") or "") for message in messages)
+        render = partial(
+            self.template.render, messages, add_generation_prompt=add_generation_prompt, variables=variables, tools=tools
+        )
+        size = sum(len(message.get("content") or "") for message in messages) + (SHORT * len(tools) if tools else 0)
         return await self._off_loop(size, lambda: self._encode(render(), False, "messages"))
 
     async def decode(self, tokens: Sequence[int]) -> str:
@@ -222,13 +227,15 @@ class Generation:
         default_max_tokens: int | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        keep: frozenset[int] = frozenset(),
         handoff: Handoff | None = None,
         field: str = "prompt",
     ) -> Job:
         """Check everything that can be checked before the engine sees it.
 
-        `default_max_tokens` holds where the options have no max_tokens; None means what is left of the context. `field`: what
-        the caller calls the prompt, for errors. Raises `InvalidRequest`, `ContextTooLong`, `EngineUnavailable`.
+        `default_max_tokens` holds where the options have no max_tokens; None means what is left of the context. `keep`: special
+        tokens that are part of the text. `field`: what the caller calls the prompt, for errors. Raises `InvalidRequest`,
+        `ContextTooLong`, `EngineUnavailable`.
         """
         info = self.info
         params = []
@@ -253,6 +260,7 @@ class Generation:
             n=options.n or 1,
             stop=options.stop_strings(),
             priority=options.priority or 0,
+            keep=keep,
             handoff=handoff,
         )
 
@@ -302,7 +310,14 @@ class Generation:
         params = job.params[number]
         if which:
             params = msgspec.structs.replace(params, seed=choice_seed(params.seed, which))
-        choice = Choice(index, self.tokenizer, job.stop, min_tokens=params.min_tokens, logprobs=params.logprobs is not None)
+        choice = Choice(
+            index,
+            self.tokenizer,
+            job.stop,
+            min_tokens=params.min_tokens,
+            logprobs=params.logprobs is not None,
+            keep=job.keep,
+        )
         handoff = job.handoff and msgspec.structs.replace(job.handoff, id=f"{job.handoff.id}/{index}")
         request = Request(
             id=f"{job.id}-{index}", prompt=job.prompts[number], params=params, priority=job.priority, handoff=handoff

@@ -98,10 +98,12 @@ class ChatTemplate:
                 f"The chat template is not valid Jinja: line {error.lineno}: {error.message}.",
                 fix="Name another with model.chat_template.",
             ) from error
+        self.source = source
         self._special_tokens = dict(special_tokens or {})
         self.variables = frozenset(read - set(environment.globals) - set(self._special_tokens) - _GIVEN)
         """What it reads that a request may give, such as `enable_thinking`."""
         self.knows_developer = "developer" in source
+        self.knows_tools = "tools" in read
         self.knows_tool_calls = "tool_calls" in source
         self.knows_names = _MESSAGE_NAME.search(source) is not None
 
@@ -111,9 +113,10 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The prompt. `variables`: some of `self.variables`. Raises `InvalidRequest`, with the template's own words where it
-        refuses these messages."""
+        """The prompt. `variables`: some of `self.variables`. `tools`: in OpenAI's form. Raises `InvalidRequest`, with the
+        template's own words where it refuses these messages."""
         for name in variables or ():
             if name not in self.variables:
                 known = ", ".join(sorted(self.variables)) or "none"
@@ -123,7 +126,7 @@ class ChatTemplate:
                     param=f"chat_template_kwargs.{name}",
                 )
         try:
-            return "".join(self._bounded(messages, add_generation_prompt, variables or {}))
+            return "".join(self._bounded(messages, add_generation_prompt, variables or {}, tools or None))
         except RecursionError:
             raise InvalidRequest("The chat template recurses without end on these messages.", param="messages") from None
         except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
@@ -134,7 +137,11 @@ class ChatTemplate:
             ) from error
 
     def _bounded(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None,
     ) -> Iterator[str]:
         deadline = time.monotonic() + MAX_SECONDS
         characters = 0
@@ -143,7 +150,7 @@ class ChatTemplate:
             **self._special_tokens,
             messages=messages,
             add_generation_prompt=add_generation_prompt,
-            tools=None,
+            tools=tools,
             documents=None,
         )
         for piece in pieces:

@@ -78,6 +78,10 @@ class Tokenizer:
     def eos_ids(self) -> tuple[int, ...]:
         return self.special.eos_ids
 
+    def special_tokens(self, texts: Iterable[str]) -> frozenset[int]:
+        """Ids of those of these texts that are special tokens."""
+        return self.special_ids.intersection(map(self.backend.token_to_id, texts))
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of plain text; with `add_special_tokens`, framed as the checkpoint says (often: bos first).
 

@@ -64,7 +64,8 @@ async def serve(child: Child, plugins: PluginManager) -> None:
     """Until SIGTERM."""
     client = SocketEngineClient(child.runtime.engine_socket)
     with child.timeline.stage("tokenizer"):
-        services = Services.load(child.settings, client, child.files.path, child.files.name)
+        formats = plugins.registry("answer_formats")
+        services = Services.load(child.settings, client, child.files.path, child.files.name, formats)
     services.ledger = plugins.ledger
     loop = asyncio.get_running_loop()
 

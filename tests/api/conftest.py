@@ -146,6 +146,11 @@ def settings_of(folder: Path, overrides: Iterable[tuple[str, Any]] = ()) -> Sett
     return config.load(None, given, {}).settings
 
 
+def load_services(settings: Settings, client: EngineClient, folder: Path) -> Services:
+    formats = PluginManager.load({"frontend"}, allow=[]).registry("answer_formats")
+    return Services.load(settings, client, folder, "tiny", formats)
+
+
 @contextlib.asynccontextmanager
 async def serving_real(folder: Path, **overrides: Any) -> AsyncIterator[Api]:
     """With a real engine in this loop; afterwards it must be idle with no page held."""
@@ -156,7 +161,7 @@ async def serving_real(folder: Path, **overrides: Any) -> AsyncIterator[Api]:
     engine: Engine = build_engine(settings, resolve(str(folder)), PluginManager.load({"engine", "executor"}, allow=[]))
     running = asyncio.create_task(engine.run())
     client: EngineClient = LocalEngineClient(engine)
-    async with serving(Services.load(settings, client, folder, "tiny"), engine) as api:
+    async with serving(load_services(settings, client, folder), engine) as api:
         yield api
         await idle(engine)
         engine.kv.check_idle()
@@ -199,12 +204,13 @@ async def real(chat_folder: Path) -> AsyncIterator[Api]:
 
 
 @contextlib.asynccontextmanager
-async def serving_echo(folder: Path, **server: Any) -> AsyncIterator[Api]:
+async def serving_echo(folder: Path, *, answer_format: str = "auto", context: int = 256, **server: Any) -> AsyncIterator[Api]:
     """Answers "Paris is the capital of France." unless a test changes `engine.reply`. `server`: settings of that name."""
-    settings = settings_of(folder, {f"server.{name}": value for name, value in server.items()}.items())
+    given = {f"server.{name}": value for name, value in server.items()}
+    settings = settings_of(folder, {**given, "model.answer_format": answer_format}.items())
     engine = EchoEngine(None, eos=2)
-    services = Services.load(settings, engine, folder, "tiny")
-    engine.info = model_info(services.tokenizer.vocab_size, eos=(2,))
+    services = load_services(settings, engine, folder)
+    engine.info = model_info(services.tokenizer.vocab_size, context, eos=(2,))
     engine.state = "ready"
     engine.reply = services.tokenizer.encode("Paris is the capital of France.")
     async with serving(services, engine) as api:

@@ -32,11 +32,11 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     # path, body, param, words of the message
     (CHAT, {"messages": HI, "temprature": 1}, "temprature", "'temperature'"),
     (CHAT, {"messages": HI, "stream_options": {"include_usge": True}}, "stream_options.include_usge", "'include_usage'"),
-    (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, "tools", "not supported"),
+    (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, "tools[0].function", "missing"),
     (CHAT, {"messages": HI, "lora_request": {}}, "lora_request", "disaggregated_params, ebnf, frequency_penalty, grammar"),
     (CHAT, {"messages": HI, "guided_decoding": {}}, "guided_decoding", "'guided_choice'"),
     (CHAT, {"messages": HI, "chat_template_kwargs": {"think": False}}, "chat_template_kwargs.think", "It has: thinking."),
-    (CHAT, {"messages": HI, "tool_choice": "auto"}, "tool_choice", "not supported"),
+    (CHAT, {"messages": HI, "tool_choice": "auto"}, "tool_choice", "no tools are"),
     (CHAT, {"messages": HI, "response_format": {"type": "xml"}}, "response_format.type", "json_object or json_schema or text"),
     (CHAT, {"messages": HI, "response_format": {"type": "json_schema"}}, "response_format.json_schema", "without a json_"),
     (CHAT, {"messages": HI, "structured_outputs": {}}, "structured_outputs", "Give json, regex, choice"),

@@ -28,6 +28,16 @@ def test_any_tokens_decode_as_all_at_once(bytelevel: Tokenizer, ids: list[int]) 
     assert "".join(pushed(bytelevel, ids, skip=False)) == bytelevel.decode(ids, skip_special_tokens=False)
 
 
+@settings(max_examples=150, deadline=None)
+@given(ids=st.lists(st.integers(0, 399), max_size=40), keep=st.frozensets(st.integers(0, 2)))
+def test_special_tokens_that_are_kept_are_text(bytelevel: Tokenizer, ids: list[int], keep: frozenset[int]) -> None:
+    assert bytelevel.special_ids == {0, 1, 2}
+    detokenizer = Detokenizer(bytelevel, keep=keep)
+    expected = bytelevel.decode([i for i in ids if i > 2 or i in keep], skip_special_tokens=False)
+    assert "".join([*map(detokenizer.push, ids), detokenizer.flush()]) == expected
+    assert bytelevel.special_tokens(["<|im_end|>", "x", "<|im_start|>"]) == {1, 2}
+
+
 def test_no_broken_character_is_given(tokenizer: Tokenizer) -> None:
     text = "né 👩‍👩‍👧 你好 \U0010ffff\ufffd."
     ids = tokenizer.encode(text, add_special_tokens=False)

@@ -53,6 +53,42 @@ NAMESPACES = """{% set ns = namespace(first=true, system='') %}
 """
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "Says é.", "parameters": {"type": "object"}}}]
+WITH_TOOLS = """{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
+{%- if tools is not none %}
+    {%- for tool in tools %}
+        {{- tool | tojson }} {{ tool.function | tojson(indent=4) }}
+    {%- endfor %}
+{%- else %}
+    {{- "none" }}
+{%- endif %}
+{%- for message in messages %}{{- message.content }}{%- endfor %}
+"""
+
+
+@pytest.mark.parametrize("tools", [TOOLS, [], None])
+def test_renders_tools_as_transformers_does(tools: list[dict[str, Any]] | None) -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    [expected], _ = utils.render_jinja_template([MESSAGES], chat_template=WITH_TOOLS, tools=tools or None, documents=None)
+    assert ChatTemplate(WITH_TOOLS).render(MESSAGES, tools=tools) == expected
+    assert expected.startswith("none") == (not tools)
+
+
+@pytest.mark.parametrize(
+    ("source", "knows"),
+    [
+        (WITH_TOOLS, True),
+        ("{% if tools %}{{ tools }}{% endif %}", True),
+        ("{{ 'tools' }} tools", False),
+        ("{% for m in messages %}{{ m.tools }}{% endfor %}", False),
+        ("{% set tools = 1 %}{{ tools }}", False),
+    ],
+)
+def test_knows_whether_a_template_reads_tools(source: str, knows: bool) -> None:
+    assert ChatTemplate(source).knows_tools is knows
+    assert "tools" not in ChatTemplate(source).variables
+
+
 @pytest.mark.parametrize("source", [CHATML, LLAMA_LIKE, NAMESPACES], ids=["chatml", "llama", "namespaces"])
 @pytest.mark.parametrize("prompt", [True, False])
 def test_renders_as_transformers_does(source: str, prompt: bool) -> None:

@@ -47,12 +47,14 @@ REGISTRIES: dict[str, tuple[str, str | None]] = {
     "kv_transports": ("KV transport", "disaggregation.transport"),
     "handoffs": ("way to hand requests over", "disaggregation.method"),
     "grammars": ("grammar engine", None),
+    "answer_formats": ("answer format", "model.answer_format"),
 }
 """Kind → what one is called, and the setting that chooses it. The hook is `fluent_<kind>`."""
 
 
 HOOK_PROCESSES = {
     "fluent_routes": "frontend",
+    "fluent_answer_formats": "frontend",
     "fluent_calls": "engine",
     **dict.fromkeys(OBSERVER_HOOKS, "engine"),
     "fluent_commands": "cli",
@@ -125,7 +127,8 @@ class PluginManager:
 
     # -------------------------------------------------------------------------------------------------- what plugins gave
     def registry(self, kind: str) -> Registry:
-        """`models`, `weights`, `schedulers`, `attention`, `proposers`, `kv_transports`, `handoffs` or `grammars`."""
+        """`models`, `weights`, `schedulers`, `attention`, `proposers`, `kv_transports`, `handoffs`, `grammars` or
+        `answer_formats`."""
         return self._registries[kind]
 
     def routes(self) -> Sequence[Route]:

@@ -4,6 +4,7 @@ Torch-free: tensors and modules appear in annotations only. A factory is called 
 plain bound methods of what it returned.
 """
 
+from .answers import AnswerFormat, AnswerParser, CallRules, Piece, PieceKind, Tool, Where
 from .attention import (
     PHASES,
     AttentionBackend,
@@ -35,10 +36,13 @@ from .scheduling import Scheduler, SchedulerContext
 
 __all__ = [
     "PHASES",
+    "AnswerFormat",
+    "AnswerParser",
     "AttentionBackend",
     "AttentionContext",
     "AttentionSpec",
     "BuildContext",
+    "CallRules",
     "Checkpoint",
     "DraftContext",
     "DraftMemory",
@@ -58,6 +62,8 @@ __all__ = [
     "PartialAttention",
     "PassPlan",
     "Phase",
+    "Piece",
+    "PieceKind",
     "PlannedPrefill",
     "Proposer",
     "ProposerContext",
@@ -73,6 +79,8 @@ __all__ = [
     "SchedulerContext",
     "StreamingCheckpoint",
     "Supports",
+    "Tool",
     "WeightSlot",
     "WeightsContext",
+    "Where",
 ]

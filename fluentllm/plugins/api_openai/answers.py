@@ -11,6 +11,7 @@ from fluentllm.core.types import PluginCalls, Stage
 from .handoff import KVTransferParams
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(Struct, kw_only=True):
@@ -70,16 +71,31 @@ class ChatLogprobs(Struct, kw_only=True):
     refusal: None = None
 
 
+class CalledFunction(Struct, kw_only=True):
+    name: str
+    arguments: str
+    """As the model wrote them: a JSON object, unless the answer was cut off or the model erred."""
+
+
+class Call(Struct, kw_only=True):
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
 class AnswerMessage(Struct, kw_only=True):
-    content: str
+    content: str | None
+    """None if there are only calls of tools, or only reasoning."""
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[Call] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, kw_only=True):
     index: int
     message: AnswerMessage
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     logprobs: ChatLogprobs | None = None
 
 
@@ -96,17 +112,34 @@ class ChatCompletion(Struct, kw_only=True):
     """Of a prefill engine: what the router passes on to a decode engine."""
 
 
+class FunctionDelta(Struct, kw_only=True, omit_defaults=True):
+    name: str | UnsetType = UNSET
+    """With a call's first delta."""
+    arguments: str
+    """What comes next of them."""
+
+
+class CallDelta(Struct, kw_only=True, omit_defaults=True):
+    index: int
+    """Of the call in the answer, from 0."""
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: FunctionDelta
+
+
 class AnswerDelta(Struct, kw_only=True, omit_defaults=True):
-    content: str
     role: Literal["assistant"] | None = None
     """With a choice's first chunk."""
+    content: str | UnsetType | None = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[CallDelta] | UnsetType = UNSET
 
 
 class ChunkChoice(Struct, kw_only=True):
     index: int
     delta: AnswerDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
 
 
 class ChatChunk(Struct, kw_only=True):

@@ -20,16 +20,23 @@ from .handoff import handoff_of, transfer_params
 from .logprobs import chat_logprobs
 from .messages import to_template
 from .openapi import documented
+from .parts import PROMPT_END, PartsWriter, Reader, message_of
 from .schema import ChatRequest
 from .structured import named, naming, take_grammar
+from .tools import take_tools
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from fluentllm.core.protocols import AnswerFormat, Where
     from fluentllm.frontend.choices import Delta
     from fluentllm.frontend.generation import Job
     from fluentllm.frontend.services import Services
+
+    from .tools import Calling
 
 
 @documented(body=ChatRequest, answer=ChatCompletion, event=ChatChunk)
@@ -39,19 +46,52 @@ async def chat_completions(request: Request) -> Response | EventStream[Any]:
     check_model(body.model, services)
     check_common(body, 1, services)
     field = take_grammar(body)
+    calling = take_tools(body, services, field)
+    if calling is not None:
+        field = calling.field
     if body.stream:
-        return EventStream(lambda: _events(body, services, field))
+        return EventStream(lambda: _events(body, services, calling, field))
     with naming(field):
-        return await unless_left(request.receive, _answer(body, services))
+        return await unless_left(request.receive, _answer(body, services, calling))
 
 
-async def _job(body: ChatRequest, services: Services) -> Job:
+async def _job(body: ChatRequest, services: Services, calling: Calling | None) -> tuple[Job, Callable[[], Reader] | None]:
+    """And what takes each choice's answer apart, if there is more in it than text."""
     generation, handoff = services.generation, handoff_of(body, services)
     logprobs = _logprobs(body)
     options = msgspec.structs.replace(body, max_tokens=_max_tokens(body))
     messages = to_template(body.messages, generation.template)
-    prompt = await generation.encode_chat(messages, variables=body.chat_template_kwargs)
-    return generation.job([prompt], options, id=new_id("chatcmpl"), logprobs=logprobs, handoff=handoff, field="messages")
+    prompt = await generation.encode_chat(
+        messages, variables=body.chat_template_kwargs, tools=None if calling is None else calling.offered
+    )
+    start = None
+    if services.answers is not None and (calling is not None or body.grammar is None):  # which leaves no room for reasoning
+        where = services.answers.where(services.tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False))
+        if calling is not None:
+            with naming(calling.field):
+                options.grammar = calling.grammar(where)
+        start = _reading(services.answers, where, body, calling)
+    job = generation.job(
+        [prompt],
+        options,
+        id=new_id("chatcmpl"),
+        logprobs=logprobs,
+        keep=services.markers,
+        handoff=handoff,
+        field="messages",
+    )
+    return job, start
+
+
+def _reading(answers: AnswerFormat, where: Where, body: ChatRequest, calling: Calling | None) -> Callable[[], Reader] | None:
+    """None if there is nothing but text to expect."""
+    tools, separate = () if calling is None else calling.tools, body.separate_reasoning is not False
+    parallel = body.parallel_tool_calls is not False
+
+    def start() -> Reader:
+        return Reader(answers.parser(tools, where=where, separate_reasoning=separate), parallel=parallel)
+
+    return None if start().parser.plain else start
 
 
 def _logprobs(body: ChatRequest) -> int | None:
@@ -76,20 +116,21 @@ def _max_tokens(body: ChatRequest) -> int | None:
     return old if new is None else new
 
 
-async def _answer(body: ChatRequest, services: Services) -> Response:
+async def _answer(body: ChatRequest, services: Services, calling: Calling | None) -> Response:
     generation = services.generation
-    job = await _job(body, services)
+    job, start = await _job(body, services, calling)
     usage = Usage(prompt_tokens=len(job.prompts[0]), speculative=generation.info.speculative)
     choices = []
     report = None
     for done in await generation.complete(job):
         usage.add(done, job.n)
         report = report or done.handoff
+        reader = None if start is None else start()
         choices.append(
             ChatChoice(
                 index=done.index,
-                message=AnswerMessage(content=done.text),
-                finish_reason=done.finish_reason,
+                message=AnswerMessage(content=done.text) if reader is None else message_of(done.text, reader),
+                finish_reason=done.finish_reason if reader is None else reader.reason(done.finish_reason),
                 logprobs=None if done.logprobs is None else chat_logprobs(done.logprobs, services.tokenizer),
             )
         )
@@ -105,23 +146,28 @@ async def _answer(body: ChatRequest, services: Services) -> Response:
     )
 
 
-async def _events(body: ChatRequest, services: Services, field: str) -> Events[Any]:
+async def _events(body: ChatRequest, services: Services, calling: Calling | None, field: str) -> Events[Any]:
     generation = services.generation
-    job = await _job(body, services)
+    job, start = await _job(body, services, calling)
     usage = Usage(prompt_tokens=len(job.prompts[0]), speculative=generation.info.speculative)
     with_usage = wants_usage(body)
     splicer = chat_splicer(id=job.id, created=int(time.time()), model=services.model, choices=job.n, with_usage=with_usage)
     items, text_of, delta_of = generation.stream_parts(job)
-    items = items if body.grammar is None else named(items, field)
+    items = items if job.params[0].grammar is None else named(items, field)
     chunk = splicer.chunk
+    parts = None if start is None else PartsWriter(splicer, start, job.n)
 
     def encode(item: Any) -> bytes:
         text = text_of(item)
         if text is not None:
+            if parts is not None and not parts.plain(0):
+                return parts.write(0, text) if text else b""
             return chunk(0, text) if text else b""
         delta: Delta = delta_of(item)
         usage.add(delta, job.n)
         logprobs = chat_logprobs(delta.logprobs, services.tokenizer) if delta.logprobs else None
+        if parts is not None and not parts.plain(delta.index):
+            return parts.write(delta.index, delta.text, logprobs, delta.finish_reason)
         if delta.text or logprobs is not None or delta.finish_reason is not None:
             return chunk(delta.index, delta.text, logprobs, delta.finish_reason)
         return b""

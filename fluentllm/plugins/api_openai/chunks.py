@@ -12,7 +12,7 @@ import msgspec
 
 from fluentllm.frontend.responses import DONE
 
-from .answers import CompletionTokensDetails, KVTransferUsage, PromptTokensDetails, UsageBody
+from .answers import AnswerDelta, CompletionTokensDetails, KVTransferUsage, PromptTokensDetails, UsageBody
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _encode = msgspec.json.Encoder().encode
 _NULL = b"null"
-_REASONS = {None: b"null", "stop": b'"stop"', "length": b'"length"'}
+_REASONS = {None: b"null", "stop": b'"stop"', "length": b'"length"', "tool_calls": b'"tool_calls"'}
 
 
 class Splicer:
@@ -50,6 +50,14 @@ class Splicer:
             return head + _encode(text) + self._plain_end
         tail = b',"logprobs":%b,"finish_reason":%b' % (_encode(logprobs) if logprobs else _NULL, _REASONS[finish_reason])
         return head + _encode(text) + self._text_end + tail + self._end
+
+    def delta(self, index: int, delta: AnswerDelta, logprobs: Struct | None = None, finish_reason: str | None = None) -> bytes:
+        """An event of a chat that brings something else than text."""
+        if self._first[index] is not self._later[index]:
+            self._first[index] = self._later[index]
+            delta.role = "assistant"
+        tail = b',"logprobs":%b,"finish_reason":%b' % (_encode(logprobs) if logprobs else _NULL, _REASONS[finish_reason])
+        return self._open + b'{"index":%d,"delta":%b' % (index, _encode(delta)) + tail + self._end
 
     def end(self, usage: Usage | None) -> bytes:
         """The last events of the answer."""

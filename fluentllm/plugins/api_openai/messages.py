@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -26,7 +27,14 @@ def _convert(message: Message, where: str, template: ChatTemplate | None) -> dic
     if role == "developer" and template is not None and not template.knows_developer:
         role = "system"  # what OpenAI called it before
     result: dict[str, Any] = {"role": role, "content": _content(message)}
-    if message.content is None and not message.tool_calls:
+    if message.reasoning_content is not None:
+        if role != "assistant":
+            raise InvalidRequest(
+                f"{where} is a {message.role}'s and has reasoning_content.", fix="Only an assistant reasons.", param=where
+            )
+        result["reasoning_content"] = message.reasoning_content
+        result["content"] = result["content"] if message.content is not None or message.tool_calls else ""
+    elif message.content is None and not message.tool_calls:
         raise InvalidRequest(f"{where} has no content.", fix="Give it a string.", param=f"{where}.content")
     if message.tool_calls:
         if message.role != "assistant":
@@ -57,6 +65,19 @@ def _convert(message: Message, where: str, template: ChatTemplate | None) -> dic
     return result
 
 
+class Arguments(dict[str, Any]):
+    """Of a call. Some templates write them as JSON by a filter, others add them to text: either way JSON is what they get."""
+
+    def __str__(self) -> str:
+        return json.dumps(self, ensure_ascii=False)
+
+    def __add__(self, other: str) -> str:
+        return str(self) + other
+
+    def __radd__(self, other: str) -> str:
+        return other + str(self)
+
+
 def _content(message: Message) -> str | None:
     if message.content is None or isinstance(message.content, str):
         return message.content
@@ -66,7 +87,7 @@ def _content(message: Message) -> str | None:
 def _tool_call(call: ToolCall, where: str) -> dict[str, Any]:
     """Templates want the arguments as an object, OpenAI sends it as text."""
     try:
-        arguments = msgspec.json.decode(call.function.arguments, type=dict[str, Any])
+        arguments = Arguments(msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any]))
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(
             f"{where}.function.arguments is not a JSON object: {error}.", fix="Send it as the model wrote it.", param=where

@@ -15,6 +15,7 @@ from fluentllm.frontend.sampling import SamplingOptions
 
 from .handoff import DisaggregatedParams, Hosts, KVTransferParams, Port, Ports, Room, Rooms
 from .structured import Choices, JsonSchema, ResponseFormat, StructuredOutputs
+from .tool_schema import ToolChoice, Tools
 
 IGNORED = {
     "user": "Names an end user of the caller's, for OpenAI's abuse monitoring.",
@@ -24,8 +25,6 @@ IGNORED = {
     "service_tier": "Chooses among OpenAI's prices.",
     "prompt_cache_key": "Routes to OpenAI's caches; the prefix cache here finds prefixes by itself.",
     "prompt_cache_retention": "How long OpenAI's caches keep a prefix.",
-    "separate_reasoning": "SGLang's routers write it out; reasoning is not told apart here.",
-    "stream_reasoning": "The same.",
 }
 """Accepted and without effect, with the reason."""
 
@@ -34,15 +33,13 @@ FIXED = {
     "skip_special_tokens": (True, "special tokens are never part of the text"),
     "return_hidden_states": (False, "hidden states are not returned"),
     "continue_final_message": (False, "the last message cannot be continued"),
+    "stream_reasoning": (True, "reasoning is streamed as it comes"),
 }
 """SGLang's routers write these out. Field → the one value that is taken, and why no other is."""
 
 REFUSED = {
-    "tools": "calling tools is not supported",
-    "tool_choice": "calling tools is not supported; only 'none' asks for nothing",
-    "parallel_tool_calls": "calling tools is not supported",
-    "functions": "calling functions is not supported",
-    "function_call": "calling functions is not supported; only 'none' asks for nothing",
+    "functions": "the older name of tools is not supported",
+    "function_call": "the older name of tool_choice is not supported; only 'none' asks for nothing",
     "audio": "this server writes text only",
     "modalities": "this server writes text only: ['text']",
     "prediction": "predicted outputs are not supported",
@@ -86,6 +83,7 @@ class Message(Struct, kw_only=True, forbid_unknown_fields=True):
     name: Annotated[str, Meta(description="Of the speaker, if the model's template prints names.")] | None = None
     tool_calls: Annotated[list[ToolCall], Meta(description="An assistant's earlier calls.")] | None = None
     tool_call_id: Annotated[str, Meta(description="The call that a tool message answers.")] | None = None
+    reasoning_content: Annotated[str, Meta(description="An assistant's; most templates leave it out.")] | None = None
     # What an answer of the API holds, so that it can be sent back as it came.
     refusal: None = None
     audio: None = None
@@ -102,7 +100,7 @@ NoItems = Annotated[list[Any], Meta(max_length=0)]
 
 
 class GenerationRequest(SamplingOptions, kw_only=True, forbid_unknown_fields=True):
-    """What chat and text completions have in common; the last nine are those of `IGNORED`."""
+    """What chat and text completions have in common; the last seven are those of `IGNORED`."""
 
     model: Annotated[str, Meta(description="The served model's name; may be left out.")] | None = None
     stream: Annotated[bool, Meta(description="Send the answer as server-sent events while it is generated.")] | None = None
@@ -130,6 +128,10 @@ class GenerationRequest(SamplingOptions, kw_only=True, forbid_unknown_fields=Tru
     skip_special_tokens: bool | None = None
     return_hidden_states: bool | None = None
     continue_final_message: bool | None = None
+    stream_reasoning: bool | None = None
+    separate_reasoning: (
+        Annotated[bool, Meta(description="Of chats: reasoning is no content, but reasoning_content. Default true.")] | None
+    ) = None
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
@@ -137,8 +139,6 @@ class GenerationRequest(SamplingOptions, kw_only=True, forbid_unknown_fields=Tru
     service_tier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    separate_reasoning: bool | None = None
-    stream_reasoning: bool | None = None
 
 
 class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
@@ -153,9 +153,9 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
         None
     )
     chat_template_kwargs: TemplateVariables | None = None
-    tools: NoItems | None = None
-    tool_choice: Literal["none"] | None = None
-    parallel_tool_calls: None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: Annotated[bool, Meta(description="An answer may have several calls. Default true.")] | None = None
     functions: NoItems | None = None
     function_call: Literal["none"] | None = None
     audio: None = None
@@ -194,6 +194,7 @@ class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
         Annotated[bool, Meta(description="Of messages: end where the answer begins. Default true.")] | None
     ) = None
     chat_template_kwargs: TemplateVariables | None = None
+    tools: Tools | None = None
 
 
 class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fluentllm import __version__
 from fluentllm.core.errors import FluentError, InvalidRequest
@@ -14,11 +14,13 @@ from .common import services_of
 from .messages import to_template
 from .openapi import documented
 from .schema import DetokenizeRequest, TokenizeRequest
+from .tools import check_tools, template_tools
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from fluentllm.frontend.generation import Generation
     from fluentllm.frontend.services import Services
 
 
@@ -79,6 +81,13 @@ async def plugins(request: Request) -> Response:
     return json_response(PluginReport(frontend=services.ledger.report(), engine=engine))
 
 
+def _tools(body: TokenizeRequest, generation: Generation) -> list[dict[str, Any]] | None:
+    if not body.tools:
+        return None
+    check_tools(body.tools)
+    return template_tools(body.tools, generation.template)
+
+
 @documented(body=TokenizeRequest, answer=Tokenized)
 async def tokenize(request: Request) -> Response:
     services = services_of(request)
@@ -96,6 +105,8 @@ async def tokenize(request: Request) -> Response:
             raise InvalidRequest(
                 "chat_template_kwargs is for messages.", fix="Leave it out with a prompt.", param="chat_template_kwargs"
             )
+        if body.tools:
+            raise InvalidRequest("tools are for messages.", fix="Leave them out with a prompt.", param="tools")
         tokens = await generation.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     else:
         if body.add_special_tokens is not None:
@@ -109,6 +120,7 @@ async def tokenize(request: Request) -> Response:
             messages,
             add_generation_prompt=body.add_generation_prompt is not False,
             variables=body.chat_template_kwargs,
+            tools=_tools(body, generation),
         )
     return json_response(Tokenized(tokens=tokens, count=len(tokens), max_model_len=generation.info.max_model_len))
 

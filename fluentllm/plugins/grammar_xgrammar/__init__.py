@@ -1,4 +1,4 @@
-"""Structured outputs by the library xgrammar: JSON, JSON schemas, regular expressions, choices and grammars.
+"""Structured outputs by the library xgrammar: JSON, JSON schemas, regular expressions, choices, grammars, structural tags.
 
 The library is the extra `fluentllm[grammar]`; it is imported for the first request that has a grammar. Its automata have a
 stack, so each request gets a matcher on the host (`core.host_grammars`), and no memory of the device is set aside for tables.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LEAST = (0, 2, 5)
 """The first version that keeps to all that `schema` lets pass."""
-KINDS = ("json_object", "json_schema", "regex", "choice", "grammar")
+KINDS = ("json_object", "json_schema", "regex", "choice", "grammar", "structural_tag")
 
 
 class XGrammarSettings(Struct, kw_only=True, forbid_unknown_fields=True):

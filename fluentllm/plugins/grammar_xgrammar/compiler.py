@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from ...core.errors import InvalidRequest, PluginError
 from .matcher import CompiledGrammar
 from .schema import check_schema
+from .structural_tag import read_structural_tag
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from fluentllm.frontend.tokenizer import Tokenizer
 
     from ...core.protocols import GrammarContext
@@ -24,6 +27,7 @@ CACHE_BYTES = 64 * 2**20
 """Of the library's own cache. The engine keeps whole grammars; this has the parts that they share, and that one repeats."""
 _PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: (?:Check failed: .*? is false: )?")
 """What the library writes before a reason: the time, and a place in its own source."""
+_NOUNS = {"json_schema": "JSON schema", "regex": "regular expression", "structural_tag": "structural tag"}
 _PLAIN = re.compile(r"[A-Za-z0-9 _.,:;!?'()/+*=<>@#%&~-]")
 
 
@@ -50,11 +54,29 @@ class Library:
         self.ends = frozenset(token for token in (*context.spec.eos_token_ids, *tokenizer.eos_ids) if token < size)
         if not self.ends:
             raise InvalidRequest("This model has no end-of-sequence token, so no grammar can end its text.", param="grammar")
+        self._tokenizer, self._size = tokenizer, size
+        self.compiler = self._compiler_with(frozenset())
+        self._spelling: tuple[frozenset[int], Any] = frozenset(), self.compiler
+
+    def spelling(self, texts: Iterable[str]) -> Any:
+        """A compiler for which those special tokens stand for their text that are these texts. A model's are always the same,
+        so the last one is kept."""
+        tokens = frozenset(token for token in self._tokenizer.special_tokens(texts) if token < self._size) - self.ends
+        if not tokens:
+            return self.compiler
+        if self._spelling[0] != tokens:
+            self._spelling = tokens, self._compiler_with(tokens)
+        return self._spelling[1]
+
+    def _compiler_with(self, spelt: frozenset[int]) -> Any:
+        words = vocabulary(self._tokenizer, self._size)
+        for token in spelt:
+            words[token] = self._tokenizer.token_bytes(token)
         about = self.xgrammar.TokenizerInfo(
-            vocabulary(tokenizer, size), self.xgrammar.VocabType.RAW, vocab_size=size, stop_token_ids=sorted(self.ends)
+            words, self.xgrammar.VocabType.RAW, vocab_size=self._size, stop_token_ids=sorted(self.ends)
         )
         threads = min(MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-        self.compiler = self.xgrammar.GrammarCompiler(about, max_threads=threads, cache_limit_bytes=CACHE_BYTES)
+        return self.xgrammar.GrammarCompiler(about, max_threads=threads, cache_limit_bytes=CACHE_BYTES)
 
     def json_schema(self, schema: str) -> Any:
         """Of an object nothing but what the schema declares. `schema`: JSON."""
@@ -89,8 +111,9 @@ class Compiler:
             "regex": compiler.compile_regex,
             "choice": self._choice,
             "grammar": compiler.compile_grammar,
+            "structural_tag": self._structural_tag,
         }[kind]
-        self._noun = {"json_schema": "JSON schema", "regex": "regular expression"}.get(kind, "grammar")
+        self._noun = _NOUNS.get(kind, "grammar")
 
     def compile(self, source: str) -> CompiledGrammar:
         if len(source) > MAX_SOURCE:
@@ -129,6 +152,10 @@ class Compiler:
             raise InvalidRequest(f"The JSON schema is not valid JSON: {error}.", fix="Correct it.", param="grammar") from None
         check_schema(schema)
         return self._library.json_schema(source)
+
+    def _structural_tag(self, source: str) -> Any:
+        tag, special_tokens = read_structural_tag(source, self._library.xgrammar, self._library.max_whitespace)
+        return self._library.spelling(special_tokens).compile_structural_tag(tag)
 
     def _choice(self, source: str) -> Any:
         try:
