@@ -13,11 +13,21 @@ if TYPE_CHECKING:
 
     from fluentllm.core.types import ModelInfo, SpeculativeInfo, Stage
 
+    from .control import Example
+
 KEY_VARIABLE = "FLUENT_SERVER__API_KEY"
 
 
-def banner(url: str, info: ModelInfo, *, chat: bool, needs_key: bool, seconds: float, startup: Sequence[Stage] = ()) -> str:
-    """`chat`: is there a chat template; `needs_key`: does the server ask for one; `seconds`: from start to ready; `startup`:
+def banner(
+    url: str,
+    info: ModelInfo,
+    *,
+    example: Example | None,
+    needs_key: bool,
+    seconds: float,
+    startup: Sequence[Stage] = (),
+) -> str:
+    """`example`: what to try first; `needs_key`: does the server ask for one; `seconds`: from start to ready; `startup`:
     its stages, of all processes."""
     spec = info.spec
     memory = " + ".join(f"{name.replace('_', ' ')} {size(count)}" for name, count in info.memory.items())
@@ -35,7 +45,9 @@ def banner(url: str, info: ModelInfo, *, chat: bool, needs_key: bool, seconds: f
     lines += [f"  {name:<8} {text}" for name, text in rows.items() if text]
     if startup:
         lines += ["", "  start, in seconds since its begin:", *(f"    {line}" for line in timeline_lines(startup))]
-    lines += ["", "Try it:", "", f"  {curl(url, info.name, chat=chat, needs_key=needs_key)}", "", "Stop it with Ctrl-C."]
+    if example is not None:
+        lines += ["", "Try it:", "", f"  {curl(url, info.name, example, needs_key=needs_key)}"]
+    lines += ["", "Stop it with Ctrl-C."]
     return "\n".join(lines)
 
 
@@ -51,10 +63,10 @@ def _drafts(info: SpeculativeInfo) -> str:
     return f"{text}; SYNTHETIC: accepted at random, {info.synthetic_acceptance} tokens a step, so answers mean nothing"
 
 
-def curl(url: str, model: str, *, chat: bool, needs_key: bool) -> str:
+def curl(url: str, model: str, example: Example, *, needs_key: bool) -> str:
     """A command for a POSIX shell. A key is not printed: it is taken from the variable that also sets it."""
     body: dict[str, object] = {"model": model}
-    if chat:
+    if example == "chat":
         path = "/v1/chat/completions"
         body["messages"] = [{"role": "user", "content": "What is the capital of France?"}]
     else:

@@ -31,6 +31,7 @@ EXIT_HANG = 3
 EXIT_ORPHANED = 4
 
 EngineState = Literal["starting", "ready", "restarting", "failed"]
+Example = Literal["chat", "text"]
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
@@ -40,10 +41,11 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
 
 class Up(msgspec.Struct, frozen=True, tag="up"):
-    """The child serves now. `info` from the engine, `chat` (is there a chat template?) from the front end."""
+    """The child serves now. `info` from the engine, `example` from the front end."""
 
     info: ModelInfo | None = None
-    chat: bool = True
+    example: Example | None = None
+    """What a user may try first; None: no route for either."""
     startup: tuple[Stage, ...] = ()
     """Of the front end; the engine's are in `info`."""
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from fluentllm.core.plugins import PluginManager
 
-    from .control import EngineState
+    from .control import EngineState, Example
 
 
 FAREWELL = 1.0
@@ -95,7 +95,7 @@ async def serve(child: Child, plugins: PluginManager) -> None:
     )
     server = Server(config)
     stages = tuple(child.timeline.stages)
-    up = Up(chat=services.generation.template is not None, startup=stages)
+    up = Up(example=_example(services, plugins), startup=stages)
     server.on_started = lambda: child.up(up)  # type: ignore[method-assign]
     server.on_stop = lambda: loop.call_later(patience, client.give_up, too_late)  # type: ignore[method-assign,assignment]
     settle()
@@ -106,6 +106,13 @@ async def serve(child: Child, plugins: PluginManager) -> None:
     linked.cancel()
     services.close()
     await client.close()
+
+
+def _example(services: Services, plugins: PluginManager) -> Example | None:
+    paths = {route.path for route in plugins.routes()}
+    if services.generation.template is not None and "/v1/chat/completions" in paths:
+        return "chat"
+    return "text" if "/v1/completions" in paths else None
 
 
 async def _report_link(client: SocketEngineClient, child: Child) -> None:

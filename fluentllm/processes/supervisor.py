@@ -161,7 +161,7 @@ class Supervisor:
             banner(
                 url_of(self._public),
                 engine.info,
-                chat=frontend.chat,
+                example=frontend.example,
                 needs_key=self._settings.server.api_key is not None,
                 seconds=self._timeline.now(),
                 startup=[*self._timeline.stages, *frontend.startup, *engine.info.startup],

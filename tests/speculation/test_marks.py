@@ -39,11 +39,12 @@ def info(speculative: SpeculativeInfo | None) -> ModelInfo:
 
 def test_banner() -> None:
     def text(speculative: SpeculativeInfo | None) -> str:
-        return banner("http://h:1", info(speculative), chat=False, needs_key=False, seconds=1.0)
+        return banner("http://h:1", info(speculative), example=None, needs_key=False, seconds=1.0)
 
     assert "drafts" not in text(None)
     assert "mtp, 0 to 4 a step" in text(SpeculativeInfo(method="mtp", k="auto", max_k=4))
     assert "SYNTHETIC" not in text(SpeculativeInfo(method="mtp", k=3, max_k=3))
+    assert "curl" not in text(None)
     assert "mtp, 3 a step; SYNTHETIC" in text(SpeculativeInfo(method="mtp", k=3, max_k=3, synthetic_acceptance=2.5))
 
 
