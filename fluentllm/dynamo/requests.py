@@ -20,6 +20,7 @@ GRAMMARS: dict[str, Callable[[Any], GrammarSpec]] = {
     "regex": structured.regex,
     "choice": structured.choice,
     "grammar": structured.grammar,
+    "structural_tag": structured.structural_tag,
 }
 """Field of Dynamo's `GuidedDecodingOptions` → what makes a grammar of its value."""
 FINISH = {"stop": "stop", "length": "length", "abort": "cancelled"}

@@ -30,13 +30,7 @@ def json_schema(schema: Mapping[str, Any] | str | bool) -> GrammarSpec:
 
     Raises `InvalidRequest` for a text that is no JSON.
     """
-    if isinstance(schema, str):
-        try:
-            schema = msgspec.json.decode(schema)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise InvalidRequest(f"The JSON schema is not valid JSON: {error}.", fix="Correct it.", param="grammar") from None
-    # Written anew, so that however it was spelt it is compiled once.
-    return GrammarSpec(kind="json_schema", source=msgspec.json.encode(schema).decode())
+    return GrammarSpec(kind="json_schema", source=_written_anew(schema, "JSON schema"))
 
 
 def regex(pattern: str) -> GrammarSpec:
@@ -52,3 +46,19 @@ def choice(choices: Sequence[str]) -> GrammarSpec:
 def grammar(text: str) -> GrammarSpec:
     """Rules as llama.cpp's GBNF has them, the first one called `root`: `root ::= "yes" | "no" [!.]?`."""
     return GrammarSpec(kind="grammar", source=text)
+
+
+def structural_tag(tag: Mapping[str, Any] | str) -> GrammarSpec:
+    """Free text with parts in it that are not: xgrammar's structural tag, `{"type": "structural_tag", "format": {…}}`, as an
+    object, or its text. Raises `InvalidRequest` for a text that is no JSON."""
+    return GrammarSpec(kind="structural_tag", source=_written_anew(tag, "structural tag"))
+
+
+def _written_anew(value: Any, noun: str) -> str:
+    """JSON of an object or of its text, so that however it was spelt it is compiled once."""
+    if isinstance(value, str):
+        try:
+            value = msgspec.json.decode(value)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise InvalidRequest(f"The {noun} is not valid JSON: {error}.", fix="Correct it.", param="grammar") from None
+    return msgspec.json.encode(value).decode()

@@ -37,7 +37,12 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"messages": HI, "guided_decoding": {}}, "guided_decoding", "'guided_choice'"),
     (CHAT, {"messages": HI, "chat_template_kwargs": {"think": False}}, "chat_template_kwargs.think", "It has: thinking."),
     (CHAT, {"messages": HI, "tool_choice": "auto"}, "tool_choice", "no tools are"),
-    (CHAT, {"messages": HI, "response_format": {"type": "xml"}}, "response_format.type", "json_object or json_schema or text"),
+    (
+        CHAT,
+        {"messages": HI, "response_format": {"type": "xml"}},
+        "response_format.type",
+        "json_object or json_schema or structural_tag or text",
+    ),
     (CHAT, {"messages": HI, "response_format": {"type": "json_schema"}}, "response_format.json_schema", "without a json_"),
     (CHAT, {"messages": HI, "structured_outputs": {}}, "structured_outputs", "Give json, regex, choice"),
     (TEXT, {"prompt": "x", "regex": "a", "guided_choice": ["b"]}, "regex", "guided_choice and regex each say"),

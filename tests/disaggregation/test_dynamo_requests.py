@@ -41,7 +41,6 @@ def test_what_is_not_given() -> None:
     ("options", "named"),
     [
         ({"n": 2}, "n is above 1"),
-        ({"guided_decoding": {"structural_tag": {"type": "structural_tag"}}}, "structural_tag"),
         ({"guided_decoding": {"whitespace_pattern": " "}}, "whitespace_pattern"),
         ({"guided_decoding": {"json": "{"}}, "JSON"),
     ],
@@ -62,6 +61,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
         ({"regex": "a+"}, structured.regex("a+")),
         ({"choice": ["x", "y"]}, structured.choice(["x", "y"])),
         ({"grammar": "root ::= 'a'", "choice": []}, structured.grammar("root ::= 'a'")),
+        ({"structural_tag": {"format": {}}}, structured.structural_tag('{"format": {}}')),
         ({"backend": "xgrammar"}, None),
         ({}, None),
     ],

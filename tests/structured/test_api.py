@@ -52,6 +52,17 @@ async def test_response_format_whole_and_streamed(nano: Api) -> None:
     assert plain["choices"] == (await nano.post(CHAT, messages=HI, **LIMITS))["choices"]
 
 
+TAG = {
+    "type": "structural_tag",
+    "format": {
+        "type": "tag",
+        "begin": "<",
+        "content": {"type": "json_schema", "json_schema": {"type": "integer", "minimum": 10, "maximum": 99}},
+        "end": ">",
+    },
+}
+
+
 @needs_xgrammar
 async def test_every_name_of_every_constraint(nano: Api) -> None:
     number, words = {"type": "integer", "minimum": 10, "maximum": 99}, ["self.a", "None"]
@@ -69,6 +80,9 @@ async def test_every_name_of_every_constraint(nano: Api) -> None:
         ({"regex": "[ab]{3}"}, "[ab]{3}"),
         ({"ebnf": 'root ::= "x" [0-9]'}, r"x\d"),
         ({"grammar": {"kind": "regex", "source": "[ab]{3}"}}, "[ab]{3}"),
+        ({"structured_outputs": {"structural_tag": TAG}}, r"<\d\d>"),
+        ({"structured_outputs": {"structural_tag": json.dumps(TAG)}}, r"<\d\d>"),
+        ({"response_format": TAG}, r"<\d\d>"),
     ]
     for fields, pattern in asked:
         chat = await nano.post(CHAT, messages=HI, **LIMITS, **fields)
@@ -100,6 +114,14 @@ async def test_what_is_wrong_is_told_by_the_field_that_was_sent(nano: Api) -> No
         ({"guided_json": bad}, "guided_json", "The JSON schema cannot be used"),
         ({"guided_regex": "("}, "guided_regex", "The regular expression cannot be used"),
         ({"ebnf": "root"}, "ebnf", "The grammar cannot be used"),
+        ({"structured_outputs": {"structural_tag": "{"}}, "structured_outputs.structural_tag", "not valid JSON"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format.format", "without a format"),
+        ({"response_format": {**TAG, "type": "text"}}, "response_format.format", "and a format"),
+        (
+            {"response_format": {**TAG, "format": {"type": "tagg"}}},
+            "response_format.format",
+            "The structural tag cannot be used",
+        ),
         ({"grammar": {"kind": "regex", "source": "("}}, "grammar", "The regular expression cannot be used"),
         ({"guided_regex": "a", "min_tokens": 3}, "min_tokens", "Leave min_tokens out"),
     ]

@@ -39,8 +39,9 @@ class NamedSchema(Struct, kw_only=True, forbid_unknown_fields=True):
 class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
     """What the answer must be."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: NamedSchema | None = None
+    format: Annotated[dict[str, Any], Meta(description="Of a structural_tag, as xgrammar has it.")] | None = None
 
 
 class StructuredOutputs(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -51,6 +52,7 @@ class StructuredOutputs(Struct, kw_only=True, forbid_unknown_fields=True):
     choice: Annotated[Choices, Meta(description="The answer is one of these.")] | None = None
     grammar: Annotated[str, Meta(description="Rules as llama.cpp's GBNF has them, one of them called root.")] | None = None
     json_object: Annotated[bool, Meta(description="Any JSON object.")] | None = None
+    structural_tag: Annotated[dict[str, Any] | str, Meta(description="As xgrammar has it, or its text.")] | None = None
 
 
 _MAKERS: dict[str, Callable[[Any], GrammarSpec]] = {
@@ -58,6 +60,7 @@ _MAKERS: dict[str, Callable[[Any], GrammarSpec]] = {
     "structured_outputs.regex": structured.regex,
     "structured_outputs.choice": structured.choice,
     "structured_outputs.grammar": structured.grammar,
+    "structured_outputs.structural_tag": structured.structural_tag,
     "guided_json": structured.json_schema,
     "guided_regex": structured.regex,
     "guided_choice": structured.choice,
@@ -92,7 +95,7 @@ def take_grammar(body: GenerationRequest) -> str:
     if wanted is not None and not any(path.startswith("structured_outputs") for path, _ in asked):
         raise InvalidRequest(
             "structured_outputs does not say what the text must be.",
-            fix="Give json, regex, choice, grammar or json_object in it, or leave it out.",
+            fix="Give json, regex, choice, grammar, json_object or structural_tag in it, or leave it out.",
             param="structured_outputs",
         )
     if not asked:
@@ -104,17 +107,22 @@ def take_grammar(body: GenerationRequest) -> str:
 def _response_format(wanted: ResponseFormat | None) -> list[tuple[str, GrammarSpec]]:
     if wanted is None:
         return []
-    field = "response_format.json_schema"
-    if (wanted.json_schema is not None) != (wanted.type == "json_schema"):
-        missing = wanted.json_schema is None
-        raise InvalidRequest(
-            f"response_format has the type {wanted.type!r} {'without' if missing else 'and'} a json_schema.",
-            fix='Add "json_schema": {"name": …, "schema": …}.' if missing else "Leave one of them out.",
-            param=field,
-        )
+    for name in ("json_schema", "format"):
+        needs = "structural_tag" if name == "format" else name
+        given = getattr(wanted, name) is not None
+        if given != (wanted.type == needs):
+            example = f'Add "{name}": {{…}}.' if name == "format" else 'Add "json_schema": {"name": …, "schema": …}.'
+            raise InvalidRequest(
+                f"response_format has the type {wanted.type!r} {'and' if given else 'without'} a {name}.",
+                fix="Leave one of them out." if given else example,
+                param=f"response_format.{name}",
+            )
     if wanted.json_schema is not None:
-        with naming(f"{field}.schema"):
-            return [(f"{field}.schema", structured.json_schema(wanted.json_schema.schema))]
+        with naming("response_format.json_schema.schema"):
+            return [("response_format.json_schema.schema", structured.json_schema(wanted.json_schema.schema))]
+    if wanted.format is not None:
+        tag = {"type": "structural_tag", "format": wanted.format}
+        return [("response_format.format", structured.structural_tag(tag))]
     return [("response_format", structured.json_object())] if wanted.type == "json_object" else []
 
 
