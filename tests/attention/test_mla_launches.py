@@ -53,7 +53,7 @@ def layer(attention: FusedMLA, number: int, batch: Batch) -> Tensor:
     )  # fmt: skip
 
 
-BEFORE = ["_append_latents_kernel", "_rotate_queries_kernel"], ["_append_norms", "_quantise_query"]
+BEFORE = ["_append_and_rotate_kernel"], ["_append_norms", "_quantise_query"]
 FEW = ["_absorb_kernel"], ["_absorb_norms", "_quantise_query"]
 
 
