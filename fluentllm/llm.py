@@ -51,11 +51,22 @@ class LLM:
         return self._local.call(self._generate(list(several), check_options(options or SamplingOptions())))  # type: ignore[arg-type]
 
     def chat(
-        self, messages: Sequence[Message] | Sequence[Sequence[Message]], options: SamplingOptions | None = None
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        options: SamplingOptions | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Completion]:
-        """Answer a conversation, or several: one completion a conversation and choice, in order."""
+        """Answer a conversation, or several: one completion a conversation and choice, in order.
+
+        `tools`, in OpenAI's form, are shown to the model. What it writes to call one is left in the completion's text, as its
+        reasoning is; markers that are special tokens are in its `tokens` only. `chat_template_kwargs`: variables of the chat
+        template. Raises `InvalidRequest`, `ContextTooLong`.
+        """
         several = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        return self._local.call(self._chat(list(several), check_options(options or SamplingOptions())))  # type: ignore[arg-type]
+        checked = check_options(options or SamplingOptions())
+        return self._local.call(self._chat(list(several), checked, tools, chat_template_kwargs))  # type: ignore[arg-type]
 
     def close(self) -> None:
         self._finalizer()
@@ -71,9 +82,15 @@ class LLM:
         tokens = [await generation.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         return await self._complete(tokens, options)
 
-    async def _chat(self, conversations: list[Sequence[Message]], options: SamplingOptions) -> list[Completion]:
-        generation = self._local.generation
-        tokens = [await generation.encode_chat(messages) for messages in conversations]
+    async def _chat(
+        self,
+        conversations: list[Sequence[Message]],
+        options: SamplingOptions,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+    ) -> list[Completion]:
+        encode = self._local.generation.encode_chat
+        tokens = [await encode(messages, tools=tools, variables=variables) for messages in conversations]
         return await self._complete(tokens, options)
 
     async def _complete(self, prompts: list[list[int]], options: SamplingOptions) -> list[Completion]:

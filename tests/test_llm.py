@@ -20,6 +20,8 @@ SETTINGS: dict[str, Any] = {
 }
 GREEDY = SamplingOptions(max_tokens=6, temperature=0, ignore_eos=True)
 
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -74,6 +76,19 @@ def test_a_chat_needs_a_template(llm: LLM, folder: Path, tmp_path: Path) -> None
         assert answer.tokens == chatty.generate("user: hi\n", GREEDY)[0].tokens
         both = chatty.chat([[{"role": "user", "content": "hi"}], [{"role": "user", "content": "ho"}]], GREEDY)
         assert both[0].tokens == answer.tokens
+        with pytest.raises(InvalidRequest, match="no place for them"):
+            chatty.chat([{"role": "user", "content": "hi"}], GREEDY, tools=TOOLS)
+        with pytest.raises(InvalidRequest, match="no variable 'thinking'"):
+            chatty.chat([{"role": "user", "content": "hi"}], GREEDY, chat_template_kwargs={"thinking": True})
+
+
+def test_a_chat_takes_tools_and_variables(folder: Path, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ tools[0].function.name }} {{ mood }}: {{ messages[0].content }}")
+    with LLM(str(folder), settings={**SETTINGS, "model.chat_template": str(template)}) as chatty:
+        message = {"role": "user", "content": "hi"}
+        [answer] = chatty.chat([message], GREEDY, tools=TOOLS, chat_template_kwargs={"mood": "glad"})
+        assert answer.tokens == chatty.generate("weather glad: hi", GREEDY)[0].tokens
 
 
 def test_a_file_of_settings_names_the_model(folder: Path, tmp_path: Path) -> None:

@@ -107,6 +107,15 @@ class ChatTemplate:
         self.knows_tool_calls = "tool_calls" in source
         self.knows_names = _MESSAGE_NAME.search(source) is not None
 
+    def check_tools(self) -> None:
+        """Raises `InvalidRequest` if tools would be dropped without a word."""
+        if not self.knows_tools:
+            raise InvalidRequest(
+                "tools are given, but this model's chat template has no place for them.",
+                fix="Leave them out, or start with another template (model.chat_template).",
+                param="tools",
+            )
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -125,6 +134,8 @@ class ChatTemplate:
                     fix=f"It has: {known}.",
                     param=f"chat_template_kwargs.{name}",
                 )
+        if tools:
+            self.check_tools()
         try:
             return "".join(self._bounded(messages, add_generation_prompt, variables or {}, tools or None))
         except RecursionError:

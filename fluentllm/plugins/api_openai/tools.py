@@ -96,12 +96,8 @@ def take_tools(body: ChatRequest, services: Services, field: str) -> Calling | N
 
 def template_tools(tools: Sequence[FunctionTool], template: ChatTemplate | None) -> list[dict[str, Any]]:
     """As chat templates expect them. Raises `InvalidRequest` if this model's would drop them without a word."""
-    if template is not None and not template.knows_tools:
-        raise InvalidRequest(
-            "tools are given, but this model's chat template has no place for them.",
-            fix="Leave them out, or start the server with another template (model.chat_template).",
-            param="tools",
-        )
+    if template is not None:
+        template.check_tools()
     return [{"type": "function", "function": _described(tool.function)} for tool in tools]
 
 
