@@ -9,9 +9,10 @@ import platform
 import statistics
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from ..packages import installed_version
 
 
 def environment() -> dict[str, Any]:
@@ -19,7 +20,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": " ".join(["fluent", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), **{name: v for name in packages if (v := _version(name))}},
+        "versions": {"python": platform.python_version(), **{name: v for name in packages if (v := installed_version(name))}},
         "device": device(),
     }
 
@@ -49,13 +50,6 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     ordered = sorted(values)
     at = {f"p{p}": ordered[min(len(ordered) - 1, int(len(ordered) * p / 100))] for p in (50, 90, 99)}
     return {"mean": statistics.fmean(ordered), **at}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_name() -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..packages import installed_version
 from . import gpu_report, options, output
 
 if TYPE_CHECKING:
@@ -94,11 +95,7 @@ def _packages() -> list[dict[str, Any]]:
         extra = re.search(r"extra == ['\"]([^'\"]+)['\"]", requirement)
         if extra and (extra[1] in ("dev", "test") or name == "fluentllm"):
             continue
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            version = None
-        rows.append({"name": name, "version": version, "for": extra[1] if extra else None})
+        rows.append({"name": name, "version": installed_version(name), "for": extra[1] if extra else None})
     return rows
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from ..packages import installed_version
 from . import output
 
 
@@ -28,7 +28,7 @@ def examine() -> dict[str, Any]:
         "why_none": None,
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
         "capabilities": devices.CAPABILITIES,
-        "triton": _version("triton"),
+        "triton": installed_version("triton"),
         "nvcc": _nvcc(),
         "flashinfer": _flashinfer(),
         "kernel_cache": _kernel_cache(),
@@ -83,7 +83,7 @@ def _nvcc() -> str | None:
 
 def _flashinfer() -> dict[str, Any]:
     """Is it installed, and which of its kernels are compiled already?"""
-    version = _version("flashinfer-python")
+    version = installed_version("flashinfer-python")
     base = Path(os.environ.get("FLASHINFER_WORKSPACE_BASE", str(Path.home()))) / ".cache" / "flashinfer"
     compiled = sorted({file.stem for file in base.glob("**/*.so")}) if version else []
     return {"version": version, "compiled": compiled, "folder": str(base)}
@@ -100,13 +100,6 @@ def _kernel_cache() -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in files),
         "kernels": sum(file.suffix == ".cubin" for file in files),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def print_report(report: dict[str, Any]) -> None:

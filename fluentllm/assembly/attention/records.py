@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,6 +14,7 @@ import torch
 from ...core.protocols import Phase
 from ...devices import driver_version
 from ...hub.cache import kernel_folder
+from ...packages import installed_version
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +82,7 @@ def facts(spec: AttentionSpec, entries: Sequence[Entry], device: torch.device, l
         "gpu": torch.cuda.get_device_name(device),
         "driver": driver_version() or "unknown",
         "cuda": torch.version.cuda or "none",
-        **{package: _version(package) for package in PACKAGES},
+        **{package: installed_version(package) or "none" for package in PACKAGES},
         "backends": ", ".join(sorted(f"{entry.name} of {entry.source}" for entry in entries)),
         "attention": " ".join(map(str, shape)),
         "types": f"{spec.dtype} over {spec.kv_dtype}",
@@ -118,10 +118,3 @@ def keep(measurement: Measurement) -> None:
 def _file(of: dict[str, str], phase: Phase) -> Path:
     digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
     return kernel_folder() / "attention" / f"{phase}-{digest}.json"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
