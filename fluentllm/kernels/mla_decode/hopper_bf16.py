@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..triton.hopper_language import async_load, launch_dependents, wait_for_inputs
 from .hopper_common import (
     PAGES_AT,
     RECORD,
@@ -23,17 +24,14 @@ from .hopper_common import (
     Results,
     Sums,
     Work,
-    async_load,
     exp2,
     handshakes,
-    launch_dependents,
     next_piece,
     page_number,
     part_of,
     publish_sums,
     row_max,
     row_sum,
-    wait_for_inputs,
     write_piece,
 )
 from .hopper_merge import clear_inert, count_piece, ends_of_part, merge_splits

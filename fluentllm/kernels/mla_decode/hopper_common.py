@@ -5,12 +5,9 @@ from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-# Triton 3.9 renamed them.
-async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+from ..triton.hopper_language import barrier
 
 RECORD: gl.constexpr = gl.constexpr(16)
 """Of `plan.RECORD`."""
@@ -89,13 +86,6 @@ class Piece(NamedTuple):
     """Of the whole sequence."""
     number: Any
     """Among the part's."""
-
-
-@gluon.jit
-def wait_for_inputs(EARLY: gl.constexpr):
-    """Programmatic dependent launch: what the kernels in front wrote is there after this; nothing may be written before it."""
-    if EARLY:
-        gdc_wait()
 
 
 @gluon.jit
@@ -249,9 +239,3 @@ def store_columns(results, left, right, piece, row, column, ROWS: gl.constexpr):
         place = results.partial + (slot * ROWS + row).to(gl.int64)[None, :] * 512 + column[:, None]
         gl.store(place, left, mask=inside)
         gl.store(place + 128, right, mask=inside)
-
-
-@gluon.jit
-def launch_dependents():
-    """Programmatic dependent launch: the next kernel may be set up now; it waits for this one's end before it reads."""
-    gdc_launch_dependents()

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..triton.hopper_language import async_load, launch_dependents, wait_for_inputs
 from .hopper_common import (
     PAGES_AT,
     RECORD,
@@ -30,11 +31,9 @@ from .hopper_common import (
     Results,
     Sums,
     Work,
-    async_load,
     exp2,
     half_page_buffers,
     handshakes,
-    launch_dependents,
     next_piece,
     page_number,
     part_of,
@@ -42,7 +41,6 @@ from .hopper_common import (
     publish_sums,
     row_max,
     row_sum,
-    wait_for_inputs,
     write_piece,
 )
 from .hopper_merge import clear_inert, count_piece, ends_of_part, merge_splits

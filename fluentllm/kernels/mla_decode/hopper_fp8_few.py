@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..triton.hopper_language import launch_dependents, wait_for_inputs
 from .hopper_common import (
     Pages,
     Piece,
@@ -27,13 +28,11 @@ from .hopper_common import (
     Work,
     half_page_buffers,
     handshakes,
-    launch_dependents,
     next_piece,
     part_of,
     probability_handshakes,
     publish_sums,
     store_columns,
-    wait_for_inputs,
 )
 from .hopper_fp8 import convert, loader, softmax_page
 from .hopper_merge import clear_inert, count_piece, ends_of_part, merge_splits

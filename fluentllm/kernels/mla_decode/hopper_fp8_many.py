@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..triton.hopper_language import launch_dependents, wait_for_inputs
 from .hopper_common import (
     Pages,
     Piece,
@@ -28,14 +29,12 @@ from .hopper_common import (
     Work,
     exp2,
     handshakes,
-    launch_dependents,
     next_piece,
     part_of,
     probability_handshakes,
     publish_sums,
     row_max,
     store_columns,
-    wait_for_inputs,
 )
 from .hopper_fp8 import loader, weighted_logits
 from .hopper_merge import clear_inert, count_piece, ends_of_part, merge_splits

@@ -9,7 +9,8 @@ Counters are never set back between the layers of a step: every launch adds as m
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .hopper_common import barrier, exp2
+from ..triton.hopper_language import barrier
+from .hopper_common import exp2
 
 FEW: gl.constexpr = gl.constexpr(8)
 """Splits that are all in flight at once."""

@@ -18,7 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..mla_decode.hopper_common import async_load, barrier, launch_dependents, wait_for_inputs
+from .hopper_language import async_load, barrier, launch_dependents, wait_for_inputs
 from .hopper_tiles import BYTES, ROWS, fits, stages_of
 from .language import SCALE_BLOCK
 from .launch import bulk_copies, launch, power_of_2, programmatic

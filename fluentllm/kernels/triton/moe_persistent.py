@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..fp8_weight import on_hopper
-from ..mla_decode.hopper_common import async_load, launch_dependents, wait_for_inputs
+from .hopper_language import async_load, launch_dependents, wait_for_inputs
 from .language import SCALE_BLOCK
 from .launch import launch, multiprocessors, programmatic
 
