@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from .parser import Parser
@@ -115,9 +116,9 @@ class CallParser(Parser):
         return True
 
     # --------------------------------------------------------------------------------------------------------- behind a call
+    @abstractmethod
     def _after(self) -> bool:
         """The format's own: behind a call's object."""
-        raise NotImplementedError
 
     def _skip(self, *options: str) -> bool | None:
         """Take one of these away if it comes next, white space aside. None while that cannot be told."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from fluentllm.core.protocols import Piece
@@ -17,7 +18,7 @@ Reasoning = tuple[str, str]
 """The markers before and behind it."""
 
 
-class Parser:
+class Parser(ABC):
     """Implements `core.protocols.AnswerParser`. Its states are methods, which read from `_text`; each says whether the next
     may go on at once (True) or text is missing (False). With `_final` none is: then a state must go on or read everything."""
 
@@ -133,9 +134,9 @@ class Parser:
         self._state = self._first if self._calls else self._rest
         return True
 
+    @abstractmethod
     def _first(self) -> bool:
         """The format's own: where calls are looked for."""
-        raise NotImplementedError
 
     def _rest(self) -> bool:
         """Nothing but content from here on."""
