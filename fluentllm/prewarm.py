@@ -218,6 +218,10 @@ class Compiler:
 
 def key_of(launch: Launch) -> tuple[Any, ...]:
     """Equal for launches that run the same machine code, as Triton specialises: types, constants, ones, multiples of 16."""
+    from .kernels.cuda.launch import CudaKernel
+
+    if isinstance(launch.kernel, CudaKernel):
+        return (id(launch.kernel), launch.kernel.macros(launch.options))
     arguments = tuple(_key(value, parameter) for value, parameter in zip(launch.args, launch.kernel.params, strict=False))
     options = tuple(sorted((name, str(value)) for name, value in launch.options.items()))
     return (id(launch.kernel), arguments, options)

@@ -28,6 +28,7 @@ import triton
 from sweep import DEVICE, copies_for, error_of, gbps, line, precompile, rotate, share
 
 from fluentllm.kernels.block_fp8 import linear_reference, quantise_weight
+from fluentllm.kernels.cuda.linear_cluster import ClusterTile
 from fluentllm.kernels.fp8_library import ROWS, library_product, library_scale
 from fluentllm.kernels.triton.elementwise import silu_mul
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows
@@ -108,19 +109,19 @@ class Shape:
 def candidates(shape: Shape, tokens: int) -> Iterator[Tile]:
     """Tiles worth trying for `tokens` rows."""
     if tokens <= 64:
-        yield from (tile for tile in _hopper(shape, tokens) if fits(tile, shape.depth, shape.width, shape.gated))
+        yield from _hopper(shape, tokens)
     yield from _of_width(shape, tokens, min(64, max(8, power_of_2(tokens))))
     if tokens > 64:
         yield from _of_width(shape, tokens, 128)
 
 
-def _hopper(shape: Shape, tokens: int) -> Iterator[HopperTile]:
-    """Those that split tiles evenly, or have several whole ones a program."""
+def _hopper(shape: Shape, tokens: int) -> Iterator[HopperTile | ClusterTile]:
+    """Whole tiles, of which a program may have several, and tiles that programs of a cluster share."""
     wide, tiles = max(8, power_of_2(tokens)), -(-shape.rows // 64)
-    for unit in (1, 2, 4):
-        units = -(-shape.depth * shape.width // (128 * unit))
-        yield from (HopperTile(wide, unit, n) for n in (1, 2, 3, 4, 6, 8) if units % n == 0 and 40 <= tiles * n <= 400)
-        yield from (HopperTile(wide, unit, 1, n) for n in {2, -(-tiles // 264)} if n > 1 and tiles >= 40 * n)
+    whole = (HopperTile(wide, unit, n) for unit in (1, 2, 4) for n in {1, 2, -(-tiles // 264)} if tiles >= 40 * n)
+    yield from (tile for tile in whole if fits(tile, shape.depth, shape.width, shape.gated))
+    shared = (ClusterTile(wide, n) for n in (2, 3, 4, 5, 6, 8) if 40 <= tiles * n <= 264)
+    yield from (tile for tile in shared if tile.fits(tokens, shape.depth, shape.width, shape.gated))
 
 
 def _of_width(shape: Shape, tokens: int, wide: int) -> Iterator[LinearTile]:

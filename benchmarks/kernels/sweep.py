@@ -18,6 +18,7 @@ from timing import COPY_GBPS
 from triton import AsyncCompileMode
 
 from fluentllm.kernels.triton.launch import recording
+from fluentllm.prewarm import key_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -65,7 +66,7 @@ def precompile(runs: Iterable[Callable[[], object]]) -> int:
     with recording() as launches:
         for run in runs:
             run()
-    seen = {(one.kernel.__name__, tuple(map(_kind, one.args)), repr(one.options)): one for one in launches}
+    seen = {key_of(one): one for one in launches}
     if torch.cuda.is_initialized():
         with ThreadPoolExecutor() as pool, AsyncCompileMode(pool, ignore_errors=True):
             for one in seen.values():
@@ -88,14 +89,6 @@ def _compile_some(launches: Sequence[Launch]) -> NoReturn:
         with suppress(Exception):
             one.kernel.warmup(*one.args, grid=one.grid, **one.options)
     os._exit(0)
-
-
-def _kind(value: object) -> object:
-    if isinstance(value, torch.Tensor):
-        return value.dtype
-    if isinstance(value, int):
-        return value % 16 == 0, value == 1
-    return tuple(value.block_shape) if hasattr(value, "block_shape") else value is None
 
 
 def error_of(got: torch.Tensor, expected: torch.Tensor) -> float:

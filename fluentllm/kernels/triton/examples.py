@@ -28,7 +28,7 @@ from .gqa_prefill_plan import PrefillPlan
 from .kv_append import append, rotate_and_append
 from .launch import recording
 from .linear import linear, linear_norm, new_counters
-from .linear_tiles import LinearTile
+from .linear_tiles import LinearTile, rule
 from .mla_absorb import absorb
 from .mla_rows import append_and_rotate, append_latents, rotate_queries
 from .moe import experts, fp8_experts
@@ -242,8 +242,8 @@ def products_of_few_rows() -> None:
         silu_mul_quantise(gate_up)
         scales = _floats(-(-rows // 128), -(-depth // 128))
         matrix = _empty(rows, depth, dtype=FP8)
-        for counters in (new_counters(rows, x.device), None):  # Hopper's kernel, and the one for others
-            linear(q, matrix, x_scale=scale, w_scale=scales, gated=gated, counters=counters)
+        for tile in (None, rule(tokens, rows, depth, 1, gated)):  # Hopper's kernels, and the one for others
+            linear(q, matrix, x_scale=scale, w_scale=scales, gated=gated, counters=new_counters(rows, x.device), tile=tile)
 
     # A norm between two products: of all columns behind the residual stream, of MLA's query latent; in front of a router.
     for tokens, rows, depth in ((1, 2048, 2048), (32, 3072, 4096)):

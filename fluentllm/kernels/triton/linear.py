@@ -1,5 +1,6 @@
-"""y = x Wᵀ for few rows of x, in one of three ways: `held` for one or two tokens, on Hopper `linear_hopper` for most others up
-to 16 in BF16 and 64 in FP8, else `linear_streamed`. Which one, and how, is `linear_tiles`' to say.
+"""y = x Wᵀ for few rows of x, in one of four ways: `held` for one or two tokens; on Hopper `cuda.linear_cluster` and
+`linear_hopper` for most others up to 32 in BF16 and 64 in FP8; else `linear_streamed`. Which one, and how, is `linear_tiles`'
+to say.
 
 Both ends of an RMS norm can be the product's: what it leaves at the end of one product, and what it applies in the next
 (`normed.py`).
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..cuda.linear_cluster import ClusterTile, cluster_product
 from .held import HeldTile, held_product
 from .hopper_tiles import HopperTile
 from .linear_hopper import hopper_product, takes
@@ -51,7 +53,7 @@ def linear(
     `holds` says so.
     gated: weight holds gate rows, then as many up rows (with scales a multiple of 128) → silu(gate) · up, [T, N / 2].
     other [T, N], or [N] for all rows → (product + other) · factor.
-    counters: `new_counters` of this matrix; without them columns are not split.
+    counters: `new_counters` of this matrix; without them `linear_streamed` does not split columns.
     Reference: `F.linear`; with scales `kernels.block_fp8.linear_reference`.
     """
     out, _ = _product(
@@ -114,7 +116,7 @@ def _product(
     out = torch.empty(tokens, rows, dtype=out_dtype or (x.dtype if x_scale is None else torch.bfloat16), device=x.device)
     if tile is None:
         choose = linear_tile if x_scale is None else streamed_tile
-        device = x.device if counters is not None and takes(x, weight) else None
+        device = x.device if takes(x, weight) else None
         tile = choose(tokens, rows, depth, weight.element_size(), gated, device)
     squares = residual = norm = None
     if after is not None:
@@ -131,7 +133,9 @@ def _product(
         raise ValueError(f"{tokens} rows by an E4M3 matrix must be quantised: x_scale is missing (`holds` tells)")
     if product.normed not in (0, rows) and (product.normed % tile.rows or residual is not None):
         raise ValueError(f"{product.normed} normed columns of {rows} do not fit tiles of {tile.rows}")
-    if isinstance(tile, HopperTile):
+    if isinstance(tile, ClusterTile):
+        cluster_product(product, tile)
+    elif isinstance(tile, HopperTile):
         hopper_product(product, tile)
     else:
         streamed_product(product, tile)

@@ -1,8 +1,8 @@
 """y = x Wᵀ for few rows of x on Hopper: a program asks for its weights before the kernels in front have ended.
 
-A program has a part of the depth of 64 rows of the matrix, or a few whole tiles of 64 rows, and its ring leaves room for a
-program of the next such product on the same multiprocessor, whose weights so are on their way while this one multiplies. A tile
-that several programs have parts of is added up by the last of them, in their order.
+A program has a tile of 64 rows of the matrix, or a few, and its ring leaves room for a program of the next such product on the
+same multiprocessor, whose weights so are on their way while this one multiplies. Tiles that are better shared by several
+programs are `cuda.linear_cluster`'s.
 
     weights (64 rows × UNIT · 128 bytes a stage)   operands swapped: M of the matrix instruction
     tokens  (up to 64)                             N of it; FP8 sums are promoted to float32 every 128 columns
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -80,14 +79,14 @@ def _ask_tokens(x_box, rings, unit, stage, UNIT: gl.constexpr, COLUMNS: gl.const
 
 
 @gluon.jit
-def _scales_there(scales, of_rows, of_tokens, SHARE: gl.constexpr, TOKENS: gl.constexpr):
-    """Their product [SHARE, TOKENS] in shared memory, a step's by its index."""
+def _scales_there(scales, of_rows, of_tokens, SCALES: gl.constexpr, TOKENS: gl.constexpr):
+    """Their product [SCALES, TOKENS] in shared memory, a step's by its index."""
     scales.store(of_tokens * of_rows[:, None])
     STEP: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     if REINTERPRETS:
-        scales = scales.reinterpret(gl.float32, [SHARE, TOKENS], STEP)
+        scales = scales.reinterpret(gl.float32, [SCALES, TOKENS], STEP)
     else:
-        scales = scales._reinterpret(gl.float32, [SHARE, TOKENS], STEP)
+        scales = scales._reinterpret(gl.float32, [SCALES, TOKENS], STEP)
     return scales
 
 
@@ -173,13 +172,12 @@ def _leave(out, ends, y, up, n, m, tile, M, N, K, out_row, GATED: gl.constexpr, 
 
 
 @gluon.jit(do_not_specialize=["M", "blocks", "scale_row", "factor", "parts", "eps", "normed"])
-def _hopper_linear_kernel(out, x_box, x_scale, w_box, w_scale, other, residual, norm, squares, squares_out, partial, counters,
-                          M, N, K, blocks, scale_row, out_row, other_row, residual_row, factor, units, share, tiles, together,
-                          parts, eps, normed, TOKENS: gl.constexpr, UNIT: gl.constexpr, STAGES: gl.constexpr,
-                          SHARE: gl.constexpr, SPLITS: gl.constexpr, GATED: gl.constexpr, PARTS: gl.constexpr,
-                          PDL: gl.constexpr):  # fmt: skip
-    """units: stages along the depth of a tile; share: of them a program's, which has `together` tiles, or with others one;
-    SHARE: 128s of columns that a program has scales for, a power of two. GATED: W holds N gate rows, then N up rows."""
+def _hopper_linear_kernel(out, x_box, x_scale, w_box, w_scale, other, residual, norm, squares, squares_out, M, N, K, blocks,
+                          scale_row, out_row, other_row, residual_row, factor, units, tiles, together, parts, eps, normed,
+                          TOKENS: gl.constexpr, UNIT: gl.constexpr, STAGES: gl.constexpr, SCALES: gl.constexpr,
+                          GATED: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    """units: stages along the depth of a tile; together: tiles of a program; SCALES: 128s of columns that a program has scales
+    for, a power of two. GATED: W holds N gate rows, then N up rows."""
     HALVES: gl.constexpr = 2 if GATED else 1
     SCALED: gl.constexpr = x_scale is not None
     COLUMNS: gl.constexpr = BYTES if w_box.dtype.primitive_bitwidth == 8 else BYTES // 2
@@ -196,21 +194,19 @@ def _hopper_linear_kernel(out, x_box, x_scale, w_box, w_scale, other, residual, 
         mbarrier.init(x_there.index(i), count=1)
     rings = Rings(w, x, w_there, x_there)
     ends = Ends(other, residual, norm, squares, squares_out, other_row, residual_row, factor, parts, eps, normed)
-    first = gl.program_id(0) // SPLITS * together
-    low = gl.program_id(0) % SPLITS * share
-    span = gl.minimum(share, units - low)
-    total = span * gl.minimum(together, tiles - first)
+    first = gl.program_id(0) * together
+    total = units * gl.minimum(together, tiles - first)
     for i in gl.static_range(STAGES):
         if i < total:
-            _ask_weights(w_box, rings, first + i // span, low + i % span, i, N, UNIT, COLUMNS, GATED)
+            _ask_weights(w_box, rings, first + i // units, i % units, i, N, UNIT, COLUMNS, GATED)
     if PDL:
         launch_dependents()
     if SCALED:
         FLAT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        step = gl.arange(0, SHARE, gl.SliceLayout(1, FLAT))
-        column = low * UNIT + step % (span * UNIT)
-        row = (first + step // (span * UNIT)) * ROWS
+        step = gl.arange(0, SCALES, gl.SliceLayout(1, FLAT))
+        column = step % (units * UNIT)
+        row = (first + step // (units * UNIT)) * ROWS
         inside = (step < total * UNIT) & (column < blocks)
         of_rows = gl.load(w_scale + row // SCALE_BLOCK * blocks + column, mask=inside, other=0.0)
         if GATED:
@@ -218,23 +214,23 @@ def _hopper_linear_kernel(out, x_box, x_scale, w_box, w_scale, other, residual, 
     wait_for_inputs(PDL)
     for i in gl.static_range(STAGES):
         if i < total:
-            _ask_tokens(x_box, rings, low + i % span, i, UNIT, COLUMNS, TOKENS)
+            _ask_tokens(x_box, rings, i % units, i, UNIT, COLUMNS, TOKENS)
     scales, up_scales = None, None
     if SCALED:
         token = gl.arange(0, TOKENS, gl.SliceLayout(0, FLAT))
         of_tokens = gl.load(x_scale + (column * scale_row)[:, None] + token[None, :],
                             mask=inside[:, None] & (token < M)[None, :], other=0.0)  # fmt: skip
-        scales = gl.allocate_shared_memory(gl.float32, [SHARE, TOKENS], PLAIN)
-        scales = _scales_there(scales, of_rows, of_tokens, SHARE, TOKENS)
+        scales = gl.allocate_shared_memory(gl.float32, [SCALES, TOKENS], PLAIN)
+        scales = _scales_there(scales, of_rows, of_tokens, SCALES, TOKENS)
         if GATED:
-            up_scales = gl.allocate_shared_memory(gl.float32, [SHARE, TOKENS], PLAIN)
-            up_scales = _scales_there(up_scales, of_up, of_tokens, SHARE, TOKENS)
+            up_scales = gl.allocate_shared_memory(gl.float32, [SCALES, TOKENS], PLAIN)
+            up_scales = _scales_there(up_scales, of_up, of_tokens, SCALES, TOKENS)
     n = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     m = gl.arange(0, TOKENS, gl.SliceLayout(0, LAYOUT))
-    for index in range(0, total // span):
+    for index in range(0, total // units):
         acc = gl.zeros([ROWS, TOKENS], gl.float32, SUMS)
         up = gl.zeros([ROWS, TOKENS], gl.float32, SUMS)
-        for at in range(index * span, (index + 1) * span):
+        for at in range(index * units, (index + 1) * units):
             stage = at % STAGES
             mbarrier.wait(rings.w_there.index(stage), at // STAGES & 1)
             mbarrier.wait(rings.x_there.index(stage), at // STAGES & 1)
@@ -243,31 +239,11 @@ def _hopper_linear_kernel(out, x_box, x_scale, w_box, w_scale, other, residual, 
             if later < total:
                 # All warps have read the stage.
                 barrier()
-                _ask_weights(w_box, rings, first + later // span, low + later % span, stage, N, UNIT, COLUMNS, GATED)
-                _ask_tokens(x_box, rings, low + later % span, stage, UNIT, COLUMNS, TOKENS)
+                _ask_weights(w_box, rings, first + later // units, later % units, stage, N, UNIT, COLUMNS, GATED)
+                _ask_tokens(x_box, rings, later % units, stage, UNIT, COLUMNS, TOKENS)
         y = gl.convert_layout(acc, LAYOUT)
         y_up = gl.convert_layout(up, LAYOUT)
-        tile = first + index
-        if SPLITS == 1:
-            _leave(out, ends, y, y_up, n, m, tile, M, N, K, out_row, GATED, PARTS, LAYOUT)
-        else:
-            PART: gl.constexpr = ROWS * TOKENS
-            sums = partial + tile * (SPLITS * HALVES * PART) + m[None, :] * ROWS + n[:, None]
-            mine = sums + gl.program_id(0) % SPLITS * (HALVES * PART)
-            gl.store(mine, y)
-            if GATED:
-                gl.store(mine + PART, y_up)
-            # All threads' sums are written before the one that counts says so.
-            barrier()
-            if gl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1:
-                y = gl.zeros([ROWS, TOKENS], gl.float32, LAYOUT)
-                y_up = gl.zeros([ROWS, TOKENS], gl.float32, LAYOUT)
-                for part in gl.static_range(SPLITS):
-                    y += gl.load(sums + part * (HALVES * PART), cache_modifier=".cg")
-                    if GATED:
-                        y_up += gl.load(sums + part * (HALVES * PART) + PART, cache_modifier=".cg")
-                gl.store(counters + tile, 0)
-                _leave(out, ends, y, y_up, n, m, tile, M, N, K, out_row, GATED, PARTS, LAYOUT)
+        _leave(out, ends, y, y_up, n, m, first + index, M, N, K, out_row, GATED, PARTS, LAYOUT)
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -276,34 +252,25 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 
 def hopper_product(product: RowProduct, tile: HopperTile) -> None:
-    """One of three ways of `linear`: both operands in BF16 (or float16), or in E4M3 with their scales. Raises `ValueError` for
+    """One of the ways of `linear`: both operands in BF16 (or float16), or in E4M3 with their scales. Raises `ValueError` for
     operands that TMA cannot read, and for a tile that does not fit them."""
     p = product
     width = p.weight.element_size()
     columns = BYTES.value // width
     blocks, tiles = -(-p.depth // columns), -(-p.rows // ROWS.value)
     units = -(-blocks // tile.unit)
-    share = -(-units // tile.splits)
-    splits = -(-units // share)
     if not takes(p.x, p.weight):
         raise ValueError("operands that TMA cannot read: their rows must be aligned to 16 bytes")
     if not fits(tile, p.depth, width, p.gated):
         raise ValueError(
             f"{tile} does not fit {p.depth} columns into shared memory: take a smaller unit, or fewer tiles together"
         )
-    if splits > 1 and (tile.together > 1 or p.counters is None or p.counters.shape[0] < tiles):
-        raise ValueError(f"{tile} shares a tile, for which it needs counters of {tiles} tiles, and one tile a program")
-    partial = None
-    if splits > 1:
-        sums = tiles * splits * p.halves * ROWS.value * tile.tokens
-        partial = torch.empty(sums, dtype=torch.float32, device=p.x.device)
     launch(
-        _hopper_linear_kernel, (-(-tiles // tile.together) * splits,), p.out, _box(p.x, tile.tokens, columns), p.x_scale,
-        _box(p.weight, ROWS.value, columns), p.w_scale, p.other, p.residual, p.norm, p.squares, p.squares_out, partial,
-        p.counters, p.tokens, p.rows, p.depth, blocks, p.scale_row, p.out.stride(0), p.other_row, p.residual_row, p.factor,
-        units, share, tiles, tile.together, p.parts, p.eps, p.normed,
-        TOKENS=tile.tokens, UNIT=tile.unit, STAGES=stages_of(tile, units, p.halves, width),
-        SHARE=power_of_2(tile.together * share * tile.unit), SPLITS=splits, GATED=p.gated, PARTS=p.padded_parts, num_warps=4,
+        _hopper_linear_kernel, (-(-tiles // tile.together),), p.out, _box(p.x, tile.tokens, columns), p.x_scale,
+        _box(p.weight, ROWS.value, columns), p.w_scale, p.other, p.residual, p.norm, p.squares, p.squares_out, p.tokens, p.rows,
+        p.depth, blocks, p.scale_row, p.out.stride(0), p.other_row, p.residual_row, p.factor, units, tiles, tile.together,
+        p.parts, p.eps, p.normed, TOKENS=tile.tokens, UNIT=tile.unit, STAGES=stages_of(tile, units, p.halves, width),
+        SCALES=power_of_2(tile.together * units * tile.unit), GATED=p.gated, PARTS=p.padded_parts, num_warps=4,
         **programmatic(p.x.device, "product"),
     )  # fmt: skip
 

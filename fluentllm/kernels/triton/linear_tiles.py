@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..cuda.linear_cluster import ClusterTile
 from .held import HeldTile, held_tile
 from .hopper_tiles import HopperTile, hopper_tile
 from .launch import HOPPER_MULTIPROCESSORS, power_of_2
@@ -32,7 +33,7 @@ class LinearTile:
     """Pieces of 256 bytes of each row that are asked for before the kernels before have finished; a power of two or 0."""
 
 
-Tile = LinearTile | HeldTile | HopperTile
+Tile = LinearTile | HeldTile | HopperTile | ClusterTile
 
 MOST_TOKENS = 32
 """More rows are the library's."""
@@ -159,19 +160,19 @@ MEASURED: dict[tuple[int, int, int, bool], dict[int, LinearTile]] = {
     },
 }
 """(rows, depth, bytes of an element, gated) → {most tokens: tile}. Filled from benchmarks/kernels/gemm.py; one and two
-tokens are `held`'s, and on Hopper many are `linear_hopper`'s."""
+tokens are `held`'s, and on Hopper many are `linear_hopper`'s and `cuda.linear_cluster`'s."""
 
 
 def linear_tile(tokens: int, rows: int, depth: int, width: int, gated: bool, device: torch.device | None = None) -> Tile:
     """For x [tokens, depth] and a matrix [rows, depth] (twice the rows if gated) of `width` bytes an element. device: one for
-    whose own kernel operands and counters are there."""
+    whose own kernels the operands are fit."""
     held = held_tile(tokens, rows, depth, gated, width) if width <= 2 else None
     return streamed_tile(tokens, rows, depth, width, gated, device) if held is None else held
 
 
 def streamed_tile(
     tokens: int, rows: int, depth: int, width: int, gated: bool, device: torch.device | None = None
-) -> LinearTile | HopperTile:
+) -> LinearTile | HopperTile | ClusterTile:
     """The same, of those that do not hold a row: also for one or two quantised ones."""
     hopper = None if device is None else hopper_tile(tokens, rows, depth, width, gated, device)
     if hopper is not None:

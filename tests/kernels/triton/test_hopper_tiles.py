@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
+from fluentllm.kernels.cuda.linear_cluster import ClusterTile
 from fluentllm.kernels.triton.hopper_tiles import MOST_TOKENS, HopperTile, fits, rule
 
 PROCESSORS = 132
@@ -27,24 +28,33 @@ def test_any_shape_fits_and_runs_at_once(tokens: int, rows: int, depth: int, wid
         return
     assert tile.tokens in (8, 16, 32, 64)
     assert tokens <= tile.tokens < max(16, 2 * tokens)
-    assert fits(tile, depth, width, gated)
-    units = -(-depth * width // (128 * tile.unit))
-    assert 1 <= tile.splits <= units
-    assert tile.splits == 1 or tile.together == 1
-    assert -(-rows // 64 // tile.together) * tile.splits <= 2 * PROCESSORS
+    tiles = -(-rows // 64)
+    if isinstance(tile, HopperTile):
+        assert fits(tile, depth, width, gated)
+        assert -(-tiles // tile.together) <= 2 * PROCESSORS
+        return
+    assert 2 <= tile.splits <= 8
+    assert tiles * tile.splits <= 1.5 * PROCESSORS
+    assert tile.fits(tokens, depth, width, gated)
+    assert tile.stages(tokens, depth, width, gated) >= 1
+    assert tile.shared_bytes(tokens, depth, width, gated) <= 113 * 1024
+    # All tokens are finished by somebody.
+    assert tile.splits * 2 * tile.each(tokens) >= tokens
 
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        ((8, 2048, 6144, 1, False), HopperTile(8, 4, 6)),  # 12.6 MB: 192 programs
-        ((64, 2048, 6144, 1, False), HopperTile(64, 2, 4)),  # more tokens, fewer parts to add up
+        ((8, 2048, 6144, 1, False), ClusterTile(8, 6)),  # 12.6 MB: 192 programs
+        ((64, 4096, 4096, 1, False), ClusterTile(64, 3)),
+        ((32, 2048, 2048, 2, False), ClusterTile(32, 4)),  # more tokens, fewer parts to add up
+        ((32, 1408, 2048, 2, True), None),
         ((8, 3072, 1536, 1, False), HopperTile(8, 4)),  # 48 whole tiles of 98 KB
         ((8, 10944, 2048, 1, True), HopperTile(8, 2)),  # 171 whole tiles
-        ((8, 151936, 1024, 2, False), HopperTile(8, 4, 1, 9)),
+        ((8, 151936, 1024, 2, False), HopperTile(8, 4, 9)),
         ((8, 2048, 2048, 4, False), None),
         ((0, 2048, 2048, 2, False), None),
     ],
 )
-def test_measured_shapes(shape: tuple[int, int, int, int, bool], expected: HopperTile | None) -> None:
+def test_measured_shapes(shape: tuple[int, int, int, int, bool], expected: HopperTile | ClusterTile | None) -> None:
     assert rule(*shape, PROCESSORS) == expected

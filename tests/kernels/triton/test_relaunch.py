@@ -111,7 +111,8 @@ def test_constants_whose_values_may_be_equal_and_compile_apart_are_too(value: An
 
 
 def test_every_kernel_here_has_a_key() -> None:
-    without = {one.kernel.__name__ for _, one in example_launches() if key_of(list(one.args), one.options) is None}
+    launches = [one for _, one in example_launches() if isinstance(one.kernel, JITFunction)]
+    without = {one.kernel.__name__ for one in launches if key_of(list(one.args), one.options) is None}
     assert not without
 
 
@@ -153,7 +154,8 @@ STAND_IN = """
     with recording() as launches:
         small_operations()
         products_of_few_rows()
-    launches = [one for one in launches if 0 not in one.grid][::3]
+    ours = [one for one in launches if isinstance(one.kernel, triton.JITFunction)]
+    launches = [one for one in ours if 0 not in one.grid][::3]
 
     def again():
         launched.clear()

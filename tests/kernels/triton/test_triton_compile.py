@@ -10,6 +10,7 @@ import pytest
 import triton
 
 import fluentllm.kernels.triton as room
+from fluentllm.kernels.cuda.launch import CudaKernel
 from fluentllm.kernels.triton.compile import OPTIONS, compile_launch, specialise
 from fluentllm.kernels.triton.examples import EXAMPLES, example_launches
 from fluentllm.kernels.triton.launch import START_NEXT, Launch, launch, recording
@@ -17,12 +18,16 @@ from fluentllm.kernels.triton.launch import START_NEXT, Launch, launch, recordin
 HOPPER_SHARED_BYTES = 227 * 1024
 
 
+def triton_launches() -> list[Launch]:
+    return [one for _, one in example_launches() if isinstance(one.kernel, triton.JITFunction)]
+
+
 def test_every_kernel_has_an_example() -> None:
     kernels = set()
     for module in pkgutil.iter_modules(room.__path__, room.__name__ + "."):
         members = vars(importlib.import_module(module.name))
         kernels |= {k.__module__ + "." + k.__name__ for k in members.values() if isinstance(k, triton.JITFunction)}
-    launched = {one.kernel.__module__ + "." + one.kernel.__name__ for _, one in example_launches()}
+    launched = {one.kernel.__module__ + "." + one.kernel.__name__ for one in triton_launches()}
     assert {name for name in kernels if name.endswith("_kernel")} == launched
 
 
@@ -32,6 +37,8 @@ def test_compiles_for_hopper(example) -> None:
         example()
     seen = {}
     for one in launches:
+        if isinstance(one.kernel, CudaKernel):
+            continue  # test_cuda_compile.py
         options = {name: value for name, value in one.options.items() if name in OPTIONS}
         seen[one.kernel.__name__, repr(specialise(one)), repr(options)] = one
     for one in seen.values():
@@ -43,7 +50,7 @@ def test_compiles_for_hopper(example) -> None:
 def test_every_programmatic_kernel_starts_the_next_at_any_place(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in START_NEXT:
         monkeypatch.setitem(START_NEXT, place, 2)
-    one_each = {one.kernel.__name__: one for _, one in example_launches() if one.options.get("PDL")}
+    one_each = {one.kernel.__name__: one for one in triton_launches() if one.options.get("PDL")}
     assert len(one_each) > 15
     for name, one in one_each.items():
         assert one.options["PDL"] == 2
@@ -52,7 +59,7 @@ def test_every_programmatic_kernel_starts_the_next_at_any_place(monkeypatch: pyt
 
 def test_the_routers_sums_are_promoted_at_every_step() -> None:
     """A compiler may add up what a product gives inside of the product: tensor cores would cut long sums off."""
-    wide = [one for _, one in example_launches() if one.kernel.__name__ == "_wide_scores_kernel"]
+    wide = [one for one in triton_launches() if one.kernel.__name__ == "_wide_scores_kernel"]
     for one in wide:
         code = compile_launch(one).asm["ttgir"]
         dots = [at.start() for at in re.finditer(r"warp_group_dot ", code)]
