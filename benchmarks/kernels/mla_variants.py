@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from timing import Timer
 
 PAGES, MAPS, EARLY, TOGETHER = "PAGES_IN_RECORD", "FETCH_MAPS", "LAUNCH_EARLY", "MERGE_TOGETHER"
-SWAP, REGISTERS = "SWAP_OPERANDS", "VALUES_IN_REGISTERS"
-NAMES = (PAGES, MAPS, EARLY, TOGETHER, SWAP, REGISTERS)
+SWAP, REGISTERS, CLUSTERS = "SWAP_OPERANDS", "VALUES_IN_REGISTERS", "CLUSTERS"
+NAMES = (PAGES, MAPS, EARLY, TOGETHER, SWAP, REGISTERS, CLUSTERS)
 TILES = "tiles"
 """The variant whose plan takes whole pieces only where they are no longer than tiles (`plan.SLACK` 0)."""
 PATIENCE = 120.0
@@ -48,6 +48,8 @@ def variants(shape: Shape) -> dict[str, tuple[str, ...]]:
     found |= {{SWAP: "swap", REGISTERS: "registers"}[one]: (one,) for one in own}
     found |= {"pages": (PAGES,), "maps": (MAPS,), "pages maps": (PAGES, MAPS), "early": (EARLY,)}
     found |= {"all apart": (*own, PAGES, MAPS, EARLY), "together": (TOGETHER,), "pages together": (PAGES, TOGETHER)}
+    if shape.kv == "fp8" and rows > 64:
+        found |= {"clusters": (CLUSTERS,), "clusters early": (CLUSTERS, EARLY)}
     if own:
         found["own pages together"] = (*own, PAGES, TOGETHER)
     return found | {

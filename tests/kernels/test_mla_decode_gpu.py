@@ -62,13 +62,14 @@ SWITCHES = (
     "VALUES_IN_REGISTERS",
     "MERGE_TOGETHER",
 )
+BY_CLUSTERS = ("CLUSTERS", "LAUNCH_EARLY")
 WAYS = [*((name,) for name in SWITCHES), ("SWAP_OPERANDS", "MERGE_TOGETHER"), SWITCHES]
 
 
 def turn_on(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     from fluentllm.kernels.mla_decode import switches
 
-    for name in SWITCHES:
+    for name in (*SWITCHES, "CLUSTERS"):
         monkeypatch.setattr(switches, name, name in names)
 
 
@@ -83,12 +84,24 @@ MORE_ROWS = [
     ([0, 700, 0, 5, 64, 65] * 30, 128, 1),
     ([1000, 77, 8], 128, 8),
 ]
+CLUSTERED = [
+    ([300], 64, 2),
+    ([1, 63, 64, 65, 0, 127, 128, 129], 32, 4),
+    ([64, 65, 127, 128, 129], 36, 2),
+    ([0, 700, 0, 5], 96, 1),
+    ([900, 100, 3000, 0], 50, 4),
+    ([0, 700, 0, 5, 64, 65] * 30, 128, 1),
+    ([100_000, 1, 1000], 64, 2),
+    ([1000, 77, 8], 128, 8),
+    ([2000] * 50, 32, 4),
+]
 
 
 @pytest.mark.parametrize(
     ("on", "lengths", "heads", "query_length"),
     [(on, *shape) for on in WAYS for shape in FEW_ROWS]
-    + [(on, *shape) for on in (SWITCHES, ("VALUES_IN_REGISTERS",)) for shape in MORE_ROWS],
+    + [(on, *shape) for on in (SWITCHES, ("VALUES_IN_REGISTERS",)) for shape in MORE_ROWS]
+    + [(BY_CLUSTERS, *shape) for shape in CLUSTERED],
 )
 def test_every_switch_agrees_with_float64(
     on: tuple[str, ...], lengths: list[int], heads: int, query_length: int, monkeypatch: pytest.MonkeyPatch
@@ -103,8 +116,8 @@ def test_every_switch_agrees_with_float64(
         assert not out[case.lengths == 0].any()
 
 
-@pytest.mark.parametrize("on", WAYS, ids="-".join)
-def test_every_switch_in_a_captured_step(on: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("on", "heads"), [*((on, 16) for on in WAYS), (BY_CLUSTERS, 128)])
+def test_every_switch_in_a_captured_step(on: tuple[str, ...], heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several layers of a step by one plan, behind a kernel that writes their queries and one that appends their keys; lengths
     change between replays. With and without the product that follows."""
     from fluentllm.kernels.mla_decode import quantise
@@ -112,14 +125,14 @@ def test_every_switch_in_a_captured_step(on: tuple[str, ...], monkeypatch: pytes
 
     turn_on(on, monkeypatch)
     generator = fresh_generator("cuda")
-    case = random_case([3000, 500, 0, 900, 64, 2000, 129, 2, 700], 16, 1, generator=generator)
+    case = random_case([3000, 500, 0, 900, 64, 2000, 129, 2, 700], heads, 1, generator=generator)
     lengths = case.lengths.clone()
-    up_v = (torch.randn(16, 128, 512, generator=generator, device="cuda") * 0.05).bfloat16()
+    up_v = (torch.randn(heads, 128, 512, generator=generator, device="cuda") * 0.05).bfloat16()
     shape = case.q_latent.shape
-    latent, rope = torch.zeros(9, 16, 512, device="cuda").bfloat16(), torch.zeros(9, 16, 64, device="cuda").bfloat16()
+    latent, rope = torch.zeros(9, heads, 512, device="cuda").bfloat16(), torch.zeros(9, heads, 64, device="cuda").bfloat16()
     given = latent.view(shape), rope.view(*shape[:3], 64)
     new_latent, new_rope = (torch.randn(9, n, generator=generator, device="cuda").bfloat16() * 3 for n in (512, 64))
-    decode = MlaDecode.create(case.lengths, 16, 1, page_table=case.table)
+    decode = MlaDecode.create(case.lengths, heads, 1, page_table=case.table)
 
     def layer() -> list[torch.Tensor]:
         last = case.lengths.long() - 1
@@ -183,18 +196,21 @@ def test_values_of_heads(
     assert not found[0].view(*case.q_latent.shape[:3], 128)[case.lengths == 0].any()
 
 
+@pytest.mark.parametrize("heads", [16, 128])
 @pytest.mark.parametrize("deviation", [0.3, 3.0, 8.0])
-def test_sharp_logits_and_large_rotary_values(deviation: float) -> None:
-    case = random_case([4096, 2000, 300], 16, generator=fresh_generator("cuda"), deviation=deviation, rope=1000.0)
+def test_sharp_logits_and_large_rotary_values(deviation: float, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn_on((*SWITCHES[:-1], "CLUSTERS"), monkeypatch)
+    case = random_case([4096, 2000, 300], heads, generator=fresh_generator("cuda"), deviation=deviation, rope=1000.0)
     exact, emulated = case.exact(), case.emulated()
     out = run(case, "fp8")
     assert relative_error(out, emulated) < 3e-3
     assert cosine_deficit(out, exact) <= 1.2 * cosine_deficit(emulated, exact)
 
 
-@pytest.mark.parametrize("kv", ["fp8", "bf16"])
-def test_huge_inputs_give_no_nan(kv: str) -> None:
-    case = random_case([500, 64], 16, generator=fresh_generator("cuda"), latent=1e6, rope=1e30, deviation=1e8)
+@pytest.mark.parametrize(("kv", "heads"), [("fp8", 16), ("bf16", 16), ("fp8", 128)])
+def test_huge_inputs_give_no_nan(kv: str, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn_on((*SWITCHES[:-1], "CLUSTERS"), monkeypatch)
+    case = random_case([500, 64], heads, generator=fresh_generator("cuda"), latent=1e6, rope=1e30, deviation=1e8)
     assert not run(case, kv).isnan().any()
 
 

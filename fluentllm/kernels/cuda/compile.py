@@ -36,7 +36,7 @@ def compiler_version() -> tuple[int, int] | None:
 def compiled(name: str, options: tuple[tuple[str, str | int], ...] = (), architecture: str = HOPPER) -> bytes:
     """The machine code of `name`.cu with these macros defined. Raises RuntimeError with the compiler's text."""
     source = (_FOLDER / f"{name}.cu").read_text()
-    headers = {found: (_FOLDER / found).read_text() for found in re.findall(r'#include "(\w+\.cuh)"', source)}
+    headers = _headers(source, {})
     flags = [*_FLAGS, f"--gpu-architecture={architecture}", *(f"-D{macro}={value}" for macro, value in options)]
     text = "\0".join([repr(compiler_version()), *flags, source, *headers.values()])
     kept = kernel_folder() / "cuda" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
@@ -48,6 +48,15 @@ def compiled(name: str, options: tuple[tuple[str, str | int], ...] = (), archite
     whole.write_bytes(code)
     whole.replace(kept)
     return code
+
+
+def _headers(source: str, found: dict[str, str]) -> dict[str, str]:
+    """What `source` includes, and what that does, by name."""
+    for name in re.findall(r'#include "(\w+\.cuh)"', source):
+        if name not in found:
+            found[name] = (_FOLDER / name).read_text()
+            _headers(found[name], found)
+    return found
 
 
 def _compile(name: str, source: str, headers: dict[str, str], flags: list[str]) -> bytes:

@@ -1,26 +1,35 @@
 """A kernel of a `.cu` file, launched like Triton's: `kernel[grid](*arguments, **options)`, so that one door (`triton.launch`)
 makes, records and compiles ahead launches of both kinds.
 
-Options in capitals are macros that the file is compiled with; `cluster`, `threads`, `shared` (bytes) and `launch_pdl` say how
-it is launched.
+Options in capitals are macros that the file is compiled with; `cluster` (unless the file says it), `threads`, `shared` (bytes)
+and `launch_pdl` say how it is launched.
 """
 
 from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .compile import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MAP = TensorDescriptor
-"""Type of a parameter that is a tensor map, in boxes of 128-byte rows, which are swizzled."""
+
+class Boxes(NamedTuple):
+    """A tensor that TMA reads in boxes: for a parameter of type `TensorMap`."""
+
+    base: torch.Tensor
+    """Its last dimension contiguous."""
+    box: tuple[int, ...]
+    swizzled: bool = True
+    """By 128 bytes, which is then how long a row of a box must be."""
+
+
+MAP = Boxes
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 SHARED_BYTES = 227 * 1024
 """Of a program, at most."""
@@ -71,10 +80,12 @@ class _Loaded:
         self.config = driver.CUlaunchConfig()
         self.config.blockDimX, self.config.blockDimY, self.config.blockDimZ = options["threads"], 1, 1
         self.config.sharedMemBytes = options["shared"]
-        cluster = driver.CUlaunchAttribute()
-        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = options["cluster"], 1, 1
-        attributes = [cluster]
+        attributes = []
+        if "cluster" in options:
+            cluster = driver.CUlaunchAttribute()
+            cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = options["cluster"], 1, 1
+            attributes.append(cluster)
         if options.get("launch_pdl"):
             early = driver.CUlaunchAttribute()
             early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -96,7 +107,8 @@ def _value(kind: type, argument: Any) -> Any:
     """What a parameter is given, in memory of its own."""
     if kind is MAP:
         base = argument.base
-        return tensor_map(base.data_ptr(), base.dtype, *map(tuple, (argument.shape, argument.strides, argument.block_shape)))
+        shape, strides = tuple(base.shape), tuple(base.stride())
+        return tensor_map(base.data_ptr(), base.dtype, shape, strides, argument.box, swizzled=argument.swizzled)
     if kind is POINTER:
         return kind(None if argument is None else argument.data_ptr())
     return kind(argument)
@@ -108,7 +120,13 @@ def _address(value: Any) -> int:
 
 @lru_cache(maxsize=4096)
 def tensor_map(
-    address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+    address: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    *,
+    swizzled: bool = True,
 ) -> Any:  # fmt: skip
     """What TMA reads a box of this tensor by. Outside of the tensor there are zeros. Raises RuntimeError where it cannot."""
     from cuda.bindings import driver
@@ -116,7 +134,6 @@ def tensor_map(
     types = driver.CUtensorMapDataType
     kind = {1: types.CU_TENSOR_MAP_DATA_TYPE_UINT8, 2: types.CU_TENSOR_MAP_DATA_TYPE_UINT16,
             4: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT32}[dtype.itemsize]  # fmt: skip
-    swizzled = box[-1] * dtype.itemsize == 128
     swizzle = driver.CUtensorMapSwizzle
     return _checked(driver.cuTensorMapEncodeTiled(
         kind, len(shape), address,

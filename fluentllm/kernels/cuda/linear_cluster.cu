@@ -12,6 +12,7 @@
 // gate rows, then N up rows; OUT, OTHER, RESIDUAL, NORM: Bf16, Half or float; PDL: where the next kernel
 // may start, 1 at once, 2 when all that is read is there (`triton.launch.START_NEXT`).
 #include "hopper.cuh"
+#include "row_products.cuh"
 
 using Out = OUT;
 
@@ -26,43 +27,6 @@ constexpr int WEIGHT_BYTES = HALVES * ROWS * BYTES, TOKEN_BYTES = TOKENS * BYTES
 constexpr int SUMS = TOKENS / 2;  // of a thread
 constexpr int PAIR_BYTES = ROWS * 2 * 4;  // sums of two tokens
 constexpr int IN_FLIGHT = TOKENS * HALVES > 64 ? 1 : TOKENS * HALVES > 16 ? 2 : 4;  // steps; what they find needs registers
-
-#if ELEMENT == 0
-#define MMA_TYPES "k32.f32.e4m3.e4m3"
-#define MMA_SIGNS "1, 1"
-#elif ELEMENT == 1
-#define MMA_TYPES "k16.f32.bf16.bf16"
-#define MMA_SIGNS "1, 1, 0, 0"
-#else
-#define MMA_TYPES "k16.f32.f16.f16"
-#define MMA_SIGNS "1, 1, 0, 0"
-#endif
-
-#define MMA(N, REGISTERS, A, B, P)                                              \
-    "{\n.reg .pred p;\nsetp.ne.u32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N MMA_TYPES " {" REGISTERS "}, " A ", " B \
-    ", p, " MMA_SIGNS ";\n}"
-#define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-
-// d [64, tokens] = (add ? d : 0) + 32 bytes of 64 rows times the same of the tokens
-__device__ inline void mma(float (&d)[4], u64 a, u64 b, u32 add) {
-    asm volatile(MMA("8", "%0, %1, %2, %3", "%4", "%5", "%6") : FOUR(d, 0) : "l"(a), "l"(b), "r"(add));
-}
-__device__ inline void mma(float (&d)[8], u64 a, u64 b, u32 add) {
-    asm volatile(MMA("16", "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10")
-                 : FOUR(d, 0), FOUR(d, 4) : "l"(a), "l"(b), "r"(add));
-}
-__device__ inline void mma(float (&d)[16], u64 a, u64 b, u32 add) {
-    asm volatile(MMA("32", "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "%16", "%17", "%18")
-                 : FOUR(d, 0), FOUR(d, 4), FOUR(d, 8), FOUR(d, 12) : "l"(a), "l"(b), "r"(add));
-}
-__device__ inline void mma(float (&d)[32], u64 a, u64 b, u32 add) {
-    asm volatile(MMA("64",
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-                     "%23, %24, %25, %26, %27, %28, %29, %30, %31",
-                     "%32", "%33", "%34")
-                 : FOUR(d, 0), FOUR(d, 4), FOUR(d, 8), FOUR(d, 12), FOUR(d, 16), FOUR(d, 20), FOUR(d, 24), FOUR(d, 28)
-                 : "l"(a), "l"(b), "r"(add));
-}
 
 struct Ends {  // what happens at both ends of the product: `row_product.RowProduct`
     Out* out;
@@ -110,11 +74,11 @@ __device__ inline void ask_weights(const Program& p, const TensorMap& w_box, con
     const int row = p.tile * ROWS, column = (p.low + step) * (SCALED ? BYTES : BYTES / 2);
 #pragma unroll
     for (int half = 0; half < HALVES; ++half)
-        async_load(p.ring + stage * STAGE_BYTES + half * ROWS * BYTES, w_box, p.there + 8 * stage, column, row + half * s.rows);
+        async_load(w_box, column, row + half * s.rows, p.ring + stage * STAGE_BYTES + half * ROWS * BYTES, p.there + 8 * stage);
 }
 __device__ inline void ask_tokens(const Program& p, const TensorMap& x_box, int step, int stage) {
     const int column = (p.low + step) * (SCALED ? BYTES : BYTES / 2);
-    async_load(p.ring + stage * STAGE_BYTES + WEIGHT_BYTES, x_box, p.there + 8 * stage, column, 0);
+    async_load(x_box, column, 0, p.ring + stage * STAGE_BYTES + WEIGHT_BYTES, p.there + 8 * stage);
 }
 
 // One thread: weights as far as there is room, then, once the kernels in front have ended, everything.
@@ -276,7 +240,8 @@ __device__ inline void send(const Program& p, const Sizes& s, float (&sums)[HALV
         for (int half = 0; half < HALVES; ++half) {
             const u32 place = p.sums + ((half * p.size + p.rank) * s.each + slot) * PAIR_BYTES + row * 16;
             const float* found = sums[half] + 4 * j;
-            remote_store(remote_address(place, target), remote_address(p.received, target), found[0], found[1], found[2], found[3]);
+            remote_store(remote_address(place, target), found[0], found[1], found[2], found[3],
+                         remote_address(p.received, target));
         }
     }
 }

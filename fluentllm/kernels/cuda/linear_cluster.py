@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..triton.launch import bulk_copies, descriptor, launch, programmatic
-from .launch import FLOAT, INT, LONG, MAP, POINTER, CudaKernel
+from ..triton.launch import bulk_copies, launch, programmatic
+from .launch import FLOAT, INT, LONG, MAP, POINTER, Boxes, CudaKernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,8 +92,8 @@ def cluster_product(product: RowProduct, tile: ClusterTile) -> None:
     if p.tokens > tile.tokens or not tile.fits(p.tokens, p.depth, width, p.gated):
         raise ValueError(f"{tile} does not fit {p.tokens} × {p.depth} into shared memory: take more splits")
     launch(
-        linear_cluster, (-(-p.rows // ROWS) * tile.splits,), descriptor(p.x, tile.tokens, BYTES // width),
-        descriptor(p.weight, ROWS, BYTES // width), p.out, p.x_scale, p.w_scale, p.other, p.residual, p.norm, p.squares,
+        linear_cluster, (-(-p.rows // ROWS) * tile.splits,), Boxes(p.x, (tile.tokens, BYTES // width)),
+        Boxes(p.weight, (ROWS, BYTES // width)), p.out, p.x_scale, p.w_scale, p.other, p.residual, p.norm, p.squares,
         p.squares_out, p.tokens, p.rows, p.depth, p.scale_row, steps, share, tile.stages(p.tokens, p.depth, width, p.gated),
         tile.each(p.tokens), p.out.stride(0), p.other_row, p.residual_row, p.factor, p.parts, p.eps, p.normed,
         cluster=tile.splits, threads=THREADS, shared=tile.shared_bytes(p.tokens, p.depth, width, p.gated),

@@ -10,6 +10,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..cuda.mla_decode_cluster import decode_by_clusters, takes
 from ..triton.launch import launch, multiprocessors, overlaps, programmatic
 from . import hopper_bf16, hopper_fp8, hopper_fp8_few, hopper_fp8_many, switches
 from .combine import combine_splits
@@ -111,8 +112,14 @@ class MlaDecode:
         them, contiguous; page_table int32 [N, P] → out [N, q, H, 512], BF16 or float32, contiguous. With up_v [H, Dv, 512],
         contiguous and of out's dtype: out times up_v, [N · q, H, Dv]; out then holds whatever was needed on the way."""
         together = self._together(up_v, out, page_table)
-        where = self._where(out, page_table, scale, together=together)
-        shape, rest = self._options(together=together), self._fp8_descriptors(cache)
+        shape = self._options(together=together)
+        if switches.CLUSTERS and not together and takes(self.rows):
+            decode_by_clusters(
+                self.plan, q_latent, q_rope, q_scale, cache, page_table, scale, out, self.partial, self.lse,
+                early=shape["EARLY"], following=shape["PDL"],
+            )  # fmt: skip
+            return self._finish(out, up_v, page_table, together=together)
+        where, rest = self._where(out, page_table, scale, together=together), self._fp8_descriptors(cache)
         if switches.SWAP_OPERANDS and self.rows <= MOST_SWAPPED:
             launch(
                 hopper_fp8_few.decode_fp8_few, (self.plan.parts,),

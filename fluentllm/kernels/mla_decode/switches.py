@@ -20,6 +20,10 @@ SWAP_OPERANDS = True
 VALUES_IN_REGISTERS = True
 """FP8 cache, more than 16 rows: V^T is converted on its way to registers, and the reference of the softmax may lag
 (`hopper_fp8_many`)."""
+CLUSTERS = False
+"""FP8 cache, more than 64 rows in an even number of groups of 64: two CTAs share pages, values and probabilities
+(`cuda.mla_decode_cluster`). One H200, ctx 4,096: 5 to 9 % less time at 128 and 512 rows. Off until what has changed since that
+was measured (huge logits) has run on a GPU."""
 LAUNCH_EARLY = True
 """Programmatic dependent launch of the decode: barriers and partitions are set up while the kernel in front ends."""
 FETCH_MAPS = True

@@ -11,10 +11,13 @@ import pytest
 import torch
 import triton
 
-from fluentllm.kernels.cuda import compile as compilation
+from fluentllm.kernels.cuda import compile as compilation, mla_decode_cluster
 from fluentllm.kernels.cuda.compile import compiled, compiler_version
 from fluentllm.kernels.cuda.launch import CudaKernel
 from fluentllm.kernels.cuda.linear_cluster import ClusterTile, cluster_product, linear_cluster
+from fluentllm.kernels.mla_decode import fp8_planes, switches
+from fluentllm.kernels.mla_decode.decode import MlaDecode
+from fluentllm.kernels.mla_decode.layout import PAGE_BYTES
 from fluentllm.kernels.triton.examples import example_launches
 from fluentllm.kernels.triton.launch import START_NEXT, recording
 from fluentllm.kernels.triton.row_product import RowProduct
@@ -76,6 +79,38 @@ def test_the_next_kernel_starts_where_it_is_told(
     shown = subprocess.run([triton.knobs.nvidia.nvdisasm.path, str(code)], capture_output=True, text=True, check=True)
     assert shown.stdout.count("PREEXIT") == count
     assert shown.stdout.count("ACQBULK") >= 1
+
+
+def test_mla_decode_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And spills no more than what a loading thread once puts away."""
+    monkeypatch.setattr(switches, "CLUSTERS", True)
+    pool = torch.empty(4, PAGE_BYTES, dtype=torch.uint8, device=META)
+    for heads, queries, name in ((32, 4, "mla_decode_cluster"), (128, 8, "mla_decode_cluster"), (40, 4, "decode_fp8_many")):
+        lengths = torch.empty(3, dtype=torch.int32, device=META)
+        table = torch.empty(3, 8, dtype=torch.int32, device=META)
+        shape = 3, queries, heads
+        q_latent = torch.empty(*shape, 512, dtype=torch.float8_e4m3fn, device=META)
+        q_rope, out = (torch.empty(*shape, n, dtype=torch.bfloat16, device=META) for n in (64, 512))
+        with recording() as launches:
+            decode = MlaDecode.create(lengths, heads, queries, page_table=table)
+            decode.fp8(q_latent, q_rope, torch.empty(shape, device=META), fp8_planes(pool), table, 0.1, out)
+        one = launches[1]
+        assert one.kernel.__name__ == name
+        if isinstance(one.kernel, CudaKernel):
+            assert len(one.args) == len(one.kernel.params)
+            assert one.grid[0] == decode.plan.parts * -(-heads * queries // 64) <= 132
+            assert stack_bytes(one.kernel.warmup(*one.args, grid=one.grid, **one.options), tmp_path) <= 16
+
+
+def test_sizes_are_those_of_the_source() -> None:
+    """What Python must know of a kernel before it is compiled."""
+    text = (Path(compilation.__file__).parent / "mla_memory.cuh").read_text()
+    found: dict[str, int] = {}
+    for name, value in re.findall(r"constexpr int (\w+) = ([^;]+);", text):
+        found[name] = eval(value.replace("/", "//"), {}, found)
+    assert found["SHARED_BYTES"] == mla_decode_cluster.SHARED_BYTES
+    assert (found["ROW_TILE"], found["PANEL"]) == (mla_decode_cluster.ROW_TILE, mla_decode_cluster.PANEL)
+    assert found["PAGE_BYTES"] == PAGE_BYTES
 
 
 def test_examples_launch_it_and_compile() -> None:
