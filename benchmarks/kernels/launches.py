@@ -31,6 +31,7 @@ from fluentllm.kernels.triton import (
     gqa_decode,
     gqa_plan,
     held,
+    hopper_tiles,
     linear,
     linear_tiles,
     mla_absorb,
@@ -69,6 +70,8 @@ class Variant:
     """0: all products are torch's."""
     most_appended: int = triton_attention.MOST_APPENDED
     """Up to so many tokens grouped heads are rotated and appended by decode itself, else by a launch in front."""
+    clusters: bool = True
+    """May programs of a cluster share tiles? Else the streaming kernel has these products."""
     held_tokens: int = held.MOST_TOKENS
     """Up to so many tokens weights are held in registers; 0: never."""
     held_weights: int = held.WEIGHTS
@@ -86,6 +89,8 @@ VARIANTS = [
     Variant("base"),
     Variant("product loaded", product=2),
     Variant("product at end", product=3),
+    Variant("no clusters", clusters=False),
+    Variant("no clusters, product late", clusters=False, early=False),
     Variant("not held", held_tokens=0),
     Variant("held 32", held_weights=32),
     Variant("held 128", held_weights=128),
@@ -153,6 +158,10 @@ def applied(variant: Variant) -> Iterator[None]:
         if variant.mla_switches is not None:
             for name in (*SWITCHES, "MERGE_TOGETHER"):
                 put(switches, name, name in variant.mla_switches)
+        if not variant.clusters:
+            put(hopper_tiles, "compiler_version", lambda: None)
+            hopper_tiles.hopper_tile.cache_clear()
+            undo.callback(hopper_tiles.hopper_tile.cache_clear)
         if not variant.measured:
             put(linear_tiles, "MEASURED", {})
         if variant.prefetch:
