@@ -7,6 +7,7 @@ Dummy weights, made on the GPU. Each start is a process of its own; the cache fo
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -29,7 +30,9 @@ def start(model: str, cache: str) -> dict[str, object]:
 
 
 def main() -> None:
-    model = sys.argv[1] if len(sys.argv) > 1 else str(HERE / "models" / "llama-3.1-8b")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=str(HERE / "models" / "llama-3.1-8b"))
+    model = parser.parse_args().model
     with tempfile.TemporaryDirectory() as cache:
         runs = {"cold": start(model, cache), "warm": start(model, cache)}
     names = list(dict.fromkeys(stage["name"] for run in runs.values() for stage in run["startup"]))  # type: ignore[attr-defined]

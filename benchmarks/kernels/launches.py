@@ -74,7 +74,7 @@ class Variant:
     """May programs of a cluster share tiles? Else the streaming kernel has these products."""
     held_tokens: int = held.MOST_TOKENS
     """Up to so many tokens weights are held in registers; 0: never."""
-    held_weights: int = held.WEIGHTS
+    held_bytes: int = held.HELD_BYTES
     defer_norms: bool = True
     """Norms shared out between the products around them, else launches of their own."""
     mla_tokens: int = mla_absorb.MOST_TOKENS
@@ -92,8 +92,8 @@ VARIANTS = [
     Variant("no clusters", clusters=False),
     Variant("no clusters, product late", clusters=False, early=False),
     Variant("not held", held_tokens=0),
-    Variant("held 32", held_weights=32),
-    Variant("held 128", held_weights=128),
+    Variant("held 64 bytes", held_bytes=64),
+    Variant("held 256 bytes", held_bytes=256),
     Variant("keys not held", hold_keys=False),
     Variant("few experts late", few_experts_early=False),
     Variant("norms apart", defer_norms=False),
@@ -150,7 +150,7 @@ def applied(variant: Variant) -> Iterator[None]:
         put(gqa_plan, "MERGE_INSIDE", variant.merge_inside)
         put(linear_tiles, "MOST_TOKENS", variant.most_tokens)
         put(held, "MOST_TOKENS", variant.held_tokens)
-        put(held, "WEIGHTS", variant.held_weights)
+        put(held, "HELD_BYTES", variant.held_bytes)
         put(deferred_norm, "DEFER", variant.defer_norms)
         put(triton_attention, "MOST_APPENDED", variant.most_appended)
         put(mla_absorb, "MOST_TOKENS", variant.mla_tokens)
