@@ -30,6 +30,7 @@ def examine() -> dict[str, Any]:
         "capabilities": devices.CAPABILITIES,
         "triton": installed_version("triton"),
         "nvcc": _nvcc(),
+        "nvrtc": _nvrtc(),
         "flashinfer": _flashinfer(),
         "kernel_cache": _kernel_cache(),
     }
@@ -81,6 +82,14 @@ def _nvcc() -> str | None:
     return next((line.split("release ")[1].split(",")[0] for line in said.splitlines() if "release " in line), path)
 
 
+def _nvrtc() -> str | None:
+    """Version of the compiler of `kernels/cuda`; None without it or `cuda-bindings`."""
+    from fluentllm.kernels.cuda.compile import compiler_version
+
+    version = compiler_version()
+    return ".".join(map(str, version)) if version else None
+
+
 def _flashinfer() -> dict[str, Any]:
     """Is it installed, and which of its kernels are compiled already?"""
     version = installed_version("flashinfer-python")
@@ -93,10 +102,11 @@ def _kernel_cache() -> dict[str, Any]:
     """Where kernels are kept that the GPU runs, and how much there is."""
     from fluentllm.hub.cache import kernel_folder
 
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or kernel_folder() / "triton")
-    files = [file for file in folder.glob("**/*") if file.is_file()] if folder.is_dir() else []
+    triton = os.environ.get("TRITON_CACHE_DIR")
+    folders = [Path(triton), kernel_folder() / "cuda"] if triton else [kernel_folder()]
+    files = [file for folder in folders for file in folder.glob("**/*") if file.is_file()]
     return {
-        "folder": str(folder),
+        "folders": [str(folder) for folder in folders],
         "bytes": sum(file.stat().st_size for file in files),
         "kernels": sum(file.suffix == ".cubin" for file in files),
     }
@@ -118,9 +128,10 @@ def print_report(report: dict[str, Any]) -> None:
         ("cuda of torch", report["torch_built_for_cuda"] or "none: built without CUDA"),
         ("triton", report["triton"] or "not installed"),
         ("nvcc", report["nvcc"] or "not found"),
+        ("nvrtc", report["nvrtc"] or "not found (products of few rows on Hopper take slower kernels): pip install cuda-bindings"),
         ("flashinfer", f"{flashinfer['version']}, {len(flashinfer['compiled'])} modules compiled in {flashinfer['folder']}"
          if flashinfer["version"] else "not installed"),
-        ("kernel cache", f"{cache['folder']}: {cache['kernels']} kernels, {cache['bytes'] / 2**20:.0f} MiB"),
+        ("kernel cache", f"{' and '.join(cache['folders'])}: {cache['kernels']} kernels, {cache['bytes'] / 2**20:.0f} MiB"),
     ]  # fmt: skip
     typer.echo("\ngpu")
     output.print_table(("", ""), rows)

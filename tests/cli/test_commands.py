@@ -10,6 +10,7 @@ from fluentllm import __version__, cli, devices
 from fluentllm.cli import options
 from fluentllm.core.errors import ConfigError
 from fluentllm.hub import resolve
+from fluentllm.kernels.cuda.compile import compiler_version
 
 
 def test_help_of_a_flag_names_its_setting_and_default(fluent):
@@ -173,20 +174,25 @@ def test_doctor_says_what_there_is_for_a_gpu(fluent, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(devices, "driver_version", lambda: "550.54.15")
     monkeypatch.setattr(devices, "driver_cuda", lambda: (12, 4))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "k.cubin").write_bytes(b"x" * 3_000_000)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("FLUENT_CACHE", str(tmp_path))
+    for kept in ("triton/a/k.cubin", "kernels/cuda/product-1.cubin"):
+        (tmp_path / kept).parent.mkdir(parents=True)
+        (tmp_path / kept).write_bytes(b"x" * 1_500_000)
     line = ("doctor", "--set", "engine.device=cpu")
     report = json.loads(fluent(*line, "--json", code=1).stdout)
     gpu = report["gpu"]
     assert (gpu["driver"], gpu["driver_supports_cuda"], gpu["torch_built_for_cuda"]) == ("550.54.15", "12.4", "13.0")
     assert gpu["gpus"] == []
     assert "driver 550.54.15 is too old" in report["problems"][0]["problem"]
-    assert gpu["kernel_cache"] == {"folder": str(tmp_path), "bytes": 3_000_000, "kernels": 1}
+    folders = [str(tmp_path / "triton"), str(tmp_path / "kernels" / "cuda")]
+    assert gpu["kernel_cache"] == {"folders": folders, "bytes": 3_000_000, "kernels": 2}
+    version = compiler_version()
+    assert gpu["nvrtc"] == (version and ".".join(map(str, version)))
     assert "9.0 (Hopper" in gpu["capabilities"]
     printed = fluent(*line, code=1).stdout
     assert "550.54.15, supports CUDA 12.4" in printed
-    assert "1 kernels, 3 MiB" in printed
+    assert "2 kernels, 3 MiB" in printed
 
 
 def test_doctor_reports_what_cannot_be_used(fluent):
