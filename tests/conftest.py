@@ -26,6 +26,28 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers, and the servers that they st
 settings.register_profile("fluentllm", deadline=None)  # other work on the machine must fail no test
 settings.load_profile("fluentllm")
 
+
+@pytest.hookimpl(trylast=True)  # some folders mark all of their tests
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`@pytest.mark.gpu` needs a GPU, `@pytest.mark.gpu(capability=(9, 0))` one of this compute capability."""
+    for item in items:
+        marker = item.get_closest_marker("gpu")
+        missing = missing_gpu(marker.kwargs.get("capability")) if marker else None
+        if missing:
+            item.add_marker(pytest.mark.skip(reason=missing))
+
+
+def missing_gpu(capability: tuple[int, int] | None) -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "needs an NVIDIA GPU that PyTorch can use"
+    found = torch.cuda.get_device_capability()
+    if capability and found != capability:
+        return f"needs a GPU of compute capability {capability}, not {found}"
+    return None
+
+
 MakeDistribution = Callable[..., Path]
 
 

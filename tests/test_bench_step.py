@@ -74,8 +74,6 @@ def test_experts_are_counted_as_often_as_they_are_expected() -> None:
 @pytest.mark.parametrize("drafts", [{}, {"speculative.method": "pld", "speculative.k": 3, "speculative.min_acceptance": 0.0}])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_step_of_a_real_engine(tmp_path: Path, device: str, drafts: dict[str, Any]) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no NVIDIA GPU")
     folder = write_tiny_llama(tmp_path / "tiny")
     overrides = {"model.name": str(folder), "model.load_format": "dummy", "engine.device": device, "engine.threads": 1} | drafts
     with LocalEngine(config.load(None, overrides, {}).settings) as local:

@@ -14,6 +14,7 @@ from fluentllm.assembly import known_kernels
 from fluentllm.assembly.known_kernels import mark_of, remember
 from fluentllm.core import config
 from fluentllm.core.timeline import Timeline
+from fluentllm.kernels.cuda import compile
 from fluentllm.kernels.triton.launch import Launch
 from fluentllm.prewarm import Prewarm
 
@@ -52,14 +53,17 @@ def test_what_kernels_depend_on_changes_it(monkeypatch: pytest.MonkeyPatch) -> N
     ]
     monkeypatch.setattr(torch, "__version__", "9.9")
     marks.append(mark())
+    monkeypatch.setattr(compile, "compiler_version", lambda: (99, 1))
+    marks.append(mark())
     monkeypatch.undo()
     assert len(set(marks)) == len(marks)
 
 
-def test_a_changed_source_changes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["norm.py", "product.cu", "hopper.cuh"])
+def test_a_changed_source_changes_it(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     package = tmp_path / "package"
     (package / "kernels").mkdir(parents=True)
-    source = package / "kernels" / "norm.py"
+    source = package / "kernels" / name
     source.write_text("one")
     monkeypatch.setattr(known_kernels, "PACKAGE", package)
     before = mark()

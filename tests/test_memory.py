@@ -22,7 +22,6 @@ from fluentllm.memory import GIB, Room, parse_bytes, plan_pages, weight_bytes, w
 from fluentllm.rehearsal import Largest, plans
 
 CUDA = torch.device("cuda", 0)
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +100,6 @@ def test_weights_that_do_not_fit_name_the_numbers(monkeypatch: pytest.MonkeyPatc
     assert "Set engine.device to cuda:1, which has room; or: End the other processes on this GPU" in text
 
 
-@pytest.mark.gpu
 def test_the_largest_steps_have_every_feature_and_run(tmp_path: Path) -> None:
     model = Harness(write_tiny_llama(tmp_path))
     settings = model.settings(
@@ -124,7 +122,7 @@ def test_the_largest_steps_have_every_feature_and_run(tmp_path: Path) -> None:
         assert [len(result.slots) for result in results] == [2, 2, 2, 2, 4, 4, 4, 4]
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_on_a_gpu_the_pool_is_planned_beside_the_largest_steps(tmp_path: Path, share: float) -> None:
     from engine.harness import Harness
@@ -140,7 +138,6 @@ def test_on_a_gpu_the_pool_is_planned_beside_the_largest_steps(tmp_path: Path, s
 
 
 @pytest.mark.gpu
-@gpu
 def test_on_a_gpu_memory_that_runs_out_while_loading_is_an_error_with_numbers(tmp_path: Path) -> None:
     # Torch's limit is asked only where its cache has nothing: engines of tests before must have given theirs back.
     gc.collect()

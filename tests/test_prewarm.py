@@ -202,7 +202,6 @@ def test_each_kind_is_compiled_once_and_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
 def test_a_first_request_compiles_nothing(tmp_path: Path) -> None:
     """In a process of its own with an empty cache: after the start, neither prompt nor answer wait for a compiler."""
     write_tiny_llama(tmp_path / "tiny", hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64)

@@ -32,13 +32,15 @@ def mark_of(settings: Settings, config: Mapping[str, Any], device: torch.device,
     import triton
     from triton import knobs
 
+    from ..kernels.cuda.compile import compiler_version
+
     asked = {name: value for name, value in to_builtins(settings, enc_hook=str).items() if name not in ELSEWHERE}
     properties = torch.cuda.get_device_properties(device)
     facts = [
         asked,
         config,
         plugins,
-        [torch.__version__, triton.__version__, properties.name, properties.major, properties.minor],
+        [torch.__version__, triton.__version__, compiler_version(), properties.name, properties.major, properties.minor],
         _sources(PACKAGE),
     ]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
@@ -57,7 +59,7 @@ def remember(mark: Path) -> None:
 def _sources(package: Path) -> list[list[object]]:
     """Name, size and time of each file that a kernel, or its launch, may be made from."""
     found = []
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".cu", ".cuh")):
         stat = path.stat()
         found.append([path.relative_to(package).as_posix(), stat.st_size, stat.st_mtime_ns])
     return found

@@ -128,7 +128,7 @@ def print_report(report: dict[str, Any]) -> None:
         ("cuda of torch", report["torch_built_for_cuda"] or "none: built without CUDA"),
         ("triton", report["triton"] or "not installed"),
         ("nvcc", report["nvcc"] or "not found"),
-        ("nvrtc", report["nvrtc"] or "not found (products of few rows on Hopper take slower kernels): pip install cuda-bindings"),
+        ("nvrtc", report["nvrtc"] or "not found: slower products of few rows on Hopper; pip install cuda-bindings"),
         ("flashinfer", f"{flashinfer['version']}, {len(flashinfer['compiled'])} modules compiled in {flashinfer['folder']}"
          if flashinfer["version"] else "not installed"),
         ("kernel cache", f"{' and '.join(cache['folders'])}: {cache['kernels']} kernels, {cache['bytes'] / 2**20:.0f} MiB"),

@@ -175,7 +175,7 @@ def test_doctor_says_what_there_is_for_a_gpu(fluent, monkeypatch, tmp_path):
     monkeypatch.setattr(devices, "driver_version", lambda: "550.54.15")
     monkeypatch.setattr(devices, "driver_cuda", lambda: (12, 4))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    monkeypatch.setenv("FLUENT_CACHE", str(tmp_path))
+    monkeypatch.setattr("fluentllm.hub.cache.kernel_folder", lambda: tmp_path / "kernels")
     for kept in ("triton/a/k.cubin", "kernels/cuda/product-1.cubin"):
         (tmp_path / kept).parent.mkdir(parents=True)
         (tmp_path / kept).write_bytes(b"x" * 1_500_000)

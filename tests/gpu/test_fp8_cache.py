@@ -11,11 +11,10 @@ from .models import SMALL, engine, small
 from .test_captured_steps import TEMPERATURES, run
 
 FP8 = {"kv.dtype": "fp8"}
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 KINDS = {name: "HopperMlaFp8" if name.startswith(("deepseek", "longcat")) else "TritonAttention" for name in SMALL}
 
 
-@pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")
+@pytest.mark.gpu(capability=(9, 0))
 @pytest.mark.parametrize("name", SMALL)
 def test_captured_programs_give_the_tokens_of_eager_ones(name: str, tmp_path: Path) -> None:
     folder = small(name, tmp_path)
@@ -28,7 +27,7 @@ def test_captured_programs_give_the_tokens_of_eager_ones(name: str, tmp_path: Pa
             assert len(local.engine.executor.programs._graphs), "nothing was captured"
 
 
-@pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")
+@pytest.mark.gpu(capability=(9, 0))
 @pytest.mark.parametrize("name", ["deepseek-v3-lite", "longcat-flash-lite"])
 def test_drafts_over_the_same_cache(name: str, tmp_path: Path) -> None:
     """The draft layer's KV is FP8 too; every step verifies drafts, with several rows a sequence."""
@@ -39,7 +38,7 @@ def test_drafts_over_the_same_cache(name: str, tmp_path: Path) -> None:
         assert sum(local.engine.stats().speculative.drafted)
 
 
-@pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")
+@pytest.mark.gpu(capability=(9, 0))
 def test_steady_decoding_never_waits_for_the_device(tmp_path: Path) -> None:
     with engine(small("deepseek-v3-lite", tmp_path), **FP8) as local:
         run(local, 0.0)

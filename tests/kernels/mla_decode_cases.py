@@ -24,7 +24,8 @@ def fresh_generator(device: str = "cpu") -> torch.Generator:
 
 @dataclass
 class Case:
-    """N sequences in scattered pages of both caches; pages that nothing was written to hold zeros."""
+    """N sequences in scattered pages of both caches. What nothing of them was written to holds tokens of others that were there
+    before, large ones: also the rest of a last page."""
 
     q_latent: Tensor
     q_rope: Tensor
@@ -70,6 +71,9 @@ def random_case(
     table = torch.zeros(len(lengths), max(1, *counts), dtype=torch.int32, device=device)
     bf16 = torch.zeros(pages, 64, 576, dtype=torch.bfloat16, device=device)
     pool = new_fp8_pool(pages, device)
+    stale = (normal(pages * 64, 576) * 1000).bfloat16()
+    bf16.view(-1, 576).copy_(stale)
+    append_reference(fp8_planes(pool), stale[:, :512], stale[:, 512:], torch.arange(pages * 64, device=device))
     used = 0
     for i, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         table[i, :count] = order[used : used + count]

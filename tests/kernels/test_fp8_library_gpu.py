@@ -10,8 +10,7 @@ from fluentllm.kernels.fp8_library import ROWS, library_product, library_product
 from fluentllm.kernels.triton.fp8_gemm import fp8_gemm
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
+pytestmark = pytest.mark.gpu(capability=(9, 0))
 DEVICE = torch.device("cuda")
 
 

@@ -15,8 +15,7 @@ from fluentllm.kernels.triton.linear import linear, linear_norm, new_counters
 from fluentllm.kernels.triton.linear_tiles import LinearTile, Tile, streamed_tile
 from fluentllm.kernels.triton.normed import NormAfter, Normed
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
+pytestmark = pytest.mark.gpu(capability=(9, 0))
 DEVICE = torch.device("cuda")
 WIDTHS = [(1, 8), (7, 8), (8, 8), (16, 16), (29, 32), (64, 64)]
 """Tokens, and a tile's."""

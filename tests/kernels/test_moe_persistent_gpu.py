@@ -13,8 +13,7 @@ from fluentllm.kernels.triton.moe_persistent import persistent, persistent_down,
 from fluentllm.kernels.triton.moe_sort import sort_by_expert
 from fluentllm.kernels.triton.moe_tiles import Tile
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
+pytestmark = pytest.mark.gpu(capability=(9, 0))
 DEVICE = torch.device("cuda")
 
 

@@ -50,7 +50,6 @@ def test_longcat_gives_the_same_beside_and_in_turn() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("slow", ["work", "rest"])
 def test_neither_stream_overtakes_the_other(captured: bool, slow: str) -> None:

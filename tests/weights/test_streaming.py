@@ -53,8 +53,6 @@ def write(folder: Path, rng: random.Random, files: int = 3, tensors: int = 40) -
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_reading_ahead_gives_what_reading_one_by_one_gives(tmp_path: Path, device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no NVIDIA GPU")
     rng = random.Random()
     checkpoint = write(tmp_path, rng)
     every = list(checkpoint.shapes())
@@ -121,7 +119,6 @@ class OneTensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
 def test_on_a_gpu_too_nan_names_its_tensor(tmp_path: Path) -> None:
     values = torch.randn(30, 40)
     (tmp_path / "config.json").write_text('{"architectures": ["One"]}')
