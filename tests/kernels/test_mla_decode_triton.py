@@ -28,6 +28,10 @@ def test_plain_kernels_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+DECODE = {"plan_kernel", "decode_fp8", "decode_fp8_few", "decode_fp8_many", "decode_bf16", "combine_splits"}
+CACHE = {"_append", "_fetch", "_quantise_query", "_append_norms", "_absorb_norms"}
+AROUND = {"_absorb_kernel", "combine_splits", "_merge_and_expand"}
+"""What the tests below compile."""
 SWITCHES = (
     "PAGES_IN_RECORD",
     "MERGE_TOGETHER",
@@ -62,7 +66,9 @@ def launched(kv: str, heads: int, queries: int) -> list[Launch]:
 
 
 @pytest.mark.parametrize("on", [(), ("SWAP_OPERANDS",), SWITCHES], ids=["plain", "swapped", "all"])
-@pytest.mark.parametrize(("kv", "heads", "queries"), [("fp8", 16, 1), ("fp8", 16, 4), ("fp8", 128, 1), ("bf16", 128, 1)])
+@pytest.mark.parametrize(
+    ("kv", "heads", "queries"), [("fp8", 16, 1), ("fp8", 16, 4), ("fp8", 128, 1), ("bf16", 16, 1), ("bf16", 128, 1)]
+)
 def test_decode_compiles_for_hopper(
     kv: str, heads: int, queries: int, on: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +82,7 @@ def test_decode_compiles_for_hopper(
     swapped = "SWAP_OPERANDS" in on and kv == "fp8" and heads * queries <= 32
     registers = "VALUES_IN_REGISTERS" in on and kv == "fp8" and heads * queries > 32
     decode = f"decode_{kv}" + "_few" * swapped + "_many" * registers
+    assert {*names} <= DECODE
     assert names == ["plan_kernel", decode] + ["combine_splits"] * ("MERGE_TOGETHER" not in on)
     compiled = compile_launch(launches[1])
     ptx = compiled.asm["ptx"]
@@ -120,8 +127,7 @@ def test_what_fills_and_reads_the_cache_compiles_for_hopper() -> None:
         append_norms(
             empty(8, 576), empty(512), *rotary, rows, planes, eps=1e-6, latent_scale=2.4, plain=empty(64, 576), plain_rows=rows
         )  # fmt: skip
-    names = {"_append", "_fetch", "_quantise_query", "_append_norms", "_absorb_norms"}
-    assert {one.kernel.__name__ for one in launches} == names
+    assert {one.kernel.__name__ for one in launches} == CACHE
     for one in launches:
         assert len(compile_launch(one).asm["cubin"]) > 0
 
@@ -145,7 +151,6 @@ def test_what_stands_around_the_decode_compiles_for_hopper(heads: int, tmp_path:
     from fluentllm.kernels.triton.launch import recording
     from fluentllm.kernels.triton.mla_absorb import absorb
 
-    kernels = {"_absorb_kernel", "combine_splits", "_merge_and_expand"}
     for sequences, queries, pages in ((1, 1, 8), (1, 1, 512), (1, 2, 512), (1, 4, 512), (8, 1, 512), (16, 4, 512)):
         shape, tokens = (sequences, queries, heads), sequences * queries
         with recording() as launches:
@@ -159,7 +164,7 @@ def test_what_stands_around_the_decode_compiles_for_hopper(heads: int, tmp_path:
             q, rope, out = empty(*shape, 512), empty(*shape, 64), empty(*shape, 512)
             values = decode.bf16(q, rope, empty(9, 64, 576), table, 0.1, out, up_v)
         assert values.shape == (tokens, heads, 128)
-        around = [one for one in launches if one.kernel.__name__ in kernels]
+        around = [one for one in launches if one.kernel.__name__ in AROUND]
         assert len(around) == (2 if pages == 8 else 3)
         for one in around:
             compiled = compile_launch(one)
