@@ -4,15 +4,16 @@ A program that is new to a step stalls it, for 40 to 100 ms on a GPU: once for i
 idle engine gives both to a step of nobody: all of its slots are padding, and what it computes goes nowhere. One run at a
 time, so that a request which comes meanwhile waits for no more than that.
 
-Which programs: those of the kinds of requests (`StepPlan.features`) that have run, the most usual first; small batches first,
-since a burst passes through them; and of each batch every draft length that a step may have. Torch-free.
+Which programs: those of the kinds of requests (`StepPlan.features`) that have run, the most usual first; of these the batches that
+most steps had, then the others from small to large, since a burst passes through them; and of each batch every draft length that
+a step may have. Torch-free.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from .buckets import bucket_of
@@ -49,12 +50,16 @@ class Preparation:
         self._buckets = sorted({bucket_of(batch) for batch in range(1, slots + 1)})
         self._drafting = drafting
         self._seen: Counter[int] = Counter()
+        """Steps by features."""
+        self._batches: dict[int, Counter[int]] = defaultdict(Counter)
+        """Of each, steps by bucket."""
         self._ready: set[Program] = set()
 
     def saw(self, plan: StepPlan) -> None:
         """It was launched."""
         if plan.decode:
             self._seen[plan.features] += 1
+            self._batches[plan.features][bucket_of(len(plan.decode))] += 1
 
     def start_over(self, drafting: Sequence[Drafting]) -> None:
         """What was captured is captured no more, and this is what a step may draft from now on."""
@@ -80,7 +85,8 @@ class Preparation:
         """The first that is not ready, of batches up to `most`."""
         largest = bucket_of(most) if most is not None else max(self._buckets, default=0)
         for features, _ in self._seen.most_common() if len(self._ready) < MOST else ():
-            for bucket in self._buckets:
+            batches = self._batches[features]
+            for bucket in sorted(self._buckets, key=lambda one: (-batches[one], one)):
                 for drafting in self._drafting if bucket <= largest else ():
                     program = Program(bucket, drafting, features)
                     if program not in self._ready:

@@ -6,6 +6,7 @@ import asyncio
 from concurrent.futures import Future
 
 from fluentllm.core import preparation
+from fluentllm.core.buckets import bucket_of
 from fluentllm.core.preparation import Preparation, Program
 from fluentllm.core.types import Drafting, StepPlan
 
@@ -46,6 +47,19 @@ async def test_small_batches_of_the_usual_requests_first() -> None:
     device.ran.clear()
     await wanted.all(100)
     assert {program.bucket for program in device.ran} == {4, 8}, "5 run as 8"
+
+
+async def test_the_batches_that_most_steps_had_come_before_others() -> None:
+    device = Device()
+    wanted = Preparation(device.prepare, 32, [PLAIN, THREE])
+    for features, batch, steps in ((0, 16, 3), (0, 5, 2), (0, 7, 2), (0, 1, 1), (4, 32, 5)):
+        for _ in range(steps):
+            wanted.saw(step(features, batch))
+    await wanted.all(32)
+    seen = [(program.features, program.bucket) for program in device.ran[::2] if program.drafting == PLAIN]
+    buckets = sorted({bucket_of(batch) for batch in range(1, 33)})
+    orders = {0: [8, 16, 1], 4: [32]}  # 5 and 7 run as 8
+    assert seen == [(features, n) for features, first in orders.items() for n in first + [n for n in buckets if n not in first]]
 
 
 async def test_prompts_are_no_reason_to_capture() -> None:
