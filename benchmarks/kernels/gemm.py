@@ -1,18 +1,18 @@
 """Products of few rows, BF16 and block FP8: our streaming kernel in every tile that fits, beside torch in the same run.
 
     python benchmarks/kernels/gemm.py --models qwen3-0.6b,llama-3.1-8b --tokens 1,8,32 --kinds bf16,fp8 --json FILE
+    python benchmarks/kernels/gemm.py --shape rows=2048,depth=6144 rows=4096,depth=4096,gated --tokens 1,8
 
 Rows {name, kind, rows, depth, gated, tokens, us, GBps, share, torch_us, error, tile}: `us` of one product in a rotation of more
-weights than L2 holds; `share` of 3.0 TB/s, counting the weights only; `torch_us` of F.linear in BF16 (with SwiGLU's kernel
-behind it where ours has it inside), or cuBLAS with block scales in FP8; `error` against float32 on the same operands. In FP8
-`with_quantise` is the time with the quantisation of the activations in front of each product. `--large` measures FP8 products
-of many rows instead. `--table` prints what `linear_tiles.MEASURED` should hold.
+weights than L2 holds; `share` of the roofline, counting of the bytes the weights only (`rates.py`); `torch_us` of F.linear in
+BF16 (with SwiGLU's kernel behind it where ours has it inside), or cuBLAS with block scales in FP8; `error` against float32 on
+the same operands. In FP8 `with_quantise` is the time with the quantisation of the activations in front of each product.
+`--large` measures FP8 products of many rows instead. `--table` prints what `linear_tiles.MEASURED` should hold.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
 import triton
-from sweep import DEVICE, copies_for, error_of, gbps, line, precompile, rotate, share
+from rates import here, write_rows
+from shapes import add_shape, named, names, numbers
+from sweep import DEVICE, copies_for, error_of, gbps, line, precompile, rotate
 
 from fluentllm.kernels.block_fp8 import linear_reference, quantise_weight
 from fluentllm.kernels.cuda.linear_cluster import ClusterTile
@@ -42,7 +44,27 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# name: (rows, depth, gated); gated: rows of the result, half of the matrix's.
+
+@dataclass(frozen=True)
+class Matrix:
+    """As `--shape` has it."""
+
+    rows: int
+    """Of the result: half of the matrix's where it is gated."""
+    depth: int
+    gated: bool = False
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.depth % 16:
+            raise ValueError(f"depth must be a multiple of 16, for TMA, not {self.depth}")
+
+    @property
+    def label(self) -> str:
+        return self.name or f"{self.rows}x{self.depth}{' gated' if self.gated else ''}"
+
+
+# name: (rows, depth, gated) of `Matrix`.
 MODELS: dict[str, dict[str, tuple[int, int, bool]]] = {
     "qwen3-0.6b": {
         "qkv": (4096, 1024, False),
@@ -82,6 +104,8 @@ MODELS: dict[str, dict[str, tuple[int, int, bool]]] = {
         "4096": (4096, 4096, False),
     },
 }
+KINDS = ("bf16", "fp8")
+TOKENS = [1, 4, 8, 16, 32, 64, 128]
 SHARED_BYTES = 220 * 1024
 
 
@@ -104,6 +128,10 @@ class Shape:
     @property
     def nbytes(self) -> int:
         return self.matrix_rows * self.depth * self.width
+
+    def share(self, tokens: int, us: float) -> float:
+        """Of the roofline, the weights being all that is read."""
+        return here().share(us, self.nbytes, **{self.kind: 2.0 * tokens * self.matrix_rows * self.depth})
 
 
 def candidates(shape: Shape, tokens: int) -> Iterator[Tile]:
@@ -273,6 +301,7 @@ def compile_all(shapes: list[Shape], tokens: list[int], tiles: Callable[[Shape, 
 
 def few_rows(shapes: list[Shape], tokens: list[int], *, quick: bool) -> list[dict[str, object]]:
     compile_all(shapes, tokens, lambda shape, count: [*candidates(shape, count), by_rule(shape, count)])
+    here()
     best: dict[tuple[Shape, int], list[tuple[float, float, Tile]]] = {}
     cases = {}
     for shape in shapes:
@@ -298,13 +327,13 @@ def few_rows(shapes: list[Shape], tokens: list[int], *, quick: bool) -> list[dic
         rule_us = rotate(case.ours(by_rule(shape, count)))
         quantised = rotate(case.ours(tile, quantise=True)) if shape.kind == "fp8" else None
         row = asdict(shape) | {"tokens": count, "us": us, "GBps": gbps(shape.nbytes, us),
-                               "share": share(shape.nbytes, us),
+                               "share": shape.share(count, us),
                                "torch_us": try_torch(case), "rule_us": rule_us, "with_quantise": quantised, "error": error,
                                "tile": repr(tile),
                                "runners_up": [(round(t, 2), repr(s)) for t, _, s in found[1:4]]}  # fmt: skip
         rows.append(row)
         shown = (shape.name, shape.kind, shape.matrix_rows, shape.depth, count, us, row["GBps"], f"{row['share']:.2f}")
-        print(line((*shown, row["torch_us"] or "-", rule_us, quantised or "-", f"{error:.1e}"), widths),
+        print(line((*shown, row["torch_us"], rule_us, quantised, f"{error:.1e}"), widths),
               f" {shown_tile(tile)}", flush=True)  # fmt: skip
     return rows
 
@@ -325,32 +354,40 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join(f"    {key}: {{{', '.join(values)}}}," for key, values in lines.items())
 
 
+def chosen_shapes(options: argparse.Namespace) -> list[Shape]:
+    models = named(options.models, options.shape, MODELS)
+    found = [Shape(f"{model[:4]}.{name}", kind, *size) for kind in options.kinds for model in models
+             for name, size in MODELS[model].items()
+             if (kind == "bf16" and model != "longcat") or (kind == "fp8" and name != "head")]  # fmt: skip
+    return found + [Shape(one.label, kind, one.rows, one.depth, one.gated) for kind in options.kinds for one in options.shape]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS))
-    parser.add_argument("--kinds", type=lambda text: text.split(","), default=["bf16", "fp8"])
-    parser.add_argument(
-        "--tokens", type=lambda text: [int(part) for part in text.split(",")], default=[1, 4, 8, 16, 32, 64, 128]
-    )
+    parser.add_argument("--models", type=names(MODELS), help=f"of {','.join(MODELS)}; all without --shape")
+    add_shape(parser, Matrix, "matrices")
+    parser.add_argument("--kinds", type=names(KINDS), default=list(KINDS))
+    parser.add_argument("--tokens", type=numbers, help=f"{','.join(map(str, TOKENS))} unless given")
     parser.add_argument("--quick", action="store_true", help="first tiles only, no variants of the best")
-    parser.add_argument("--large", action="store_true", help="FP8 products of many rows")
+    parser.add_argument("--large", action="store_true", help="FP8 products of many rows, of --shape and --tokens or of a set")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if "fp8" in options.kinds and any(one.gated and one.rows % 128 for one in options.shape):
+        parser.error("FP8 has scales of 128 x 128: gated rows must be a multiple of 128, or --kinds bf16")
+    if options.large and any(one.gated for one in options.shape):
+        parser.error("products of many rows are not gated: leave out `gated` with --large")
     begin = time.perf_counter()
     if options.large:
-        from gemm_large import many_rows
+        from gemm_large import SHAPES, many_rows
 
-        rows = many_rows()
+        sizes = [(count, one.rows, one.depth) for one in options.shape for count in options.tokens or [4096]]
+        rows = many_rows(sizes or SHAPES)
     else:
-        shapes = [Shape(f"{model[:4]}.{name}", kind, *size) for kind in options.kinds for model in options.models
-                  for name, size in MODELS[model].items()
-                  if (kind == "bf16" and model != "longcat") or (kind == "fp8" and name != "head")]  # fmt: skip
-        rows = few_rows(shapes, options.tokens, quick=options.quick)
+        rows = few_rows(chosen_shapes(options), options.tokens or TOKENS, quick=options.quick)
     if options.table:
         print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+    write_rows(options.json, rows, here())
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     print(f"{time.perf_counter() - begin:.0f} s in all")
 

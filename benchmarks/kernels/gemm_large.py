@@ -1,5 +1,5 @@
-"""`gemm.py --large`: block-FP8 products of many rows, TFLOP/s, beside cuBLAS with block and with tensor-wide
-scales."""
+"""`gemm.py --large`: block-FP8 products of many rows, TFLOP/s and share of the roofline, beside cuBLAS with block and with
+tensor-wide scales."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from rates import here
 from sweep import DEVICE, copies_for, error_of, line, precompile, rotate
 
 from fluentllm.kernels.block_fp8 import linear_reference, quantise_weight
@@ -16,7 +17,7 @@ from fluentllm.kernels.triton.fp8_gemm import GemmTile, fp8_gemm
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -59,16 +60,17 @@ def _attempt(run: Callable[[], Tensor]) -> tuple[float, Tensor] | None:
         return None
 
 
-def many_rows() -> list[dict[str, object]]:
+def many_rows(shapes: Sequence[tuple[int, int, int]]) -> list[dict[str, object]]:
     meta = {"device": "meta"}
     q = torch.empty(512, 1024, dtype=torch.float8_e4m3fn, **meta)
     scales = torch.empty(8, 512, **meta), torch.empty(8, 8, **meta)
     weight = torch.empty(1024, 1024, dtype=torch.float8_e4m3fn, **meta)
     print(f"compiled {precompile([partial(fp8_gemm, q, scales[0], weight, scales[1], tile=tile) for tile in TILES])} kernels")
-    widths = (7, 6, 6, 8, 8, 10, 10, 8)
-    print(line(("tokens", "rows", "depth", "us", "TFLOP/s", "torch blk", "torch one", "error"), widths))
+    here()
+    widths = (7, 6, 6, 8, 8, 6, 10, 10, 8)
+    print(line(("tokens", "rows", "depth", "us", "TFLOP/s", "share", "torch blk", "torch one", "error"), widths))
     rows = []
-    for tokens, n, k in SHAPES:
+    for tokens, n, k in shapes:
         flops = 2 * tokens * n * k
         x = torch.randn(tokens, k, device=DEVICE).bfloat16()
         q, scale = quantise_rows(x)
@@ -85,19 +87,18 @@ def many_rows() -> list[dict[str, object]]:
                 continue
             found.append((us, error, tile))
             print(f"    {tile}: {us:.1f} us, {flops / us / 1e6:.0f} TFLOP/s, error {error:.1e}", flush=True)
+        if not found:
+            continue
         us, error, tile = min(found, key=lambda one: one[0])
+        share = here().share(us, tokens * k + n * k + 2 * tokens * n, fp8=flops)
         one = torch.ones((), device=DEVICE)
         block = _attempt(partial(_block_scales, q, scale, *weights[0]))
         whole = _attempt(partial(_one_scale, q, one, weights[0][0]))
-        row = {"tokens": tokens, "rows": n, "depth": k, "us": us, "TFLOPs": flops / us / 1e6, "error": error,
+        row = {"tokens": tokens, "rows": n, "depth": k, "us": us, "TFLOPs": flops / us / 1e6, "share": share, "error": error,
                "torch_block_us": block and block[0], "torch_tensor_us": whole and whole[0], "tile": asdict(tile)}  # fmt: skip
         rows.append(row)
-        print(
-            line(
-                (tokens, n, k, us, row["TFLOPs"], block[0] if block else "-", whole[0] if whole else "-", f"{error:.1e}"),
-                widths,
-            )
-        )
+        shown = (tokens, n, k, us, row["TFLOPs"], f"{share:.2f}", row["torch_block_us"], row["torch_tensor_us"], f"{error:.1e}")
+        print(line(shown, widths), flush=True)
         if block:
             print(f"    torch with block scales: error {error_of(block[1][:256], expected):.1e}")
     return rows

@@ -1,22 +1,24 @@
-"""Experts' products of packed tokens, BF16 and block FP8: tiles of both kernels, beside torch._grouped_mm in the same run.
+"""Experts' products of packed tokens, BF16 and block FP8: tiles of both kernels, beside torch's grouped ones in the same run.
 
     python benchmarks/kernels/grouped_gemm.py --layers deepseek-v3-lite,longcat-flash-lite --tokens 1,8,32,128 --kinds bf16,fp8
+    python benchmarks/kernels/grouped_gemm.py --shape experts=64,top_k=6,hidden=2048,inner=1408 --tokens 32 --json FILE
 
-Rows {layer, kind, tokens, pairs, active, us, GBps, share, TFLOPs, layer_us, small_us, torch_us, error, tile}: `us` of gate-up
-and down (in FP8 with the quantisation between them) of routings drawn anew, several of them in one graph; `share` of 3.0
-TB/s, counting the matrices of the experts that are active; `layer_us` with sorting and combining, `small_us` of the kernels
-for a few tokens in place of all that; `torch_us` of torch._grouped_mm twice and SwiGLU between; `error` against float32.
-Tokens choose their experts at random, so that an expert gets 0 to several times the average. `--table` prints what
-`moe_tiles.MEASURED` should hold.
+Rows {layer, kind, tokens, pairs, active, us, GBps, share, TFLOPs, layer_us, small_us, torch_us, torch, error, tile}: `us` of
+gate-up and down (in FP8 with the quantisation between them) of routings drawn anew, several of them in one graph; `share` of
+the roofline (`rates.py`), counting of the bytes the matrices of the experts that are active; `layer_us` with sorting and
+combining, `small_us` of the kernels for a few tokens in place of all that; `torch_us` of what `torch` names twice and SwiGLU
+between: torch._grouped_mm, or in FP8 torch._scaled_grouped_mm, which knows one scale a row and none of 128 × 128, with its
+activations quantised between by torch's operations; `error` against float32. Tokens choose their experts at random, so that an
+expert gets 0 to several times the average.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
 import triton
-from sweep import DEVICE, error_of, gbps, line, precompile, rotate, share
+from rates import here, write_rows
+from shapes import add_shape, named, names, numbers
+from sweep import DEVICE, error_of, gbps, line, precompile, rotate
 
-from fluentllm.kernels.block_fp8 import dequantise_rows, dequantise_weight, quantise_weight
+from fluentllm.kernels.block_fp8 import E4M3, LARGEST, LEAST_SCALE, dequantise_rows, dequantise_weight, quantise_weight
 from fluentllm.kernels.triton.elementwise import silu_mul
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows
 from fluentllm.kernels.triton.moe_combine import combine
@@ -49,18 +53,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layer:
-    name: str
+    """As `--shape` has it."""
+
+    experts: int
+    top_k: int
     hidden: int
     inner: int
-    experts: int
-    zero: int
-    top_k: int
+    zero: int = 0
+    """Experts that hand a token on as it is."""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.experts + self.zero:
+            raise ValueError(f"a token cannot choose {self.top_k} of {self.experts + self.zero} experts")
+        if self.hidden % 16 or self.inner % 16:
+            raise ValueError(f"hidden and inner must be multiples of 16, for TMA, not {self.hidden} and {self.inner}")
+
+    @property
+    def label(self) -> str:
+        total = f"{self.experts}+{self.zero}" if self.zero else self.experts
+        return self.name or f"{self.top_k}/{total}x{self.hidden}x{self.inner}"
+
+    @property
+    def has_blocks(self) -> bool:
+        """Do scales of 128 × 128 fit?"""
+        return not (self.hidden % 128 or self.inner % 128)
 
 
 LAYERS = [
-    Layer("deepseek-v3-lite", 2048, 1408, 64, 0, 6),
-    Layer("longcat-flash-lite", 3072, 1024, 128, 64, 12),
+    Layer(64, 6, 2048, 1408, name="deepseek-v3-lite"),
+    Layer(128, 12, 3072, 1024, zero=64, name="longcat-flash-lite"),
 ]
+KINDS = {"bf16": "torch._grouped_mm", "fp8": "torch._scaled_grouped_mm, rowwise"}
+"""And what torch has for them."""
+LIMITS = {"bf16": 0.02, "fp8": 0.05}
+"""Of our error; in FP8 small matrices come to 0.035."""
+TORCH_LIMITS = {"bf16": 0.02, "fp8": 0.12}
+"""Of torch's; in FP8 it has quantised once more, by rows."""
 ROUTINGS = 4
 """Of one graph; each reads matrices of its own choice."""
 SHARED_BYTES = 220 * 1024
@@ -166,21 +195,52 @@ class Case:
     def small(self) -> list[Callable[[], Tensor]]:
         return [lambda i=i: small_moe(self.x[i], self.weights[i], self.ids[i], *self.matrices) for i in range(ROUTINGS)]
 
-    def torchs(self) -> list[Callable[[], Tensor]]:
-        runs = []
+    def torchs(self) -> tuple[list[Callable[[], Tensor]], Tensor]:
+        """And the pairs of the first routing, in the order of its rows."""
+        runs, orders = [], []
         for x, ids in zip(self.x, self.ids, strict=True):
             flat = ids.flatten().long()
             order = flat.argsort(stable=True)[: int((flat < self.layer.experts).sum())]
             counts = flat.bincount(minlength=self.layer.experts)[: self.layer.experts]
-            offsets = counts.cumsum(0).int()
-            rows = x[order // self.layer.top_k]
+            make = self._torch_bf16 if self.kind == "bf16" else self._torch_fp8
+            runs.append(make(x[order // self.layer.top_k], counts.cumsum(0).int()))
+            orders.append(order)
+        return runs, orders[0]
 
-            def run(rows: Tensor = rows, offsets: Tensor = offsets) -> Tensor:
-                h = torch._grouped_mm(rows, self.matrices[0].transpose(1, 2), offs=offsets)
-                return torch._grouped_mm(silu_mul(h), self.matrices[1].transpose(1, 2), offs=offsets)
+    def _torch_bf16(self, rows: Tensor, offsets: Tensor) -> Callable[[], Tensor]:
+        first, second = (matrix.transpose(1, 2) for matrix in self.matrices)
 
-            runs.append(run)
-        return runs
+        def run() -> Tensor:
+            h = torch._grouped_mm(rows, first, offs=offsets)
+            return torch._grouped_mm(silu_mul(h), second, offs=offsets)
+
+        return run
+
+    def _torch_fp8(self, rows: Tensor, offsets: Tensor) -> Callable[[], Tensor]:
+        (first, first_scale), (second, second_scale) = self.rowwise
+        q, scale = quantise_rowwise(rows)
+
+        def product(x: Tensor, x_scale: Tensor, matrix: Tensor, matrix_scale: Tensor) -> Tensor:
+            return torch._scaled_grouped_mm(x, matrix.transpose(1, 2), x_scale, matrix_scale, offs=offsets,
+                                            out_dtype=torch.bfloat16, use_fast_accum=True)  # fmt: skip
+
+        def run() -> Tensor:
+            h = product(q, scale, first, first_scale)
+            return product(*quantise_rowwise(silu_mul(h)), second, second_scale)
+
+        return run
+
+    @cached_property
+    def rowwise(self) -> list[tuple[Tensor, Tensor]]:
+        """The matrices in E4M3 once more, with a scale a row: float32 [experts, rows]."""
+        found = []
+        for matrix, scale in zip(self.matrices, self.scales, strict=True):
+            assert scale is not None
+            values, scales = torch.empty_like(matrix), scale.new_empty(matrix.shape[:2])
+            for e in range(matrix.shape[0]):
+                values[e], scales[e] = quantise_rowwise(dequantise_weight(matrix[e], scale[e]))
+            found.append((values, scales))
+        return found
 
     def expected(self) -> tuple[Tensor, Tensor]:
         """Numbers of the pairs (token · K + choice) that are computed, and what comes out, float32, of the first routing."""
@@ -204,6 +264,13 @@ class Case:
         return sum(ids[ids < self.layer.experts].unique().numel() for ids in self.ids) / ROUTINGS
 
 
+def quantise_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, K] → E4M3 [T, K] and scale float32 [T]."""
+    values = x.float()
+    scale = values.abs().amax(-1).clamp_min(LEAST_SCALE) / LARGEST
+    return (values / scale.unsqueeze(-1)).to(E4M3), scale
+
+
 def compile_all(layers: list[Layer], kinds: list[str], tokens: list[int], quick: bool) -> None:
     begin = time.perf_counter()
     runs = []
@@ -224,10 +291,9 @@ def _copy(case: Case) -> Case:
 
 
 def measure(
-    case: Case, tokens: int, quick: bool
+    case: Case, tokens: int, quick: bool, pairs: Tensor, expected: Tensor
 ) -> tuple[float, float, Tile | Persistent, list[tuple[float, float, Tile | Persistent]]] | None:
     """Fastest tile: (microseconds, error, tile, all); tiles that fail or are wrong are named."""
-    pairs, expected = case.expected()
     found = []
     for tile in candidates(case.layer, case.kind, tokens, quick):
         try:
@@ -237,12 +303,24 @@ def measure(
         except Exception as failure:
             print(f"  {tile} fails: {str(failure)[:200]}", flush=True)
             continue
-        if not error < (0.02 if case.kind == "bf16" else 0.03):
-            print(f"  {case.layer.name} {case.kind} {tokens} tokens: {tile} is wrong, error {error:.3g}", flush=True)
+        if not error < LIMITS[case.kind]:
+            print(f"  {case.layer.label} {case.kind} {tokens} tokens: {tile} is wrong, error {error:.3g}", flush=True)
             continue
         found.append((us, error, tile))
     found.sort(key=lambda one: one[0])
     return (*found[0], found) if found else None
+
+
+def try_torch(case: Case, expected: Tensor) -> float | None:
+    try:
+        runs, order = case.torchs()
+        error = error_of(runs[0](), expected[order])
+        if not error < TORCH_LIMITS[case.kind]:
+            raise ValueError(f"error {error:.3g}")
+        return rotate(runs)
+    except Exception as failure:
+        print(f"  {KINDS[case.kind]} fails: {type(failure).__name__}: {str(failure)[:160]}", flush=True)
+        return None
 
 
 def attempt(runs: Callable[[], list[Callable[[], Tensor]]]) -> float | None:
@@ -256,7 +334,8 @@ def attempt(runs: Callable[[], list[Callable[[], Tensor]]]) -> float | None:
 def row_of(case: Case, tokens: int, quick: bool) -> dict[str, object] | None:
     layer = case.layer
     case.draw(tokens)
-    best = measure(case, tokens, quick)
+    pairs, expected = case.expected()
+    best = measure(case, tokens, quick, pairs, expected)
     if best is None:
         return None
     us, error, tile, found = best
@@ -264,10 +343,11 @@ def row_of(case: Case, tokens: int, quick: bool) -> dict[str, object] | None:
     computed = sum(int((ids < layer.experts).sum()) for ids in case.ids) / ROUTINGS
     moved = active * 3 * layer.hidden * layer.inner * (1 if case.kind == "fp8" else 2)
     small = attempt(case.small) if case.kind == "bf16" and tokens <= 8 else None
-    torch_us = attempt(case.torchs) if case.kind == "bf16" else None
-    return {"layer": layer.name, "kind": case.kind, "tokens": tokens, "pairs": computed, "active": active, "us": us,
-            "GBps": gbps(moved, us), "share": share(moved, us), "TFLOPs": 6 * computed * layer.hidden * layer.inner / us / 1e6,
-            "layer_us": rotate(case.whole(tile)), "small_us": small, "torch_us": torch_us, "error": error, "tile": asdict(tile),
+    flops = 6 * computed * layer.hidden * layer.inner
+    return {"layer": layer.label, "kind": case.kind, "tokens": tokens, "pairs": computed, "active": active, "us": us,
+            "GBps": gbps(moved, us), "share": here().share(us, moved, **{case.kind: flops}), "TFLOPs": flops / us / 1e6,
+            "layer_us": rotate(case.whole(tile)), "small_us": small, "torch_us": try_torch(case, expected),
+            "torch": KINDS[case.kind], "error": error, "tile": asdict(tile),
             "others": [(round(t, 1), asdict(o)) for t, _, o in found[1:]]}  # fmt: skip
 
 
@@ -277,33 +357,22 @@ def _named(tile: dict[str, object]) -> str:
     return "{} {rows} x {columns} x {depth} s{stages} w{warps}".format("swapped" if tile["swapped"] else "grouped", **tile)
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    """`MEASURED` for `moe_tiles`."""
-    by_name = {layer.name: layer for layer in LAYERS}
-    lines: dict[str, list[str]] = {}
-    for row in rows:
-        layer = by_name[str(row["layer"])]
-        key = f"({layer.experts}, {layer.hidden}, {layer.inner}, {1 if row['kind'] == 'fp8' else 2})"
-        each = int(row["tokens"]) * layer.top_k / layer.experts
-        if "swapped" not in row["tile"]:
-            continue  # whose rows are `moe_persistent.tile_rows`'s choice
-        lines.setdefault(key, []).append(f"{each:.4g}: {Tile(**row['tile'])!r}")
-    return "\n".join(f"    {key}: {{{', '.join(values)}}}," for key, values in lines.items())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=lambda text: text.split(","), default=[layer.name for layer in LAYERS])
-    parser.add_argument("--kinds", type=lambda text: text.split(","), default=["bf16", "fp8"])
-    parser.add_argument("--tokens", type=lambda text: [int(part) for part in text.split(",")],
-                        default=[1, 2, 4, 8, 16, 32, 64, 128, 512, 4096])  # fmt: skip
+    known = {layer.name: layer for layer in LAYERS}
+    parser.add_argument("--layers", type=names(known), help=f"of {','.join(known)}; all without --shape")
+    add_shape(parser, Layer, "layers")
+    parser.add_argument("--kinds", type=names(KINDS), default=list(KINDS))
+    parser.add_argument("--tokens", type=numbers, default=[1, 2, 4, 8, 16, 32, 64, 128, 512, 4096])
     parser.add_argument("--quick", action="store_true", help="fewer tiles")
-    parser.add_argument("--table", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if "fp8" in options.kinds and not all(layer.has_blocks for layer in options.shape):
+        parser.error("FP8 has scales of 128 x 128: hidden and inner must be multiples of 128, or --kinds bf16")
     begin = time.perf_counter()
-    layers = [layer for layer in LAYERS if layer.name in options.layers]
+    layers = [known[name] for name in named(options.layers, options.shape, known)] + options.shape
     compile_all(layers, options.kinds, options.tokens, options.quick)
+    here()
     widths = (18, 5, 6, 8, 7, 8, 8, 6, 8, 9, 8, 8, 8)
     print(line(("layer", "kind", "tokens", "pairs", "active", "us", "GB/s", "share", "TFLOP/s", "layer us", "small us",
                 "torch us", "error"), widths))  # fmt: skip
@@ -316,16 +385,13 @@ def main() -> None:
                 if row is None:
                     continue
                 rows.append(row)
-                shown = (layer.name, kind, tokens, row["pairs"], row["active"], row["us"], row["GBps"], f"{row['share']:.2f}")
-                also = (row["small_us"] or "-", row["torch_us"] or "-", f"{row['error']:.1e}")
+                shown = (layer.label, kind, tokens, row["pairs"], row["active"], row["us"], row["GBps"], f"{row['share']:.2f}")
+                also = (row["small_us"], row["torch_us"], f"{row['error']:.1e}")
                 print(line((*shown, row["TFLOPs"], row["layer_us"], *also), widths), f" {_named(row['tile'])}", flush=True)
                 print(f"      others: {', '.join(f'{us} {_named(tile)}' for us, tile in row['others'][:3])}", flush=True)
             del case
             torch.cuda.empty_cache()
-    if options.table:
-        print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+    write_rows(options.json, rows, here())
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     print(f"{time.perf_counter() - begin:.0f} s in all")
 

@@ -2,9 +2,11 @@
 
     python benchmarks/kernels/mla_decode.py --heads 16,64 --q-len 1,4 --batch 1,32 --ctx 4096,16384 --kv fp8,bf16 --json FILE
 
-Rows: {heads, q_len, batch, ctx, kv, us, GBps, TFLOPs}, `floor_us`, `share`. The floor is the larger of bytes / 3.0 TB/s (cache,
-queries, output) and FLOPs at the rate of the matrix instructions that suit the cache: FP8 for Q K^T over an FP8 latent,
-16-bit for the rest. `--uneven` draws lengths between 1 and ctx. Planning, which serves all layers of a step, is timed apart.
+Rows: {heads, q_len, batch, ctx, kv, us, GBps, TFLOPs}, `floor_us`, `share`, and what others take in the same run, `torch_us`
+and `flashinfer_us`, over a BF16 cache of the same values also where ours is FP8 (`mla_others.py`; `--alone` leaves them out).
+The floor is the larger of bytes (cache, queries, output) at a copy's rate and FLOPs at the rate of the matrix instructions
+that suit the cache: FP8 for Q K^T over an FP8 latent, 16-bit for the rest; the rates are measured first (`rates.py`).
+`--uneven` draws lengths between 1 and ctx. Planning, which serves all layers of a step, is timed apart.
 
 `--variants` times the ways of `mla_decode.switches` instead, each checked first (`mla_variants.py`).
 """
@@ -13,9 +15,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import triton
-from timing import COPY_GBPS, MMA8_TFLOPS, MMA16_TFLOPS, Timer
+from mla_others import (
+    MOST_BYTES,
+    bf16_tokens,
+    dense_bytes,
+    dense_keys,
+    flashinfer_decode,
+    flashinfer_wrapper,
+    torch_decode,
+)
+from rates import here, write_rows
+from shapes import names, numbers
+from sweep import error_of, line
+from timing import Timer
 
 from fluentllm.kernels.mla_decode import fp8_planes, new_fp8_pool, quantise
 from fluentllm.kernels.mla_decode.decode import MlaDecode
@@ -34,6 +48,12 @@ if TYPE_CHECKING:
 
 SCALE = (128 + 64) ** -0.5
 CHUNK = 1 << 16
+MOST_HEADS, MOST_ROWS = 128, 8
+"""Of `MlaDecode`."""
+LIMITS = {"bf16": 0.02, "fp8": 0.1}
+"""Of what another's result may differ from ours by: ours over FP8 has quantised queries too."""
+COLUMNS = {"heads": 5, "q_len": 5, "batch": 5, "ctx": 6, "kv": 4, "us": 8, "GBps": 7, "TFLOPs": 7, "floor_us": 8, "share": 6,
+           "plan_us": 7, "torch_us": 9, "flashinfer_us": 13}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,6 +120,26 @@ class Case:
         planes = fp8_planes(self.pool)
         return lambda: self.decode.fp8(content, aligned, scale, planes, self.table, SCALE, self.out)
 
+    @cached_property
+    def bf16_pool(self) -> torch.Tensor:
+        """[pages, 64, 576]: the cache, in BF16 also where it is FP8."""
+        return self.pool if self.shape.kv == "bf16" else bf16_tokens(fp8_planes(self.pool))
+
+    def by_torch(self) -> Callable[[], torch.Tensor] | None:
+        """None where it would take too much memory."""
+        longest = int(self.lengths.max())
+        if dense_bytes(self.shape.batch, self.shape.heads * self.shape.q_len, longest) > MOST_BYTES:
+            return None
+        keys = dense_keys(self.bf16_pool, self.table, longest)
+        return torch_decode(self.q_latent, self.q_rope, keys, self.lengths, SCALE)
+
+    def by_flashinfer(self) -> Callable[[], torch.Tensor] | None:
+        """None where there is no FlashInfer."""
+        make = flashinfer_wrapper()
+        if make is None:
+            return None
+        return flashinfer_decode(make, self.q_latent, self.q_rope, self.bf16_pool, self.table, self.lengths, SCALE)
+
     def floor(self) -> tuple[float, float, float]:
         """Bytes, FLOPs, least microseconds."""
         shape = self.shape
@@ -110,52 +150,72 @@ class Case:
         product = 2 * self.tokens * rows
         wide = product * (LATENT + ROPE if shape.kv == "fp8" else 2 * LATENT + ROPE)
         narrow = product * LATENT if shape.kv == "fp8" else 0
-        compute = wide / (MMA16_TFLOPS * 1e6) + narrow / (MMA8_TFLOPS * 1e6)
-        return moved, wide + narrow, max(moved / (COPY_GBPS * 1e3), compute)
+        return moved, wide + narrow, here().floor_us(moved, bf16=wide, fp8=narrow)
 
 
-def measure(shape: Shape, timer: Timer, *, uneven: bool) -> dict[str, object]:
+def measure(shape: Shape, timer: Timer, *, uneven: bool, alone: bool) -> dict[str, object]:
     case = Case(shape, uneven=uneven)
-    us = timer(case.runner())
+    run = case.runner()
+    us = timer(run)
     moved, flops, floor = case.floor()
     rates = {"us": round(us, 2), "GBps": round(moved / us / 1e3, 1), "TFLOPs": round(flops / us / 1e6, 1)}
     against = {"floor_us": round(floor, 1), "share": round(floor / us, 3), "plan_us": round(timer(case.decode.refresh), 2)}
-    return asdict(shape) | rates | against
+    return asdict(shape) | rates | against | ({} if alone else others(case, run().float(), timer))
 
 
-def integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def others(case: Case, ours: torch.Tensor, timer: Timer) -> dict[str, float | None]:
+    """None for who cannot do it, or does something else than we."""
+    found: dict[str, float | None] = {}
+    for name, make in (("torch", case.by_torch), ("flashinfer", case.by_flashinfer)):
+        found[f"{name}_us"] = None
+        try:
+            run = make()
+            if run is None:
+                continue
+            error = error_of(run(), ours)
+            if not error < LIMITS[case.shape.kv]:
+                raise ValueError(f"its result differs from ours by {error:.1e}")
+            found[f"{name}_us"] = round(timer(run), 2)
+        except Exception as failure:
+            print(f"  {name}: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=integers, default=[16, 32, 64, 128])
-    parser.add_argument("--q-len", type=integers, default=[1, 2, 4])
-    parser.add_argument("--batch", type=integers, default=[32, 128])
-    parser.add_argument("--ctx", type=integers, default=[4096])
-    parser.add_argument("--kv", type=lambda text: text.split(","), default=["fp8", "bf16"])
+    parser.add_argument("--heads", type=numbers, default=[16, 32, 64, 128])
+    parser.add_argument("--q-len", type=numbers, default=[1, 2, 4])
+    parser.add_argument("--batch", type=numbers, default=[32, 128])
+    parser.add_argument("--ctx", type=numbers, default=[4096])
+    parser.add_argument("--kv", type=names(LIMITS), default=["fp8", "bf16"])
     parser.add_argument("--uneven", action="store_true", help="lengths between 1 and ctx")
+    parser.add_argument("--alone", action="store_true", help="without torch and FlashInfer")
     parser.add_argument("--variants", action="store_true", help="the ways of mla_decode.switches, side by side")
     parser.add_argument("--only", help="names of variants, separated by semicolons")
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if max(options.heads) > MOST_HEADS or max(options.q_len) > MOST_ROWS or min(options.ctx) < max(options.q_len):
+        parser.error(f"--heads goes up to {MOST_HEADS}, --q-len up to {MOST_ROWS}, and --ctx counts the rows of --q-len too")
     timer = Timer(options.runs)
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, a tiny kernel measures {timer.overhead():.1f} us")
+    here()
     rows: list[dict[str, object]] = []
     if options.variants:
         from mla_variants import compare
 
         shapes = itertools.product(options.heads, options.q_len, options.batch, options.ctx, options.kv)
         rows = compare([Shape(*shape) for shape in shapes], timer, options.only.split(";") if options.only else None)
-        options.heads = []
-    for heads, q_len, batch, ctx, kv in itertools.product(options.heads, options.q_len, options.batch, options.ctx, options.kv):
-        row = measure(Shape(heads, q_len, batch, ctx, kv), timer, uneven=options.uneven)
-        rows.append(row)
-        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+    else:
+        widths = list(COLUMNS.values())
+        print(line(COLUMNS, widths), flush=True)
+        for shape in itertools.product(options.heads, options.q_len, options.batch, options.ctx, options.kv):
+            row = measure(Shape(*shape), timer, uneven=options.uneven, alone=options.alone)
+            rows.append(row)
+            shown = row | {"share": f"{row['share']:.2f}"}
+            print(line((shown.get(name) for name in COLUMNS), widths), flush=True)
+    write_rows(options.json, rows, here())
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from mla_decode import SCALE, Case, Shape
 
 from fluentllm.kernels.mla_decode import fp8_planes, plan, quantise, switches
+from fluentllm.kernels.mla_decode.decode import MOST_SWAPPED
 from fluentllm.kernels.mla_decode.reference import decode_reference, quantised_query
 from fluentllm.kernels.triton.launch import recording
 from fluentllm.prewarm import Compiler
@@ -43,7 +44,7 @@ def variants(shape: Shape) -> dict[str, tuple[str, ...]]:
     rows = shape.heads * shape.q_len
     own: tuple[str, ...] = ()
     if shape.kv == "fp8":
-        own = (SWAP,) if rows <= 32 else (REGISTERS,)
+        own = (SWAP,) if rows <= MOST_SWAPPED else (REGISTERS,)
     found: dict[str, tuple[str, ...]] = {"base": ()}
     found |= {{SWAP: "swap", REGISTERS: "registers"}[one]: (one,) for one in own}
     found |= {"pages": (PAGES,), "maps": (MAPS,), "pages maps": (PAGES, MAPS), "early": (EARLY,)}

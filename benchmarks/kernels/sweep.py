@@ -14,7 +14,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
-from timing import COPY_GBPS
 from triton import AsyncCompileMode
 
 from fluentllm.kernels.triton.launch import recording
@@ -100,11 +99,10 @@ def gbps(nbytes: float, us: float) -> float:
     return nbytes / us / 1e3
 
 
-def share(nbytes: float, us: float) -> float:
-    """Of the time that a copy's bandwidth gives."""
-    return gbps(nbytes, us) / COPY_GBPS
-
-
 def line(values: Iterable[object], widths: Sequence[int]) -> str:
-    return "  ".join(f"{value:.1f}".rjust(w) if isinstance(value, float) else str(value).rjust(w)
-                     for value, w in zip(values, widths, strict=True))  # fmt: skip
+    """A line of a table; what is None was not measured."""
+    return "  ".join(_shown(value).rjust(width) for value, width in zip(values, widths, strict=True))
+
+
+def _shown(value: object) -> str:
+    return "-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)

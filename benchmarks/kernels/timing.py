@@ -15,10 +15,6 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-COPY_GBPS = 3000.0
-"""Read + written, measured by a copy on an H100 80GB HBM3."""
-MMA16_TFLOPS = 800.0
-MMA8_TFLOPS = 1600.0
 FLUSH_BYTES = 256 << 20
 
 

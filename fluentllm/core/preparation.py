@@ -4,9 +4,9 @@ A program that is new to a step stalls it, for 40 to 100 ms on a GPU: once for i
 idle engine gives both to a step of nobody: all of its slots are padding, and what it computes goes nowhere. One run at a
 time, so that a request which comes meanwhile waits for no more than that.
 
-Which programs: those of the kinds of requests (`StepPlan.features`) that have run, the most usual first; of these the batches that
-most steps had, then the others from small to large, since a burst passes through them; and of each batch every draft length that
-a step may have. Torch-free.
+Which programs: those of the kinds of requests (`StepPlan.features`) that have run, the most usual first; of these the batches
+that most steps had, then the others from small to large, since a burst passes through them; and of each batch every draft
+length that a step may have. Torch-free.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def experts(
     """
     if x.shape[0] <= SMALL_TOKENS and tile is None:
         return small_moe(x, weights, ids, gate_up, down, shared, after)
-    count, hidden, inner = down.shape
-    tile = tile or tile_for(ids.numel(), count, hidden, inner, gate_up.element_size())
+    count = down.shape[0]
+    tile = tile or tile_for(ids.numel(), count, gate_up.element_size())
     tiles = sort_by_expert(ids, count, tile.rows)
     if tile.swapped:
         y = stream_down(stream_gate_up(x, gate_up, tiles, ids.shape[1], tile), down, tiles, tile)
@@ -71,13 +71,13 @@ def fp8_experts(
     token too, where `moe_small` over E4M3 took 57 µs instead of 32 (one H200, DeepSeek-V3-Lite's eight experts).
     Reference: `kernels.moe.combine_reference` of the dequantised operands.
     """
-    count, hidden, inner = down[0].shape
+    count = down[0].shape[0]
     if tile is None and persistent(x.device):
         tiles = sort_by_expert(ids, count, tile_rows(ids.numel(), count))
         h = persistent_gate_up(*pack(x, tiles, ids.shape[1]), *gate_up, tiles)
         y = persistent_down(*quantise_rows(h), *down, tiles)
         return combine(y, x, weights, ids, count, shared, after)
-    tile = tile or tile_for(ids.numel(), count, hidden, inner, 1)
+    tile = tile or tile_for(ids.numel(), count, 1)
     tiles = sort_by_expert(ids, count, tile.rows)
     q, scale = quantise_rows(x)
     h = stream_gate_up(q, gate_up[0], tiles, ids.shape[1], tile, x_scale=scale, w_scale=gate_up[1])

@@ -1,4 +1,5 @@
-"""Which tiles the experts' grouped products take: measured ones by layer and number of tokens, a rule for all others."""
+"""Which tiles the experts' grouped products take: a rule, from what was best of many layers and numbers of tokens in
+benchmarks/kernels/grouped_gemm.py."""
 
 from __future__ import annotations
 
@@ -23,17 +24,10 @@ class Tile:
     """`moe_stream`: copy the matrices by TMA."""
 
 
-MEASURED: dict[tuple[int, int, int, int], dict[int, Tile]] = {}
-"""(experts, hidden, inner, bytes of an element) → {most pairs an expert, on average: tile}. From
-benchmarks/kernels/grouped_gemm.py."""
-
-
-def tile_for(pairs: int, experts: int, hidden: int = 0, inner: int = 0, width: int = 2) -> Tile:
-    """By the pairs that an expert gets on average. Few: the product reads matrices, so tiles are thin and many loads fly."""
+def tile_for(pairs: int, experts: int, width: int = 2) -> Tile:
+    """By the pairs that an expert gets on average, for matrices of `width` bytes an element. Few: the product reads matrices,
+    so tiles are thin and many loads fly."""
     each = pairs / experts
-    for most, tile in MEASURED.get((experts, hidden, inner, width), {}).items():
-        if each <= most:
-            return tile
     if width == 1:
         rows = 8 if each <= 2 else 16 if each <= 12 else 32 if each <= 32 else 64 if each <= 64 else 128
         return Tile(rows, 128, 128, 8 if rows == 128 else 4, 3 if rows == 128 else 5, swapped=True)
