@@ -65,6 +65,11 @@ BY_CLUSTERS = ("CLUSTERS", "LAUNCH_EARLY")
 WAYS = [*((name,) for name in SWITCHES), ("SWAP_OPERANDS", "MERGE_TOGETHER"), SWITCHES]
 
 
+def named(value: object) -> str | None:
+    """Switches by their names."""
+    return "-".join(value) if isinstance(value, tuple) else None
+
+
 def turn_on(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     from fluentllm.kernels.mla_decode import switches
 
@@ -101,6 +106,7 @@ CLUSTERED = [
     [(on, *shape) for on in WAYS for shape in FEW_ROWS]
     + [(on, *shape) for on in (SWITCHES, ("VALUES_IN_REGISTERS",)) for shape in MORE_ROWS]
     + [(BY_CLUSTERS, *shape) for shape in CLUSTERED],
+    ids=named,
 )
 def test_every_switch_agrees_with_float64(
     on: tuple[str, ...], lengths: list[int], heads: int, query_length: int, monkeypatch: pytest.MonkeyPatch
@@ -115,7 +121,7 @@ def test_every_switch_agrees_with_float64(
         assert not out[case.lengths == 0].any()
 
 
-@pytest.mark.parametrize(("on", "heads"), [*((on, 16) for on in WAYS), (BY_CLUSTERS, 128)])
+@pytest.mark.parametrize(("on", "heads"), [*((on, 16) for on in WAYS), (BY_CLUSTERS, 128)], ids=named)
 def test_every_switch_in_a_captured_step(on: tuple[str, ...], heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several layers of a step by one plan, behind a kernel that writes their queries and one that appends their keys; lengths
     change between replays. With and without the product that follows."""
