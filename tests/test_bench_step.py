@@ -9,11 +9,13 @@ import pytest
 import torch
 from engine.harness import write_tiny_llama
 
+from fluentllm.bench import step
 from fluentllm.bench.costs import Load, of_launch, of_product
 from fluentllm.bench.step import advances, lines, measure
 from fluentllm.core import config
 from fluentllm.core.kv.formats import token_bytes
 from fluentllm.core.types import KVSpec, ModelSpec
+from fluentllm.kernels.moe import Routing
 from fluentllm.local import LocalEngine
 
 GQA = KVSpec(kind="gqa", layers=2, heads=8, head_dim=128, v_head_dim=128)
@@ -62,15 +64,6 @@ def test_tables_that_are_indexed_cost_nothing_and_operands_their_size() -> None:
     assert linear.flops == 2 * 32 * 4096 * 6144
 
 
-def test_experts_are_counted_as_often_as_they_are_expected() -> None:
-    weights, choices = meta(64, 2816, 2048), meta(1, 6, dtype=torch.int32)
-    alone = of_launch("_gate_up_kernel", (meta(1, 2048), weights, choices), load(batch=1))
-    assert 5.5 * weights[0].nbytes < alone.bytes < 6 * weights[0].nbytes + 10_000
-    assert alone.flops == 2 * 6 * 2816 * 2048
-    many = of_launch("_gate_up_kernel", (meta(128, 2048), weights, meta(128, 6, dtype=torch.int32)), load(batch=128))
-    assert many.bytes == pytest.approx(weights.nbytes, rel=0.02)
-
-
 @pytest.mark.parametrize("drafts", [{}, {"speculative.method": "pld", "speculative.k": 3, "speculative.min_acceptance": 0.0}])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_step_of_a_real_engine(tmp_path: Path, device: str, drafts: dict[str, Any]) -> None:
@@ -91,6 +84,23 @@ def test_a_step_of_a_real_engine(tmp_path: Path, device: str, drafts: dict[str, 
     printed = "\n".join(lines(figures))
     assert figures["kernels"][0]["name"][:50] in printed
     assert "sum " in printed
+
+
+def test_a_step_is_looked_at_with_its_models_routing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What experts are counted by on a GPU."""
+    loads: list[Load] = []
+
+    def noted(*arguments: Any) -> Load:
+        loads.append(Load(*arguments))
+        return loads[-1]
+
+    monkeypatch.setattr(step, "Load", noted)
+    overrides = {"model.name": "longcat-nano", "engine.device": "cpu", "engine.threads": 1, "kv.memory": "64MiB"}
+    with LocalEngine(config.load(None, overrides, {}).settings) as local:
+        measure(local, batch=2, context=10, steps=2)
+    [found] = loads
+    assert (found.batch, found.rows) == (2, 1)
+    assert found.routing == Routing(8, 3, zero_experts=4, scale=2.0)
 
 
 def test_kernels_that_overlap_are_charged_with_what_they_add() -> None:

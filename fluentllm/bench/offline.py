@@ -14,6 +14,7 @@ from ..core.errors import ConfigError
 from ..core.types import Request, RequestOutput, SamplingParams, SpeculativeInfo
 from ..frontend.client import EngineClient
 from ..local import LocalEngine
+from .floor import Floor
 
 
 @dataclass(slots=True)
@@ -87,12 +88,16 @@ def latency(
 ) -> list[dict[str, Any]]:
     """For each batch: time a step takes, by (time of steps + 1 new tokens − time of 1) / steps; medians of `rounds` after a
     warm-up, and after what an idle engine captures for such batches. Every prompt is fresh, so nothing comes from the prefix
-    cache.
+    cache. Beside it the floor (`floor.py`) of the step in their middle, and its share of the time; both None with drafts, whose
+    verification and layers would have to be counted too.
 
     Raises `ConfigError` for a batch that cannot run at once, and where a step is too short for so few steps to show.
     """
     _check_fits(local, max(batches), context + steps + 1)
     rng = random.Random(time.time_ns())
+    floor = Floor.of(local.engine)
+    if floor is not None:
+        tell(f"floors are at {floor.bytes_s / 1e9:.1f} GB/s, which a copy reads and writes here")
     rows = []
     for batch in batches:
         firsts: list[float] = []
@@ -112,17 +117,23 @@ def latency(
         tpot = (whole - first) / steps
         if tpot <= 0:
             raise ConfigError(f"{steps} steps of batch {batch} are lost in the noise.", fix="Measure more --steps.")
+        # The first step reads the prompt's KV and that of its own token, the last that of `steps` tokens.
+        least = floor.seconds(batch, context + (steps + 1) / 2) if floor is not None else None
         row: dict[str, Any] = {
             "batch": batch,
             "ctx": context,
             "prefill_s": first,
             "tpot_ms": tpot * 1e3,
             "tok_s": batch / tpot,
+            "floor_ms": least * 1e3 if least is not None else None,
+            "share": least / tpot if least is not None else None,
             "rounds_ms": [(seconds - alone) / steps * 1e3 for alone, seconds in zip(firsts, alls, strict=True)],
         }
         if drafts is not None:
             drafts.merge(own)
         line = f"batch {batch:>3}  ctx {context}  prefill {first:.3f} s  TPOT {row['tpot_ms']:.2f} ms  {row['tok_s']:.1f} tok/s"
+        if least is not None:
+            line += f"  floor {row['floor_ms']:.2f} ms ({row['share']:.0%})"
         info = local.engine.info.speculative
         if info is not None:
             row["speculative"] = own.report(info)

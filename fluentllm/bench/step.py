@@ -21,6 +21,7 @@ from ..core.errors import ConfigError
 from ..core.kv.formats import token_bytes
 from ..core.types import Request, SamplingParams
 from .costs import HOW, PRODUCTS, Cost, Load, ceilings, of_launch, of_product
+from .floor import routing_of
 
 if TYPE_CHECKING:
     from ..core.executor import Executor, Pending
@@ -112,7 +113,8 @@ async def _run(
     try:
         await advanced(1 + WARM_STEPS)
         length = context + sum(counts) / batch + steps * rows / 2  # in the middle of the look
-        load = Load(engine.info.spec, batch, rows, length, token_bytes(engine.info.spec.kv, engine.info.kv_dtype))
+        kv_bytes = token_bytes(engine.info.spec.kv, engine.info.kv_dtype)
+        load = Load(engine.info.spec, batch, rows, length, kv_bytes, routing_of(engine.executor.programs))
         served = await _look(engine.executor, steps, advanced, load, on_gpu, shapes=not on_gpu)
         eager = None
         if on_gpu:

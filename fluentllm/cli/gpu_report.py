@@ -102,11 +102,10 @@ def _kernel_cache() -> dict[str, Any]:
     """Where kernels are kept that the GPU runs, and how much there is."""
     from fluentllm.hub.cache import kernel_folder
 
-    triton = os.environ.get("TRITON_CACHE_DIR")
-    folders = [Path(triton), kernel_folder() / "cuda"] if triton else [kernel_folder()]
-    files = [file for folder in folders for file in folder.glob("**/*") if file.is_file()]
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or kernel_folder() / "triton")
+    files = [file for file in folder.glob("**/*") if file.is_file()] if folder.is_dir() else []
     return {
-        "folders": [str(folder) for folder in folders],
+        "folder": str(folder),
         "bytes": sum(file.stat().st_size for file in files),
         "kernels": sum(file.suffix == ".cubin" for file in files),
     }
@@ -131,7 +130,7 @@ def print_report(report: dict[str, Any]) -> None:
         ("nvrtc", report["nvrtc"] or "not found: slower products of few rows on Hopper; pip install cuda-bindings"),
         ("flashinfer", f"{flashinfer['version']}, {len(flashinfer['compiled'])} modules compiled in {flashinfer['folder']}"
          if flashinfer["version"] else "not installed"),
-        ("kernel cache", f"{' and '.join(cache['folders'])}: {cache['kernels']} kernels, {cache['bytes'] / 2**20:.0f} MiB"),
+        ("kernel cache", f"{cache['folder']}: {cache['kernels']} kernels, {cache['bytes'] / 2**20:.0f} MiB"),
     ]  # fmt: skip
     typer.echo("\ngpu")
     output.print_table(("", ""), rows)

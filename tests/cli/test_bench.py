@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,11 +53,13 @@ def test_latency(fluent_process: Fluent, model: str, tmp_path: Path) -> None:
     assert stages[-1]["end"] == figures["startup_s"]
     assert [(row["batch"], row["ctx"]) for row in figures["decode"]] == [(1, 24), (3, 24)]
     for row in figures["decode"]:
-        assert row.keys() == {"batch", "ctx", "prefill_s", "tpot_ms", "tok_s", "rounds_ms"}
+        assert row.keys() == {"batch", "ctx", "prefill_s", "tpot_ms", "tok_s", "floor_ms", "share", "rounds_ms"}
         assert len(row["rounds_ms"]) == 2
         assert row["prefill_s"] > 0
         assert row["tok_s"] == pytest.approx(row["batch"] / row["tpot_ms"] * 1e3)
+        assert row["share"] == pytest.approx(row["floor_ms"] / row["tpot_ms"])
     assert printed.count("TPOT") == 2
+    assert len(re.findall(r"floor \d+\.\d\d ms \(\d+%\)", printed)) == 2
     assert "first token after" in printed
 
 

@@ -174,9 +174,8 @@ def test_doctor_says_what_there_is_for_a_gpu(fluent, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(devices, "driver_version", lambda: "550.54.15")
     monkeypatch.setattr(devices, "driver_cuda", lambda: (12, 4))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    monkeypatch.setattr("fluentllm.hub.cache.kernel_folder", lambda: tmp_path / "kernels")
-    for kept in ("triton/a/k.cubin", "kernels/cuda/product-1.cubin"):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for kept in ("a/k.cubin", "cuda/product-1.cubin"):
         (tmp_path / kept).parent.mkdir(parents=True)
         (tmp_path / kept).write_bytes(b"x" * 1_500_000)
     line = ("doctor", "--set", "engine.device=cpu")
@@ -185,8 +184,7 @@ def test_doctor_says_what_there_is_for_a_gpu(fluent, monkeypatch, tmp_path):
     assert (gpu["driver"], gpu["driver_supports_cuda"], gpu["torch_built_for_cuda"]) == ("550.54.15", "12.4", "13.0")
     assert gpu["gpus"] == []
     assert "driver 550.54.15 is too old" in report["problems"][0]["problem"]
-    folders = [str(tmp_path / "triton"), str(tmp_path / "kernels" / "cuda")]
-    assert gpu["kernel_cache"] == {"folders": folders, "bytes": 3_000_000, "kernels": 2}
+    assert gpu["kernel_cache"] == {"folder": str(tmp_path), "bytes": 3_000_000, "kernels": 2}
     version = compiler_version()
     assert gpu["nvrtc"] == (version and ".".join(map(str, version)))
     assert "9.0 (Hopper" in gpu["capabilities"]

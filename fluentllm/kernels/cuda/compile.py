@@ -1,4 +1,4 @@
-"""From a `.cu` file here to machine code: NVRTC, once for each set of options, kept in the cache folder.
+"""From a `.cu` file here to machine code: NVRTC, once for each set of options, kept in Triton's cache folder.
 
 No GPU is needed, so tests compile every kernel on any machine.
 """
@@ -12,7 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from ...hub.cache import kernel_folder
+from triton import knobs
 
 HOPPER = "sm_90a"
 _FLAGS = ("--std=c++20",)
@@ -39,7 +39,7 @@ def compiled(name: str, options: tuple[tuple[str, str | int], ...] = (), archite
     headers = _headers(source, {})
     flags = [*_FLAGS, f"--gpu-architecture={architecture}", *(f"-D{macro}={value}" for macro, value in options)]
     text = "\0".join([repr(compiler_version()), *flags, source, *headers.values()])
-    kept = kernel_folder() / "cuda" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
+    kept = Path(knobs.cache.dir) / "cuda" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
     if kept.is_file():
         return kept.read_bytes()
     code = _compile(name, source, headers, flags)

@@ -1,0 +1,139 @@
+"""The floor of a decode step: the bytes that it must read, at the rate at which this device copies.
+
+Weights are counted as they lie in the loaded model, whatever they are packed to: all of them once, of experts the expected
+number of distinct ones with weights, of embeddings (n-gram tables too) the rows of the batch's tokens. A head that is tied to
+the embedding is a matrix like another. Of the KV cache what the lengths say. Activations and sampling cost nothing here.
+
+On a CPU a step may be faster than that: a copy does not fit into its caches, and makes it read what is then overwritten, so
+that reading alone is quicker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..core.kv.formats import token_bytes
+from ..kernels.weights import TwoWeights
+from ..layers.embedding import Embedding
+from ..layers.module import Module
+from ..layers.moe import SparseMoE
+from ..layers.ngram import NgramEmbedding
+from .costs import copy_rate, distinct_experts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..core.engine import Engine
+    from ..core.executor import Programs
+    from ..core.types import ModelInfo
+    from ..kernels.moe import Routing
+    from ..kernels.weights import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """Of one engine, without drafts: what a step with them must read depends on who drafts, and on how many of them."""
+
+    model: Module
+    info: ModelInfo
+    bytes_s: float
+    """That a copy reads and writes on the engine's device, measured."""
+
+    @classmethod
+    def of(cls, engine: Engine) -> Floor | None:
+        """None with drafts, and for models that are not made of our layers, of whose weights nothing is known. The copy runs on
+        the thread that launches steps, between two of them: on a CPU another's pool of workers would slow steps down."""
+        model = _model(engine.executor.programs)
+        if engine.info.speculative is not None or model is None:
+            return None
+        rate = engine.executor.call(partial(copy_rate, engine.executor.device)).result()
+        return cls(model, engine.info, rate)
+
+    def seconds(self, batch: int, length: float) -> float:
+        """Of a step of `batch` sequences with `length` tokens each, the step's own included."""
+        kv = self.info.spec.kv
+        cache = batch * length * kv.layers * token_bytes(kv, self.info.kv_dtype)
+        return (weight_bytes(self.model, batch) + cache) / self.bytes_s
+
+
+def routing_of(programs: Programs) -> Routing | None:
+    """How the model's layers with experts choose; None: it has none, or is not made of our layers."""
+    model = _model(programs)
+    blocks = model.modules() if model is not None else ()
+    return next((block.routing for block in blocks if isinstance(block, SparseMoE)), None)
+
+
+def weight_bytes(model: Module, tokens: int) -> float:
+    """Bytes of weights that a pass of `tokens` tokens must read, each with logits; draft layers are left out."""
+    total = 0.0
+    shares: dict[int, tuple[float, float]] = {}
+    """Of experts by their identity."""
+    for module in _without_drafts(model):
+        if isinstance(module, Embedding):
+            total += tokens * module.table[0].nbytes
+        elif isinstance(module, NgramEmbedding):
+            gathered = tokens * len(module.starts) * module.tables[0].nbytes
+            total += _held(module, tokens) - module.tables.nbytes + gathered
+        elif id(module) in shares:
+            share, rows = shares[id(module)]
+            total += share * _held(module, rows)
+        else:
+            total += _held(module, tokens)
+        if isinstance(module, SparseMoE):
+            # Parents come first.
+            shares[id(module.experts)] = _share(module.routing, tokens)
+    return total
+
+
+def _share(routing: Routing, tokens: int) -> tuple[float, float]:
+    """→ the share of the experts with weights that somebody chooses, and how many tokens each of them has on average."""
+    distinct = distinct_experts(routing, tokens)
+    pairs = tokens * (routing.top_k * routing.experts / routing.total + routing.shared)
+    return distinct / (routing.experts + routing.shared), pairs / distinct
+
+
+def _model(programs: Programs) -> Module | None:
+    model = getattr(programs, "model", None)
+    return model if isinstance(model, Module) else None
+
+
+def _without_drafts(model: Module) -> Iterator[Module]:
+    """Parents first."""
+    draft = getattr(model, "mtp", None)
+    if not isinstance(draft, Module):
+        return model.modules()
+    # It may have taken the target's embedding and head for its own.
+    shared = {id(module) for module in (getattr(model, name, None) for name in ("embedding", "head"))}
+    drafting = {id(module) for module in draft.modules()} - shared
+    return (module for module in model.modules() if id(module) not in drafting)
+
+
+def _held(module: Module, rows: float) -> float:
+    """Bytes of its own tensors and packed matrices, each once though both may be kept of one; what `rows` rows use."""
+    values = list({id(item): item for value in vars(module).values() for item in _items(value)}.values())
+    matrices = [value for value in values if hasattr(value, "product")]
+    packed = {_place(part) for matrix in matrices for part in vars(matrix).values() if isinstance(part, torch.Tensor)}
+    loose = (value for value in values if isinstance(value, torch.Tensor) and _place(value) not in packed)
+    return sum(_matrix(matrix, rows) for matrix in matrices) + sum(tensor.nbytes for tensor in loose)
+
+
+def _items(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    yield from value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _place(tensor: torch.Tensor) -> int:
+    """The same for views of one memory; unlike an address it also tells tensors on the device "meta" apart."""
+    place: int = tensor.untyped_storage()._cdata
+    return place
+
+
+def _matrix(weight: Weight, rows: float) -> int:
+    if isinstance(weight, TwoWeights) and weight.many is not None and rows > weight.border:
+        return weight.many.nbytes
+    return weight.few.nbytes if isinstance(weight, TwoWeights) else weight.nbytes
