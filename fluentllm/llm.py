@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .frontend.generation import Completion
+from .frontend.messages import chat_of
 from .frontend.sampling import SamplingOptions, check_options
 
 Prompt = str | list[int]
@@ -89,8 +90,9 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any] | None,
     ) -> list[Completion]:
-        encode = self._local.generation.encode_chat
-        tokens = [await encode(messages, tools=tools, variables=variables) for messages in conversations]
+        generation = self._local.generation
+        chats = [chat_of(messages, generation.template) for messages in conversations]
+        tokens = [await generation.encode_chat(chat, tools=tools, variables=variables) for chat in chats]
         return await self._complete(tokens, options)
 
     async def _complete(self, prompts: list[list[int]], options: SamplingOptions) -> list[Completion]:

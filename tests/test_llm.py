@@ -91,6 +91,19 @@ def test_a_chat_takes_tools_and_variables(folder: Path, tmp_path: Path) -> None:
         assert answer.tokens == chatty.generate("weather glad: hi", GREEDY)[0].tokens
 
 
+def test_a_chats_messages_are_those_of_the_api(folder: Path, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}")
+    with LLM(str(folder), settings={**SETTINGS, "model.chat_template": str(template)}) as chatty:
+        [whole] = chatty.chat([{"role": "user", "content": "hi"}], GREEDY)
+        [in_parts] = chatty.chat([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], GREEDY)
+        assert whole.tokens == in_parts.tokens == chatty.generate("user: hi", GREEDY)[0].tokens
+        with pytest.raises(InvalidRequest, match="bob"):
+            chatty.chat([{"role": "bob", "content": "hi"}], GREEDY)
+        with pytest.raises(InvalidRequest, match="max_tokens is 0"):
+            chatty.generate("hi", SamplingOptions(max_tokens=0))
+
+
 def test_a_file_of_settings_names_the_model(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "llm.yaml"
     file.write_text(f"model: {{name: {folder}, load_format: dummy}}\nengine: {{device: cpu, threads: 1}}\n")

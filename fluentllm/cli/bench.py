@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ConfigError
-from . import bench_step, options
+from . import bench_step, options, output
 from .server import root
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from ..local import LocalEngine
 
 bench = typer.Typer(help="Measure latency, throughput, or a running server.", no_args_is_help=True)
-
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +31,7 @@ def latency(
     ctx: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 128,
     steps: Annotated[int, typer.Option(min=1, help="New tokens that are timed.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="How often, after a warm-up; medians count.")] = 3,
-    json: Json = None,
+    json: output.FiguresFile = None,
     config: options.Config = None,
     sets: options.Sets = None,
     device: options.Device = None,
@@ -63,7 +61,7 @@ def throughput(
     output_len: Annotated[str, typer.Option(help="New tokens: N, or A:B for uniform.")] = "100:1024",
     seed: Annotated[int, typer.Option(help="Of lengths and prompts.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="How often; the last counts, when all is compiled and captured.")] = 1,
-    json: Json = None,
+    json: output.FiguresFile = None,
     config: options.Config = None,
     sets: options.Sets = None,
     device: options.Device = None,
@@ -100,7 +98,7 @@ def serve(
     ttft_goal: Annotated[float, typer.Option(min=0, help="A good request's first token comes within this many ms.")] = 2000.0,
     tpot_goal: Annotated[float, typer.Option(min=0, help="And its tokens within this many ms each.")] = 200.0,
     api_key: options.ServerKey = None,
-    json: Json = None,
+    json: output.FiguresFile = None,
     config: options.Config = None,
     sets: options.Sets = None,
 ) -> None:

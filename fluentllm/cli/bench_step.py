@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import options
-
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+from . import options, output
 
 
 def register(bench: typer.Typer) -> None:
@@ -21,7 +18,7 @@ def step(
     batch: Annotated[int, typer.Option(min=1, help="Sequences that decode.")] = 32,
     ctx: Annotated[int, typer.Option(min=1, help="Prompt tokens of each.")] = 1024,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are looked at.")] = 16,
-    json: Json = None,
+    json: output.FiguresFile = None,
     config: options.Config = None,
     sets: options.Sets = None,
     device: options.Device = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -11,6 +12,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)]
+
+
+def _in_a_folder(path: Path | None) -> Path | None:
+    """Asked before anything is measured."""
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}")
+    return path
+
+
+FiguresFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", callback=_in_a_folder)]
 
 
 def print_json(value: Any) -> None:

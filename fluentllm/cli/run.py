@@ -19,7 +19,7 @@ def run(
     A killed run loses nothing: the same command goes on after the last result that was written.
     """
     from ..jobs.job import load_job
-    from ..jobs.output import OutputFile, fingerprint
+    from ..jobs.output import OutputFile, count_failed, fingerprint
     from ..jobs.run import count_lines, run_job
     from ..local import LocalEngine
 
@@ -33,7 +33,9 @@ def run(
             with LocalEngine(settings, lambda line: typer.echo(line, err=True)) as local, Progress(total, output.done) as bar:
                 queue = settings.scheduler.max_waiting
                 local.call(run_job(job, output, local.generation, bar.advance, queue=queue))
-        typer.echo(f"{output.done} results in {job.output}", err=True)
+        failed = count_failed(Path(job.output))
+        errors = f", {failed} of them errors" if failed else ""
+        typer.echo(f"{output.done} results in {job.output}{errors}", err=True)
 
 
 class Progress:

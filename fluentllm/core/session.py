@@ -119,7 +119,10 @@ class Session:
             known = ", ".join(sorted(self._engine.calls)) or "none"
             return ControlReply(id=call.id, error=f"No plugin of the engine offers the call {call.name!r}; there are: {known}.")
         try:
-            return ControlReply(id=call.id, data=function(self._engine, call.data))
+            data = function(self._engine, call.data)
+            if not isinstance(data, bytes):
+                raise TypeError(f"it returned {type(data).__name__}, not bytes")
+            return ControlReply(id=call.id, data=data)
         except Exception as error:
             log.exception("the call %r of a plugin failed", call.name)
             return ControlReply(id=call.id, error=f"The call {call.name!r} raised {type(error).__name__}: {error}.")

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
 
 from ..core.errors import BodyTooLarge, BodyTooSlow, FluentError
+from ..core.plugins.routes import specific_first
 from .responses import DIRECT_SEND, ClientLeft, error_response, fluent_error_response
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ OPEN_PATHS = frozenset({"/health", "/live"})
 
 def create_app(services: Services, routes: Iterable[Route]) -> ASGIApp:
     """`routes` as `PluginManager.routes()` gives them."""
-    given = list(routes)
+    given = specific_first(routes)
     starlette = Starlette(
         routes=[StarletteRoute(r.path, _counted(r, services), methods=list(r.methods), name=r.path) for r in given],
         exception_handlers={
@@ -62,7 +63,10 @@ def _counted(route: Route, services: Services) -> Callable[[Request], Awaitable[
     async def counted(request: Request) -> Any:
         started = time.monotonic()
         try:
-            return await endpoint(request)
+            answer = await endpoint(request)
+            if not callable(answer):
+                raise TypeError(f"{route.source} answered {route.path} with {type(answer).__name__}, which is no response")
+            return answer
         except (FluentError, HTTPException, ClientLeft):
             raise
         except ClientDisconnect:  # while the body was read

@@ -96,9 +96,17 @@ def check_options(options: SamplingOptions) -> SamplingOptions:
             if isinstance(number, float) and not math.isfinite(number):
                 raise InvalidRequest(f"{name} is {value}.", fix="Use a finite number.", param=name)
     try:
-        return msgspec.convert(msgspec.structs.asdict(options), type(options))
+        checked = msgspec.convert(msgspec.structs.asdict(options), type(options))
     except msgspec.ValidationError as error:
         raise InvalidRequest(str(error)) from None
+    return check_answer(checked)
+
+
+def check_answer(options: SamplingOptions) -> SamplingOptions:
+    """Of who wants answers and scores no prompts: no tokens are none. Raises `InvalidRequest`."""
+    if options.max_tokens == 0:
+        raise InvalidRequest("max_tokens is 0.", fix="Ask for at least one token.", param="max_tokens")
+    return options
 
 
 def context_limit(info: ModelInfo) -> tuple[int, str]:

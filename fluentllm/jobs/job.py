@@ -18,7 +18,7 @@ from msgspec import Meta, Struct, field
 from ..core.config.sources import ConfigFile
 from ..core.config.tree import nearest
 from ..core.errors import ConfigError, InvalidRequest
-from ..frontend.sampling import SamplingOptions
+from ..frontend.sampling import SamplingOptions, check_answer
 
 
 class Job(Struct, kw_only=True):
@@ -101,11 +101,12 @@ def parse_line(text: bytes, defaults: SamplingOptions) -> tuple[Line, SamplingOp
         own = {key: content.pop(key) for key in list(content) if key in SamplingOptions.__struct_fields__}
         unknown = sorted(content.keys() - set(Line.__struct_fields__))
         if unknown:
-            raise InvalidRequest(f"Unknown field {unknown[0]!r}.", fix=f"Use {', '.join(Line.__struct_fields__)} or sampling.")
+            known = ", ".join(Line.__struct_fields__)
+            raise InvalidRequest(f"Unknown field {unknown[0]!r}.", fix=f"Use {known} or an option of sampling.")
         line = msgspec.convert(content, Line)
         options = msgspec.convert({**msgspec.to_builtins(defaults), **own}, SamplingOptions)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
         raise InvalidRequest(f"Not a line of a job: {error}.", fix="Write one JSON object a line.") from None
     if (line.prompt is None) == (line.messages is None):
         raise InvalidRequest("A line needs either prompt or messages.", fix="Give exactly one of them.")
-    return line, options
+    return line, check_answer(options)

@@ -18,6 +18,12 @@ from ..core.settings import Settings
 from .job import Job, Result
 
 
+def count_failed(path: Path) -> int:
+    """Results that are errors."""
+    with path.open("rb") as file:
+        return sum(msgspec.json.decode(line, type=Result).error is not None for line in file)
+
+
 class OutputFile:
     """`with OutputFile(path, fingerprint(job, settings)) as out: out.done, out.put(result)`. Holds a lock: one at a time."""
 

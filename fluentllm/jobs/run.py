@@ -12,6 +12,7 @@ from msgspec import structs
 
 from ..core.errors import ConfigError, EngineDied, EngineUnavailable, FluentError
 from ..frontend.generation import Generation
+from ..frontend.messages import chat_of
 from ..frontend.sampling import SamplingOptions
 from .job import Choice, Job, Line, Result, parse_line
 from .output import OutputFile
@@ -112,7 +113,7 @@ async def _generate(index: int, line: Line, options: SamplingOptions, generation
 
 async def _prompt(line: Line, generation: Generation) -> list[int]:
     if line.messages is not None:
-        return await generation.encode_chat(line.messages)
+        return await generation.encode_chat(chat_of(line.messages, generation.template))
     if isinstance(line.prompt, str):
         return await generation.encode(line.prompt)
     assert line.prompt is not None

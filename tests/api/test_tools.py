@@ -112,6 +112,18 @@ async def test_every_format(name: str, step: int, tmp_path: Path) -> None:
         assert f"get_weather {PARIS}" in prompt_of(api)
 
 
+async def test_a_call_that_a_stop_string_cuts_is_none_that_could_be_made(hermes: Api) -> None:
+    says(hermes, ANSWERS["hermes"])
+    choice = await both_ways(hermes, tools=TOOLS, stop="Paris")
+    assert choice["finish_reason"] == "stop"
+    [call] = choice["message"]["tool_calls"]
+    assert "Paris" not in call["function"]["arguments"]
+    sent_back = {**choice["message"], "role": "assistant", "tool_calls": [{**call, "id": "call_1", "type": "function"}]}
+    says(hermes, "Once more.")
+    choice = await both_ways(hermes, messages=[*HI, sent_back, {"role": "tool", "tool_call_id": "call_1", "content": "?"}])
+    assert choice["message"]["content"] == "Once more."
+
+
 async def test_arguments_are_streamed_while_they_are_written(hermes: Api) -> None:
     says(hermes, TWO)
     events = await hermes.events(CHAT, messages=HI, tools=TOOLS)

@@ -9,6 +9,7 @@ import typer
 from fluentllm.core.errors import PluginError
 from fluentllm.core.hookspecs import hookimpl
 from fluentllm.core.plugins import PluginManager
+from fluentllm.core.plugins.routes import specific_first
 
 
 class Routes:
@@ -62,6 +63,32 @@ def test_a_builtins_route_cannot_be_taken():
 def test_routes_that_cannot_be_served_are_refused(plugin, what):
     with pytest.raises(PluginError, match=what):
         load_frontend(acme=plugin)
+
+
+@pytest.mark.parametrize("path", ["/a/{x:foo}", "/a/{x}/{x}", "/a/{}", "/a/{x", "/a/x}", "/a/{1}"])
+def test_paths_that_the_front_end_could_not_take_are_refused(path):
+    with pytest.raises(PluginError, match=r"Write \{name\}"):
+        load_frontend(acme=Routes(path))
+
+
+def test_an_endpoint_must_be_async():
+    routes = Routes("/a")
+    routes.answer = lambda request: None
+    with pytest.raises(PluginError, match="async def"):
+        load_frontend(acme=routes)
+
+    class Endpoint:
+        async def __call__(self, request): ...
+
+    routes.answer = Endpoint()
+    assert "/a" in [route.path for route in load_frontend(acme=routes).routes()]
+
+
+def test_what_takes_any_path_takes_what_is_left():
+    routes = load_frontend(acme=Routes("/{page:path}", "/v1/{page:path}", "/v1/models/{model}/card")).routes()
+    order = [route.path for route in specific_first(routes)]
+    assert order.index("/health") < order.index("/v1/models/{model}/card") < order.index("/v1/models/{model:path}")
+    assert order[-2:] == ["/v1/{page:path}", "/{page:path}"]
 
 
 def test_a_plugin_that_breaks_off_serves_no_route():

@@ -128,6 +128,13 @@ def test_a_failing_import_of_a_third_party_is_contained_and_reported(make_distri
     assert plugins.ledger.stats["broken", "import"].failures == 1
 
 
+def test_a_plugin_that_wants_to_exit_is_left_out(make_distribution, caplog):
+    make_distribution("acme", {"leaving": "acme_l:plugin [engine]"}, acme_l="import sys\nsys.exit(3)")
+    plugins = PluginManager.load({"engine"}, allow=["leaving"])
+    assert plugins.info("leaving").state == "failed"
+    assert "plugin 'leaving' (acme 1.2) is left out: importing acme_l:plugin raised SystemExit: 3" in caplog.text
+
+
 def test_a_failing_builtin_stops_the_start(make_distribution):
     """The distribution calls itself fluentllm and hides the real one, as a broken installation would."""
     make_distribution("fluentllm", {"bad": "acme_l:plugin [engine]"}, acme_l="1 / 0")

@@ -14,7 +14,18 @@ from fluentllm.core.hookspecs import hookimpl
 from fluentllm.core.plugins import PluginManager
 from fluentllm.core.protocols import RequestEvent
 from fluentllm.core.session import Session
-from fluentllm.core.types import Abort, Generate, KVEvent, Request, SamplingParams, StepPlan, StepResult
+from fluentllm.core.types import (
+    Abort,
+    ControlCall,
+    ControlReply,
+    FromEngine,
+    Generate,
+    KVEvent,
+    Request,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+)
 
 from .harness import Harness, Running
 
@@ -158,6 +169,19 @@ async def test_the_reason_of_an_early_end_is_what_the_front_end_says(tiny: Harne
     ends = {event.id: event.details["reason"] for event in witness.requests if event.kind == "finished"}
     assert ends["read to a stop string"] == "stop"
     assert ends["its reader left"] == "abort"
+
+
+@pytest.mark.parametrize("answer", ["text", None, object()])
+async def test_a_plugins_call_that_answers_with_no_bytes_is_an_error_of_its_own(tiny: Harness, answer: Any) -> None:
+    async with tiny.engine() as running:
+        running.engine.calls = {"acme": lambda engine, data: answer, "good": lambda engine, data: data}  # type: ignore[misc]
+        replies: list[FromEngine] = []
+        session = Session(running.engine, replies.append)
+        session.received(ControlCall(id=1, method="plugin", name="acme"))
+        session.received(ControlCall(id=2, method="plugin", name="good", data=b"x"))
+        bad, good = (reply for reply in replies if isinstance(reply, ControlReply))
+        assert bad.error == f"The call 'acme' raised TypeError: it returned {type(answer).__name__}, not bytes."
+        assert (good.error, good.data) == (None, b"x")
 
 
 async def test_what_cannot_run_is_refused(tiny: Harness) -> None:

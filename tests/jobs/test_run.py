@@ -16,7 +16,8 @@ import yaml
 from engine.harness import write_tiny_llama
 
 from fluentllm.core import config
-from fluentllm.core.errors import ConfigError
+from fluentllm.core.errors import ConfigError, InvalidRequest
+from fluentllm.frontend.sampling import SamplingOptions
 from fluentllm.jobs.job import load_job, parse_line
 from fluentllm.jobs.output import OutputFile, fingerprint
 
@@ -57,6 +58,10 @@ def test_results_come_in_order_and_a_bad_line_has_its_error(tmp_path: Path) -> N
         {"prompt": "x", "tools": []},
         {"messages": [{"role": "user", "content": "hi"}], "temperature": 0},
         {"prompt": "user: hi", "temperature": 0},
+        {"messages": [{"role": "user", "content": 5}]},
+        {"messages": [{"role": "bob", "content": "hi"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "temperature": 0},
+        {"prompt": "none", "max_tokens": 0},
     ]
     template = tmp_path / "chat.jinja"
     template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}")
@@ -68,7 +73,7 @@ def test_results_come_in_order_and_a_bad_line_has_its_error(tmp_path: Path) -> N
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     found = results(job)
-    assert [r["index"] for r in found] == list(range(8))
+    assert [r["index"] for r in found] == list(range(12))
     assert found[0]["id"] == "first"
     assert found[0]["usage"]["completion_tokens"] <= 30
     assert "exactly one" in found[2]["error"]
@@ -76,6 +81,17 @@ def test_results_come_in_order_and_a_bad_line_has_its_error(tmp_path: Path) -> N
     assert "temperature" in found[4]["error"]
     assert "tools" in found[5]["error"]
     assert found[6]["choices"] == found[7]["choices"], "a chat is its rendered template"
+    assert "content" in found[8]["error"]
+    assert "bob" in found[9]["error"]
+    assert found[10]["choices"] == found[6]["choices"], "in parts"
+    assert "max_tokens is 0" in found[11]["error"]
+    assert "12 results in" in errors
+    assert "6 of them errors" in errors
+
+
+def test_a_line_of_nothing_but_brackets_is_no_line() -> None:
+    with pytest.raises(InvalidRequest, match="Not a line"):
+        parse_line(b"[" * 100_000, SamplingOptions())
 
 
 def test_a_killed_run_goes_on_and_loses_nothing(tmp_path: Path) -> None:

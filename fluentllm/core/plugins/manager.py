@@ -173,7 +173,7 @@ class PluginManager:
                 log.warning("%s: %s", info, info.problem)
                 return
             info.plugin = self.ledger.call(info.name, "import", info.entry.load)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._leave_out(info, f"importing {info.value} raised", error)
             return
         info.import_seconds = time.monotonic() - started
@@ -193,7 +193,7 @@ class PluginManager:
         self._hooks.register(info.plugin, name=info.name)
         info.state = "loaded"
 
-    def _leave_out(self, info: PluginInfo, what: str, error: Exception) -> None:
+    def _leave_out(self, info: PluginInfo, what: str, error: BaseException) -> None:
         """A built-in plugin that fails is a broken installation; another's is that plugin's own affair."""
         if info.builtin and self._strict:
             raise PluginError(
@@ -219,7 +219,7 @@ class PluginManager:
             self.ledger.call(info.name, hook, call)
         except PluginError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             undo(info.name)
             self._leave_out(info, f"{hook} raised", error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PluginError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from .discovery import PluginInfo
 
@@ -54,6 +55,15 @@ class RouteTable:
                 f"{route.source} gives the route {route.path!r} without an endpoint or without methods.",
                 fix='Call register("/path", endpoint, methods=("GET",)).',
             )
+        if not inspect.iscoroutinefunction(route.endpoint) and not inspect.iscoroutinefunction(
+            getattr(route.endpoint, "__call__", None)  # noqa: B004 (an object may be called, and be awaited for its answer)
+        ):
+            raise PluginError(
+                f"{route.source} gives the route {route.path!r} an endpoint that is not async.",
+                fix="Write it as `async def endpoint(request)`.",
+            )
+        if (wrong := _wrong_parameters(route.path)) is not None:
+            raise PluginError(f"{route.source} gives the route {route.path!r}: {wrong}.", fix="Write {name} or {name:path}.")
         for other in self.routes:
             shared = set(route.methods) & set(other.methods)
             if shared and _shape(route.path) == _shape(other.path):
@@ -65,6 +75,31 @@ class RouteTable:
 
     def remove_plugin(self, plugin: str) -> None:
         self.routes[:] = [route for route in self.routes if route.plugin != plugin]
+
+
+CONVERTERS = ("str", "path", "int", "float", "uuid")
+"""Of Starlette, of parameters in a path."""
+
+
+def _wrong_parameters(path: str) -> str | None:
+    """What the front end could not make a route of."""
+    names = []
+    for parameter in re.findall(r"\{([^{}]*)\}", path):
+        name, _, kind = parameter.partition(":")
+        if not name.isidentifier():
+            return f"{{{parameter}}} has no name"
+        if kind and kind not in CONVERTERS:
+            return f"{kind!r} is none of {', '.join(CONVERTERS)}"
+        if name in names:
+            return f"the name {name!r} occurs twice"
+        names.append(name)
+    return "its braces do not fit together" if re.search(r"[{}]", re.sub(r"\{[^{}]*\}", "", path)) else None
+
+
+def specific_first(routes: Iterable[Route]) -> list[Route]:
+    """So that a path with parameters, such as a plugin's `/{page:path}`, takes what no other route takes: those without come
+    first, then those whose fixed beginning is longer."""
+    return sorted(routes, key=lambda route: ("{" in route.path, ":path}" in route.path, -len(route.path.partition("{")[0])))
 
 
 def _shape(path: str) -> str:

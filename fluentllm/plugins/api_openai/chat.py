@@ -12,13 +12,13 @@ from fluentllm.core.errors import InvalidRequest
 from fluentllm.frontend.generation import Usage, new_id
 from fluentllm.frontend.responses import Events, EventStream, json_response, unless_left
 
+from ...frontend.messages import to_template
 from .answers import AnswerMessage, ChatChoice, ChatChunk, ChatCompletion
 from .bodies import check_model, read
 from .chunks import chat_splicer, usage_body
 from .common import check_common, services_of, wants_usage
 from .handoff import handoff_of, transfer_params
 from .logprobs import chat_logprobs
-from .messages import to_template
 from .openapi import documented
 from .parts import PROMPT_END, PartsWriter, Reader, message_of
 from .schema import ChatRequest

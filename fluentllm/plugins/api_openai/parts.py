@@ -32,6 +32,8 @@ class Reader:
         """How many have begun."""
         self._most = None if parallel else 1
         self._left_out = False
+        self._open = False
+        """Has a call begun that has not ended?"""
 
     def read(self, text: str, *, final: bool) -> list[Piece]:
         pieces = self.parser.feed(text)
@@ -43,10 +45,14 @@ class Reader:
         if piece.kind == "call":
             self._left_out = self._most is not None and self.calls >= self._most
             self.calls += not self._left_out
+            self._open = True
+        elif piece.kind == "end":
+            self._open = False
         return not (self._left_out and piece.kind in ("call", "arguments", "end"))
 
     def reason(self, reason: FinishReason) -> ChatFinishReason:
-        return "tool_calls" if self.calls and reason == "stop" else reason
+        """A call that a stop string cut is none that could be made."""
+        return "tool_calls" if self.calls and reason == "stop" and not self._open else reason
 
 
 def message_of(text: str, reader: Reader) -> AnswerMessage:

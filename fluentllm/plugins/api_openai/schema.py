@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 from fluentllm.core.types import MAX_LOGPROBS
 from fluentllm.frontend.sampling import SamplingOptions
 
+from ...frontend.messages import Message
 from .handoff import DisaggregatedParams, Hosts, KVTransferParams, Port, Ports, Room, Rooms
 from .structured import Choices, JsonSchema, ResponseFormat, StructuredOutputs
 from .tool_schema import ToolChoice, Tools
@@ -57,38 +58,6 @@ TEXT_ONLY_PARTS = {"image_url", "input_audio", "file"}
 class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
     include_usage: Annotated[bool, Meta(description="Send a last chunk with the token counts.")] | None = None
     include_obfuscation: Annotated[bool, Meta(description="Only false: chunks are not padded.")] | None = None
-
-
-class TextPart(Struct, kw_only=True, forbid_unknown_fields=True):
-    text: str
-    type: Literal["text"]
-
-
-class FunctionCall(Struct, kw_only=True, forbid_unknown_fields=True):
-    name: str
-    arguments: Annotated[str, Meta(description="A JSON object, as text.")]
-
-
-class ToolCall(Struct, kw_only=True, forbid_unknown_fields=True):
-    id: str
-    function: FunctionCall
-    type: Literal["function"] = "function"
-
-
-class Message(Struct, kw_only=True, forbid_unknown_fields=True):
-    """One turn. What a role may hold is checked by the chat template of the model."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: Annotated[str, Meta(description="Of the speaker, if the model's template prints names.")] | None = None
-    tool_calls: Annotated[list[ToolCall], Meta(description="An assistant's earlier calls.")] | None = None
-    tool_call_id: Annotated[str, Meta(description="The call that a tool message answers.")] | None = None
-    reasoning_content: Annotated[str, Meta(description="An assistant's; most templates leave it out.")] | None = None
-    # What an answer of the API holds, so that it can be sent back as it came.
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
 
 
 TemplateVariables = Annotated[

@@ -8,10 +8,10 @@ from fluentllm import __version__
 from fluentllm.core.errors import FluentError, InvalidRequest
 from fluentllm.frontend.responses import json_response
 
+from ...frontend.messages import to_template
 from .answers import Detokenized, Health, Live, ModelCard, ModelList, PluginReport, Startup, Tokenized, Version
 from .bodies import check_model, read
 from .common import services_of
-from .messages import to_template
 from .openapi import documented
 from .schema import DetokenizeRequest, TokenizeRequest
 from .tools import check_tools, template_tools

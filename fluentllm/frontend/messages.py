@@ -3,18 +3,61 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta, Struct
 
-from fluentllm.core.errors import InvalidRequest
+from ..core.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from fluentllm.frontend.templates import ChatTemplate
+    from .templates import ChatTemplate
 
-    from .schema import Message, ToolCall
+
+class TextPart(Struct, kw_only=True, forbid_unknown_fields=True):
+    text: str
+    type: Literal["text"]
+
+
+class FunctionCall(Struct, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    arguments: Annotated[str, Meta(description="A JSON object, as text.")]
+
+
+class ToolCall(Struct, kw_only=True, forbid_unknown_fields=True):
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
+class Message(Struct, kw_only=True, forbid_unknown_fields=True):
+    """One turn. What a role may hold is checked by the chat template of the model."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: Annotated[str, Meta(description="Of the speaker, if the model's template prints names.")] | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(description="An assistant's earlier calls.")] | None = None
+    tool_call_id: Annotated[str, Meta(description="The call that a tool message answers.")] | None = None
+    reasoning_content: Annotated[str, Meta(description="An assistant's; most templates leave it out.")] | None = None
+    # What an answer of the API holds, so that it can be sent back as it came.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
+
+
+def chat_of(messages: Sequence[Mapping[str, Any]], template: ChatTemplate | None) -> list[dict[str, Any]]:
+    """As `to_template`, of messages as they are written. Raises `InvalidRequest` for what is no message, too."""
+    if not messages:
+        raise InvalidRequest("There are no messages.", fix="Send at least one.", param="messages")
+    try:
+        return to_template(msgspec.convert(list(messages), list[Message]), template)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at ")
+        where = "messages" + place.strip("`").removeprefix("$")
+        raise InvalidRequest(f"{where}: {reason}.", fix="Write them as OpenAI's chat API takes them.", param=where) from None
 
 
 def to_template(messages: Sequence[Message], template: ChatTemplate | None) -> list[dict[str, Any]]:
@@ -47,15 +90,17 @@ def _convert(message: Message, where: str, template: ChatTemplate | None) -> dic
                 fix="Leave them out.",
                 param=f"{where}.tool_calls",
             )
-        result["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)]
+        result["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     if message.tool_call_id is not None:
         if message.role != "tool":
             raise InvalidRequest(
                 f"{where} is a {message.role}'s and has a tool_call_id.", fix="Only a tool answers a call.", param=where
             )
         result["tool_call_id"] = message.tool_call_id
-    if message.name is not None:
-        if template is not None and not template.knows_names:
+    # Which tool it was is said by the call that it answers.
+    shown = template is None or template.knows_names
+    if message.name is not None and (shown or message.role != "tool"):
+        if not shown:
             raise InvalidRequest(
                 f"{where} has a name, but this model's chat template prints none.",
                 fix="Put the name into the content.",
@@ -84,12 +129,12 @@ def _content(message: Message) -> str | None:
     return "\n".join(part.text for part in message.content)
 
 
-def _tool_call(call: ToolCall, where: str) -> dict[str, Any]:
-    """Templates want the arguments as an object, OpenAI sends it as text."""
+def _tool_call(call: ToolCall) -> dict[str, Any]:
+    """Templates want the arguments as an object, OpenAI sends it as text; what a model wrote need not be one, as when it was
+    cut."""
+    arguments: dict[str, Any] | str
     try:
         arguments = Arguments(msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any]))
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidRequest(
-            f"{where}.function.arguments is not a JSON object: {error}.", fix="Send it as the model wrote it.", param=where
-        ) from None
+    except (msgspec.DecodeError, RecursionError):
+        arguments = call.function.arguments
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
