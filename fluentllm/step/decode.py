@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -119,7 +118,9 @@ def draft(batch: Batch, hidden: Tensor, slots: Tensor, count: int, target: Targe
     """Let the proposer see the pass, and leave its drafts in the slots that got tokens. One that fails is dropped: what the
     target computes needs no drafts."""
     if target.proposer is not None:
-        propose(partial(target.proposer.draft, batch, hidden), slots, count, batch.features, target)
+        proposer = target.proposer
+        # Its method is looked up inside too, where what is wrong with a proposer is caught.
+        propose(lambda *wanted: proposer.draft(batch, hidden, *wanted), slots, count, batch.features, target)
 
 
 def propose(
