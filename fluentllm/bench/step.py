@@ -75,9 +75,13 @@ def measure(local: LocalEngine, batch: int, context: int, steps: int) -> dict[st
     device = torch.device(local.engine.info.device)
     on_gpu = device.type == "cuda"
     looks = 2 if on_gpu else 1
-    # Tokens: a step gives each sequence one and up to all that were drafted; a few steps more run before a look ends.
-    budget = (WARM_STEPS + looks * (steps + WARM_STEPS) + 40) * _rows(local.engine.info)
-    _check_fits(local, batch, context + budget)
+    # Tokens: a step gives each sequence one and up to all that were drafted; a few steps more run before a look ends. A
+    # sequence whose drafts are luckier than others' gets further than they do, so each may write as much as there is room for.
+    info = local.engine.info
+    least = context + (WARM_STEPS + looks * (steps + WARM_STEPS) + 40) * _rows(info)
+    _check_fits(local, batch, least)
+    room = min(info.max_model_len, info.kv_tokens // info.page_size // batch * info.page_size)
+    budget = max(least, room) - context
     served, eager, length = local.call(_run(local, batch, context, steps, budget, on_gpu))
     rates = ceilings(device)
     return _table(served, eager or served, rates, {"batch": batch, "ctx": context, "mean_kv_length": length, "on_gpu": on_gpu})

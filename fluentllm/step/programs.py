@@ -30,6 +30,7 @@ from .left_drafts import LeftDrafts, with_drafts
 from .logprobs import Logprobs, keep_top
 from .padded_prefill import PaddedPrefill
 from .prefill import prefill, prefill_batch
+from .result_ring import Published, ResultRing
 from .resume import resume
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,9 @@ class StepPrograms:
         """Launch each kernel by itself though graphs could be had, for who looks at them one by one."""
         self._proposer_name = proposer_name
         self._graphs: Graphs[Any] | None = Graphs() if graphs else None
+        self._ring = None
+        if tables.device.type == "cuda":
+            self._ring = ResultRing(tables.slots, tables.max_drafts + 1, tables.vocab_size, tables.padding_slot, tables.device)
         self._padded_prefill = self._padding_prefill(attention)
         self._slots: dict[int, Tensor] = {}
         """Bucket → its static input."""
@@ -136,7 +140,7 @@ class StepPrograms:
         slots = self._static_slots([self.tables.padding_slot] * bucket)
         key = bucket, drafting.verify, drafting.draft, features
         if not self._graphs.ready(key):
-            self._graphs.run(key, lambda: decode(slots, drafting, features, self))
+            self._graphs.run(key, lambda: self._decoded(slots, drafting, features))
         return self._graphs.ready(key)
 
     def _told(self, plan: StepPlan) -> list[int]:
@@ -162,12 +166,21 @@ class StepPrograms:
             if drafting.verify and slots.device.type == "cpu" and not self.tables.drafted[slots].any():
                 # Here the host may look: rows for drafts that nobody has would be computed for nothing.
                 drafting, self.verified = structs.replace(drafting, verify=0), 0
-            committed, logprobs = decode(slots, drafting, features, self)
+            committed, logprobs = self._decoded(slots, drafting, features)
         else:
             slots = self._static_slots(plan.decode)
             key = slots.shape[0], drafting.verify, drafting.draft, features
-            committed, logprobs = self._graphs.run(key, lambda: decode(slots, drafting, features, self))
-        return _DecodePending(plan.decode, _fetch(committed), _fetch(logprobs) if logprobs is not None else None)
+            committed, logprobs = self._graphs.run(key, lambda: self._decoded(slots, drafting, features))
+        if self._ring is None:
+            return _DecodePending(plan.decode, committed, logprobs)
+        return _PublishedPending(plan.decode, self._ring.taken(_tensors(committed, logprobs)))
+
+    def _decoded(self, slots: Tensor, drafting: Drafting, features: int) -> tuple[Committed, Logprobs | None]:
+        """The decode program, with its results on their way to the host."""
+        committed, logprobs = decode(slots, drafting, features, self)
+        if self._ring is not None:
+            self._ring.publish(_tensors(committed, logprobs), slots)
+        return committed, logprobs
 
     def _static_slots(self, wanted: list[int]) -> Tensor:
         """The bucket's input, holding `wanted` and the inert padding slot. Steps mostly run the same slots as the one before:
@@ -188,12 +201,28 @@ def _fetch(result: Result) -> Result:
     return type(result)(*(to_host(getattr(result, field.name)) for field in fields(result)))
 
 
+def _tensors(committed: Committed, logprobs: Logprobs | None) -> list[Tensor]:
+    """What a step brings to the host, in the order of `_PublishedPending`."""
+    columns = [getattr(logprobs, field.name) for field in fields(Logprobs)] if logprobs is not None else []
+    return [committed.packed, *columns]
+
+
 class _DecodePending:
     def __init__(self, slots: list[int], committed: Committed, logprobs: Logprobs | None) -> None:
         self.slots, self.committed, self.logprobs = slots, committed, logprobs
 
     def read(self, rows: SlotRows) -> list[SlotResult]:
         return _slot_results(self.slots, self.committed, self.logprobs, rows)
+
+
+class _PublishedPending:
+    def __init__(self, slots: list[int], published: Published) -> None:
+        self.slots, self.published = slots, published
+
+    def read(self, rows: SlotRows) -> list[SlotResult]:
+        self.published.check()
+        packed, *columns = self.published.views
+        return _slot_results(self.slots, Committed(packed), Logprobs(*columns) if columns else None, rows)
 
 
 class _PrefillPending:

@@ -35,8 +35,9 @@ def test_a_step_is_one_graph_and_waits_for_nothing(method: str, depth: int, tmp_
     for counted in seen.calls:
         assert counted["cudaGraphLaunch"] == 1, counted
         assert not any(counted[name] for name in SYNCHRONISE), counted
-    copies = {sum(count for name, count in counted.items() if "Memcpy" in name) for counted in seen.calls}
-    assert len(copies) == 1, f"copies differ from step to step: {copies}"
+    # Results too come out of the graph. A page that a sequence comes to is granted by a copy.
+    copied = [sum(count for name, count in counted.items() if "Memcpy" in name) for counted in seen.calls]
+    assert copied.count(0) >= STEPS // 2, copied
 
 
 def test_the_device_is_not_idle_between_steps(tmp_path: Path) -> None:

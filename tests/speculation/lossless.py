@@ -19,7 +19,8 @@ from engine.harness import Harness, Running
 from fluentllm.kernels.prompt_lookup import prompt_lookup_reference
 
 from . import eagle, mtp
-from .watching import Drafted, watched
+from .watching import CLOSE, Drafted, watched
+from .watching_on_device import Record, watched_on_device
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,9 +69,9 @@ Asked = tuple[list[int], dict[str, Any]]
 """A prompt, and its sampling parameters."""
 
 
-def requests(text: list[int] | None = None) -> list[Asked]:
-    """As many as the largest batch. Prompts of 25 … 33 tokens, the first 24 shared by all; half of them greedy, half sampled.
-    Their pieces are random tokens, or pieces of a text."""
+def requests(text: list[int] | None = None, page: int = PAGE) -> list[Asked]:
+    """As many as the largest batch. Prompts of three pages and 4 … 9 tokens, the pages shared by all; half of them greedy, half
+    sampled. Their pieces are random tokens, or pieces of a text."""
     rng = random.Random(11)
 
     def piece(length: int) -> list[int]:
@@ -79,7 +80,7 @@ def requests(text: list[int] | None = None) -> list[Asked]:
         start = rng.randrange(len(text) - length)
         return text[start : start + length]
 
-    shared = piece(8) * 3
+    shared = piece(8) * (3 * page // 8)
     made = []
     for number in range(max(BATCHES)):
         own = piece(rng.randint(1, 6))
@@ -116,9 +117,11 @@ class Lookup:
 class Subject:
     """A proposer on a model: the answers without speculation, and what the reference says, each worked out once."""
 
-    def __init__(self, method: str, model: Harness, reference: Any, work: list[Asked] | None = None) -> None:
-        """`work`: what is asked, of a large batch; of random tokens if None."""
-        self.method, self.model, self.reference = method, model, reference
+    def __init__(
+        self, method: str, model: Harness, reference: Any, work: list[Asked] | None = None, close: float = CLOSE
+    ) -> None:
+        """`work`: what is asked, of a large batch; of random tokens if None. `close`: see `Drafted.check`."""
+        self.method, self.model, self.reference, self.close = method, model, reference, close
         self.work = requests() if work is None else work
         self.vocab = model.loaded.model.spec.vocab_size
         self.answers = asyncio.run(self._off())
@@ -138,7 +141,7 @@ class Subject:
         key = (tuple(drafted.history), drafted.seed if drafted.temperature else None)
         known, only = self._known.get(key, ([], 0))
         if drafted.drafts != known[: len(drafted.drafts)]:
-            only = drafted.check(self.reference)
+            only = drafted.check(self.reference, self.close)
             self._known[key] = drafted.drafts, only
         return min(only, len(drafted.drafts))
 
@@ -273,3 +276,54 @@ async def check(subject: Subject, cell: Cell, strategy: str) -> None:
         assert accepted >= tokens * cell.k // (cell.k + 1) - cell.batch
     if subject.method != "pld" and strategy in ("own", "wrong"):
         assert compared > 0.7 * (tokens - accepted) * cell.k
+
+
+async def check_captured(subject: Subject, cell: Cell, **settings: Any) -> int:
+    """One cell with every strategy, in one engine whose programs may be captured → drafts that were compared."""
+    device = torch.device(subject.model.overrides["engine.device"])
+    record = Record(cell.k, subject.texts, subject.vocab, device)
+    work, answers = subject.work[: cell.batch], subject.answers[: cell.batch]
+    tokens = sum(len(answer) - 1 for answer in answers)
+    all_compared = preempted = 0
+    plugins = watched_on_device(subject.method, record)
+    async with subject.model.engine(plugins=plugins, **{**settings_of(cell), **settings}) as running:
+        page = running.engine.info.page_size
+        for number, strategy in enumerate(STRATEGIES):
+            doctor = Strategy(strategy, cell.k, subject.texts, subject.vocab)
+            running.engine.executor.call(lambda number=number: record.begin(number)).result()
+            if cell.situation == "prefix hit":
+                await running.tokens(work[0][0], max_tokens=1, seed=0)
+            ids = [running.submit(prompt, **params) for prompt, params in work]
+            urgent = Urgent(running, ids) if cell.situation == "preempted" else None
+            outputs = [await running.outputs(i) for i in ids]
+            for other in urgent.ids if urgent is not None else []:
+                await running.outputs(other)
+            while running.engine.has_work:
+                await asyncio.sleep(0.002)
+            entries = running.engine.executor.call(record.entries).result()
+            stats = running.engine.stats()
+            assert stats.speculative is not None
+            assert stats.speculative.error is None
+            assert bool(stats.preemptions - preempted) == (cell.situation == "preempted")
+            preempted = stats.preemptions
+            compared = 0
+            for entry in entries:
+                history = subject.texts[entry.number][: entry.length]
+                doctor.given[tuple(history)] = entry.given
+                params = work[entry.number][1]
+                compared += subject.check(Drafted(history, entry.own, params["seed"], params["temperature"]))
+            accepted = 0
+            for (prompt, _), answer, found in zip(work, answers, outputs, strict=True):
+                assert [token for output in found for token in output.tokens] == answer
+                accepted += doctor.check(prompt, answer, found)
+                if cell.situation == "prefix hit":
+                    assert found[0].cached_tokens >= 3 * page
+                elif cell.situation == "plain":
+                    assert found[0].cached_tokens == 0
+            if strategy == "wrong":
+                assert accepted == 0
+            elif strategy == "right":
+                assert accepted >= tokens * cell.k // (cell.k + 1) - cell.batch
+            running.engine.clear_cache()
+            all_compared += compared
+    return all_compared

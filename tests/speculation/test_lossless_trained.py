@@ -53,23 +53,32 @@ def text_of(name: str) -> list[int]:
     return load_tokenizer(resolve(name).path).encode(source)[:600]
 
 
-def subject(name: str) -> Subject:
-    target, method = name.split(": ")
+def harness(target: str, method: str, **settings: Any) -> Harness:
     try:
-        model = Harness(target, **SETTINGS, **{"speculative.method": method, "speculative.max_k": 5})
+        return Harness(target, **{**SETTINGS, "speculative.method": method, "speculative.max_k": 5, **settings})
     except FluentError as error:
         pytest.skip(f"{target} is not here: {error}")
-    network, work = model.loaded.model, requests(text_of(target))
+
+
+def reference(target: str, method: str, model: Harness) -> Any:
+    """What must be drafted for a model in float32 on the CPU."""
+    network = model.loaded.model
     if method == "pld":
-        return Subject(method, model, Lookup(network.spec.vocab_size), work)
+        return Lookup(network.spec.vocab_size)
     if method == "mtp":
-        return Subject(method, model, mtp.Reference(network), work)
+        return mtp.Reference(network)
     folder = DEFAULTS[target].drafts[method]
     weights: dict[str, Tensor] = {}
     for file in folder.glob("*.safetensors"):
         weights |= {key: value.float() if value.is_floating_point() else value for key, value in load_file(file).items()}
     config = json.loads((folder / "config.json").read_text())
-    return Subject(method, model, eagle.Reference(network, "eagle3", weights, config), work)
+    return eagle.Reference(network, "eagle3", weights, config)
+
+
+def subject(name: str) -> Subject:
+    target, method = name.split(": ")
+    model = harness(target, method)
+    return Subject(method, model, reference(target, method, model), requests(text_of(target)))
 
 
 @pytest.fixture

@@ -104,8 +104,9 @@ class Drafted:
     def __init__(self, history: list[int], drafts: list[int], seed: int, temperature: float) -> None:
         self.history, self.drafts, self.seed, self.temperature = history, drafts, seed, temperature
 
-    def check(self, reference: Reference) -> int:
-        """How many of the drafts were the only choice; all must be a choice within rounding."""
+    def check(self, reference: Reference, close: float = CLOSE) -> int:
+        """How many of the drafts were the only choice; all must be a choice within rounding, which moves scores by less than
+        `close`."""
         if not self.drafts:
             return 0
         scores = reference.scores(self.history, self.drafts)
@@ -115,8 +116,8 @@ class Drafted:
             scores = scores / self.temperature + noise
         chosen = scores.gather(1, torch.tensor(self.drafts).unsqueeze(1))
         best, second = scores.topk(2, dim=1).values.unbind(1)
-        assert (best - chosen.squeeze(1) < CLOSE).all(), (len(self.history), self.drafts, scores.argmax(1).tolist())
-        return int((best - second > 2 * CLOSE).sum())
+        assert (best - chosen.squeeze(1) < close).all(), (len(self.history), self.drafts, scores.argmax(1).tolist())
+        return int((best - second > 2 * close).sum())
 
 
 class Watched:

@@ -34,6 +34,8 @@ def takes(rows: int) -> bool:
 
 def decode_by_clusters(
     plan: DecodePlan,
+    heads: int,
+    rows: int,
     q_latent: Tensor,
     q_rope: Tensor,
     q_scale: Tensor,
@@ -48,9 +50,8 @@ def decode_by_clusters(
     following: bool,
 ) -> None:
     """As `decode.MlaDecode.fp8` without what comes behind it: outputs of whole sequences to `out`, of others' pieces to
-    `partial` and `lse`. early: set up while the kernel in front runs; following: let the next one be, too."""
-    heads = q_latent.shape[2]
-    rows = q_latent.shape[1] * heads
+    `partial` and `lse`. rows: of a sequence, query length times heads. early: set up while the kernel in front runs; following:
+    let the next one be, too."""
     groups = -(-rows // ROW_TILE)
     launch(
         mla_decode_cluster, (plan.parts * groups,), Boxes(q_latent.view(-1, LATENT), (ROW_TILE, PANEL)),

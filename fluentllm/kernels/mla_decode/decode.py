@@ -108,15 +108,16 @@ class MlaDecode:
         out: Tensor,
         up_v: Tensor | None = None,
     ) -> Tensor:
-        """q_latent E4M3 [N, q, H, 512], q_rope BF16 [N, q, H, 64] and q_scale float32 [N, q, H], as `quantise_query` makes
-        them, contiguous; page_table int32 [N, P] → out [N, q, H, 512], BF16 or float32, contiguous. With up_v [H, Dv, 512],
-        contiguous and of out's dtype: out times up_v, [N · q, H, Dv]; out then holds whatever was needed on the way."""
+        """q_latent E4M3 [N, q, H, 512], q_rope BF16 [N, q, H, 64] and q_scale float32 [N, q, H], contiguous, or [N · q, …] as
+        `quantise_query` makes them; page_table int32 [N, P] → out [N, q, H, 512], BF16 or float32, contiguous. With up_v
+        [H, Dv, 512], contiguous and of out's dtype: out times up_v, [N · q, H, Dv]; out then holds whatever was needed on the
+        way."""
         together = self._together(up_v, out, page_table)
         shape = self._options(together=together)
         if switches.CLUSTERS and not together and takes(self.rows):
             decode_by_clusters(
-                self.plan, q_latent, q_rope, q_scale, cache, page_table, scale, out, self.partial, self.lse,
-                early=shape["EARLY"], following=shape["PDL"],
+                self.plan, self.heads, self.rows, q_latent, q_rope, q_scale, cache, page_table, scale, out, self.partial,
+                self.lse, early=shape["EARLY"], following=shape["PDL"],
             )  # fmt: skip
             return self._finish(out, up_v, page_table, together=together)
         where, rest = self._where(out, page_table, scale, together=together), self._fp8_descriptors(cache)

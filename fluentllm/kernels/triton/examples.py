@@ -43,6 +43,7 @@ from .norm import add_rms_norm, draft_input, rms_norm
 from .normed import NormAfter
 from .prefill_rows import prefill_rows
 from .prompt_lookup import prompt_lookup
+from .publish import publish
 from .qkv_product import QkvProduct, from_product_fits
 from .streamed_weight import StreamedFp8Weight
 
@@ -192,6 +193,8 @@ def step() -> None:
         for counts, equal in ((None, None), (_ints(33, 128256), None), (None, _empty(32, rows - 1, dtype=torch.bool))):
             commit_tokens(tokens, tokens[:, 1:], slots, *columns, finished, _ints(33, 8), history, counts, equal)
     leave_drafts(_longs(32, 3), _longs(32), slots, ints[:, 0], ints[:, 7], history, 128256)
+    publish(_ints(8, 8000), _longs(1), _ints(320), slots, 32, 2, last=True)
+    publish(_ints(8, 8000), _longs(1), _ints(5120), slots, 32, 322, last=False)
     for rows, width in ((1, 2048), (4, 3072)):
         passed, table, states = _longs(32 * rows), _ints(32, 128), _empty(32 * rows, width)
         shift_rows(passed, passed, _ints(32), table, slots, rows, ints[:, 0], history, 64, states, _empty(1000, width))

@@ -12,8 +12,10 @@ from fluentllm.core.types import Feature
 from fluentllm.kernels.prompt_lookup import prompt_lookup as plain_lookup
 from fluentllm.kernels.triton.commit import commit_tokens, decode_rows, leave_drafts
 from fluentllm.kernels.triton.prompt_lookup import prompt_lookup
+from fluentllm.kernels.triton.publish import publish
 from fluentllm.step.commit import commit_reference as commit, leave_drafts_reference as plain_leave
 from fluentllm.step.decode import decode_batch_reference as decode_batch
+from fluentllm.step.result_ring import publish_reference
 
 VOCAB = 12
 
@@ -109,3 +111,18 @@ def test_lookup(width: int, vocab: int, device: torch.device, rng: torch.Generat
     drafts, valid = prompt_lookup(history.to(device), slots.to(device), ints.to(device)[:, 0], 5, 2, 4)
     assert torch.equal(valid.cpu(), expected[1])
     assert torch.equal(drafts.cpu(), expected[0])
+
+
+@pytest.mark.parametrize("count", [0, 2, 5, 3000])
+def test_results_take_the_rows_of_the_ring_in_turn(count: int, device: torch.device, rng: torch.Generator) -> None:
+    """A step for nobody leaves its row to the next one."""
+    rings = [torch.full((3, 10000), -1, dtype=torch.int32, device=d) for d in (device, "cpu")]
+    turns = [torch.tensor([5], device=d) for d in (device, "cpu")]
+    for slots in ([1, 7], [7, 7], [2, 3], [0, 7]):
+        for offset, words, last in ((3100, 2 * count, False), (2, count, True)):
+            wanted = torch.randint(-(2**31), 2**31 - 1, (words,), generator=rng, dtype=torch.int64).int()
+            for put, ring, turn in zip((publish, publish_reference), rings, turns, strict=True):
+                put(ring, turn, wanted.to(ring.device), torch.tensor(slots, device=ring.device), 7, offset, last=last)
+        assert torch.equal(rings[0].cpu(), rings[1])
+        assert turns[0].item() == turns[1].item()
+    assert turns[1].item() == 8
