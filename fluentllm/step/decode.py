@@ -126,29 +126,34 @@ def draft(batch: Batch, hidden: Tensor, slots: Tensor, count: int, target: Targe
 def propose(
     call: Callable[[Tensor, int], tuple[Tensor, Tensor]], slots: Tensor, count: int, features: int, target: Target
 ) -> None:
-    """Leave the drafts of `call(slots, count)` in the slots, up to what grammars forbid; drop a proposer that fails."""
+    """Leave the drafts of `call(slots, count)` in the slots, up to what grammars forbid; drop a proposer that fails, even by an
+    exit: nothing of it may end a step. No cancellation reaches the threads that steps are launched on, so one that is raised
+    here is the proposer's too."""
     try:
         drafts, valid = call(slots, count)
         wrong = wrong_drafts(drafts, valid, slots, count)
-    except Exception as error:
+        if wrong is None and count:
+            if features & Feature.GRAMMAR:
+                valid = allowed_drafts(drafts, valid, slots, target.tables)
+            leave_drafts(drafts, valid, slots, target.tables)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         log.debug("the proposer failed", exc_info=True)
         wrong = f"it raised {type(error).__name__}: {error}"
     if wrong is not None:
         target.drop_proposer(wrong)
-    elif count:
-        if features & Feature.GRAMMAR:
-            valid = allowed_drafts(drafts, valid, slots, target.tables)
-        leave_drafts(drafts, valid, slots, target.tables)
 
 
 def wrong_drafts(drafts: Tensor, valid: Tensor, slots: Tensor, count: int) -> str | None:
-    """What is wrong with the shapes and types of a proposer's answer. Reads nothing from the device."""
+    """What is wrong with the shapes, types and layouts of a proposer's answer. Reads nothing from the device."""
     for name, tensor, shape in (("drafts", drafts, (slots.shape[0], count)), ("valid", valid, (slots.shape[0],))):
         if not isinstance(tensor, Tensor):
             return f"it returned {type(tensor).__name__} as {name}, not a tensor"
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.int64 or tensor.device != slots.device:
-            found = f"{name} {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            return f"it returned {found}; expected {list(shape)} torch.int64 on {slots.device}"
+        right = tuple(tensor.shape) == shape and tensor.dtype == torch.int64 and tensor.device == slots.device
+        if not right or tensor.layout != torch.strided:
+            found = f"{name} {list(tensor.shape)} {tensor.dtype} on {tensor.device}, {tensor.layout}"
+            return f"it returned {found}; expected {list(shape)} torch.int64 on {slots.device}, {torch.strided}"
     return None
 
 

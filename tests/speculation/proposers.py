@@ -8,9 +8,7 @@ from fluentllm.core.hookspecs import hookimpl
 from fluentllm.core.plugins import PluginManager
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from fluentllm.core.protocols import Proposer, ProposerContext, Register
+    from fluentllm.core.protocols import ProposerContext, Register
 
 Draft = Any
 """(batch, hidden, slots, count) → (drafts, valid), as `Proposer.draft`; with the slot tables first."""
@@ -24,16 +22,29 @@ class Proposing:
         return self._draft(self._context.tables, *args)
 
 
-class Plugin:
-    def __init__(self, draft: Draft) -> None:
-        self._draft = draft
+class Offering:
+    """Registers any factory as the proposer `test`."""
+
+    def __init__(self, factory: Any) -> None:
+        self._factory = factory
 
     @hookimpl
     def fluent_proposers(self, register: Register) -> None:
-        make: Callable[[ProposerContext], Proposer] = lambda context: Proposing(context, self._draft)  # noqa: E731
-        register("test", make)
+        register("test", self._factory)
+
+
+class Plugin(Offering):
+    """Registers the proposer `test`, which drafts so."""
+
+    def __init__(self, draft: Draft) -> None:
+        super().__init__(lambda context: Proposing(context, draft))
 
 
 def plugins_with(draft: Draft) -> PluginManager:
-    """A plugin manager with the proposer `test` of the plugin `testing`."""
+    """With the proposer `test` of the plugin `testing`, which drafts so."""
     return PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects={"testing": Plugin(draft)})
+
+
+def plugins_offering(factory: Any) -> PluginManager:
+    """With the proposer `test` of the plugin `testing`, which this factory makes."""
+    return PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects={"testing": Offering(factory)})

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
+import sys
 from typing import Any
 
 import pytest
 import torch
 from engine.harness import Harness
 
-from .proposers import Draft, plugins_with
+from .proposers import Draft, Proposing, plugins_offering, plugins_with
 
 
 def prompts() -> list[list[int]]:
@@ -36,12 +38,45 @@ def raises(slots: torch.Tensor, count: int) -> Any:
     raise ValueError("no head for this")
 
 
+def exits(slots: torch.Tensor, count: int) -> Any:
+    sys.exit(3)
+
+
+def cancels(slots: torch.Tensor, count: int) -> Any:
+    raise asyncio.CancelledError
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.int64)
+
+
+def behaving_badly(slots: torch.Tensor, count: int) -> Any:
+    """Looks like what is wanted, and is of no use: the type is fine, the operations are not."""
+
+    class Odd(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", "") == "clamp":
+                raise RuntimeError("no such operation")
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    return zeros(len(slots), count).as_subclass(Odd), zeros(len(slots))
+
+
 WRONG = {
     "raises": (raises, "it raised ValueError: no head for this"),
-    "too_few": (lambda s, k: (torch.zeros(len(s), k + 1, dtype=torch.int64), torch.zeros(len(s), dtype=torch.int64)), "drafts"),
-    "valid_shape": (lambda s, k: (torch.zeros(len(s), k, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)), "valid"),
-    "floats": (lambda s, k: (torch.zeros(len(s), k), torch.zeros(len(s), dtype=torch.int64)), "torch.float32"),
-    "a_list": (lambda s, k: ([0] * len(s), torch.zeros(len(s), dtype=torch.int64)), "returned list as drafts, not a tensor"),
+    "exits": (exits, "it raised SystemExit: 3"),
+    "cancels": (cancels, "it raised CancelledError"),
+    "too_few": (lambda s, k: (zeros(len(s), k + 1), zeros(len(s))), "drafts"),
+    "valid_shape": (lambda s, k: (zeros(len(s), k), zeros(2, 2)), "valid"),
+    "floats": (lambda s, k: (torch.zeros(len(s), k), zeros(len(s))), "torch.float32"),
+    "nan": (lambda s, k: (torch.full((len(s), k), torch.nan), zeros(len(s))), "torch.float32"),
+    "int32": (lambda s, k: (zeros(len(s), k).int(), zeros(len(s))), "torch.int32"),
+    "sparse": (lambda s, k: (zeros(len(s), k).to_sparse(), zeros(len(s))), "torch.sparse_coo"),
+    "sparse_valid": (lambda s, k: (zeros(len(s), k), zeros(len(s)).to_sparse()), "torch.sparse_coo"),
+    "elsewhere": (lambda s, k: (zeros(len(s), k).to("meta"), zeros(len(s))), "on meta"),
+    "badly": (behaving_badly, "it raised RuntimeError: no such operation"),
+    "a_list": (lambda s, k: ([0] * len(s), zeros(len(s))), "returned list as drafts, not a tensor"),
     "nothing": (lambda s, k: None, "it raised TypeError"),
 }
 
@@ -74,10 +109,36 @@ async def test_a_failing_proposer_is_off(tiny: Harness, kind: str, after: int, c
     assert said in errors[0]
 
 
+async def test_a_proposer_whose_method_is_gone_is_off(tiny: Harness, caplog: pytest.LogCaptureFixture) -> None:
+    """It had one at the start."""
+
+    class Leaving(Proposing):
+        @property
+        def draft(self) -> Any:
+            batches.append(1)
+            if len(batches) > 4:
+                raise AttributeError("no draft any more")
+            return super().draft
+
+    batches: list[int] = []
+    plugins = plugins_offering(lambda context: Leaving(context, failing(raises, after=100)))
+    async with tiny.engine(**{"speculative.method": "none"}) as running:
+        expected = await running.tokens(prompts()[0], max_tokens=12, ignore_eos=True)
+    with caplog.at_level(logging.ERROR):
+        async with tiny.engine(plugins=plugins, **{"speculative.method": "test"}) as running:
+            assert await running.tokens(prompts()[0], max_tokens=12, ignore_eos=True) == expected
+            speculative = running.engine.stats().speculative
+    assert speculative is not None
+    assert speculative.error == "proposer 'test' of plugin 'testing': it raised AttributeError: no draft any more"
+    assert speculative.drafted[0] > 0
+    assert "proposer 'test' of plugin 'testing' is switched off: it raised AttributeError" in caplog.text
+
+
+@pytest.mark.parametrize("valid", [99, -1, 2**40])
 @pytest.mark.parametrize("token", [-7, 160, 2**40])
-async def test_ids_outside_the_vocabulary_are_wrong_drafts(tiny: Harness, token: int) -> None:
+async def test_ids_outside_the_vocabulary_are_wrong_drafts(tiny: Harness, token: int, valid: int) -> None:
     def draft(tables: Any, batch: Any, hidden: Any, slots: torch.Tensor, count: int) -> Any:
-        return torch.full((len(slots), count), token), torch.full((len(slots),), 99)
+        return torch.full((len(slots), count), token), torch.full((len(slots),), valid)
 
     async with tiny.engine(**{"speculative.method": "none"}) as running:
         expected = await running.tokens(prompts()[0], max_tokens=12, ignore_eos=True)
@@ -85,5 +146,5 @@ async def test_ids_outside_the_vocabulary_are_wrong_drafts(tiny: Harness, token:
         assert await running.tokens(prompts()[0], max_tokens=12, ignore_eos=True) == expected
         speculative = running.engine.stats().speculative
         assert speculative is not None
-        assert speculative.drafted[0] > 0
+        assert (speculative.drafted[0] > 0) == (valid > 0)
         assert speculative.error is None
