@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,22 +10,15 @@ from ..core.draft_length import DraftLength
 from ..core.draft_watchdog import AcceptanceWatch
 from ..core.errors import CheckpointError, ConfigError
 from ..core.kv.formats import SETTINGS as KV_FORMATS
-from ..core.protocols import DraftMemory, DraftTarget
 from ..core.types import Drafting, SpeculativeInfo
 from ..hub.cache import cache_folder
 from ..kernels import load_library
 from ..step.synthetic import share_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from ..core.plugins import PluginManager
-    from ..core.plugins.registry import Entry
     from ..core.settings import Settings
     from ..core.types import ModelSpec
     from ..kernels.native.library import Library
-
-log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KV_DTYPES = {name: getattr(torch, kept) for name, kept in KV_FORMATS.items()}
@@ -74,18 +66,6 @@ def draftings(lengths: DraftLength | None) -> list[Drafting]:
     if lengths.fixed is not None:
         return [Drafting(lengths.fixed, lengths.fixed)]
     return [Drafting(), Drafting(0, 1, True), *(Drafting(k, k) for k in range(1, lengths.max_k + 1))]
-
-
-def check_speculation(settings: Settings, spec: ModelSpec, plugins: PluginManager, target: DraftTarget) -> None:
-    """Before anything is loaded. Raises `ConfigError` for what cannot work with this model."""
-    drafts = draft_length(settings)
-    synthetic_share(settings, drafts.max_k if drafts is not None else 0)
-    wanted = settings.speculative
-    if wanted.method == "none" and (wanted.k not in ("auto", 0) or wanted.model is not None):
-        idle = f"speculative.model {wanted.model!r}" if wanted.model is not None else f"speculative.k {wanted.k}"
-        log.warning("%s has no effect: speculative.method is none, so nothing drafts; --speculative chooses", idle)
-    if drafts is not None:
-        draft_memory(plugins.registry("proposers").require(settings.speculative.method, spec), target)
 
 
 def synthetic_share(settings: Settings, max_drafts: int) -> float | None:
@@ -164,8 +144,3 @@ def architecture_of(config: Any) -> str:
 def is_fp8(config: Any) -> bool:
     """Are the checkpoint's matrices FP8? In which blocks is the reader's business."""
     return (config.get("quantization_config") or {}).get("quant_method") == "fp8"
-
-
-def draft_memory(entry: Entry | None, target: DraftTarget) -> DraftMemory:
-    ask: Callable[[DraftTarget], DraftMemory] | None = getattr(entry.factory, "memory", None) if entry is not None else None
-    return ask(target) if ask is not None else DraftMemory()

@@ -19,7 +19,7 @@ from ..core.handoff import HandoffContext, Handoffs
 from ..core.kv.cache import KVCache
 from ..core.prefill_budget import PrefillBudget
 from ..core.preparation import Preparation
-from ..core.protocols import DraftTarget, GrammarContext, SchedulerContext
+from ..core.protocols import DraftMemory, DraftTarget, GrammarContext, SchedulerContext
 from ..core.timeline import Timeline
 from ..core.transport import TransportSpec
 from ..core.types import ModelInfo
@@ -32,13 +32,13 @@ from .choices import (
     DEFAULT_SLOTS,
     DEFAULT_STEP_RATIO,
     draft_length,
-    draft_memory,
     draftings,
     max_model_len,
     name_of,
     speculative_info,
 )
 from .loading import LoadedModel, load_draft_model, load_model
+from .proposers import choose_proposer
 from .step import Parts, PartsMaker, Sizes
 
 if TYPE_CHECKING:
@@ -101,12 +101,13 @@ def assemble(
 
     drafts = draft_length(settings, eager=device.type == "cpu")
     max_drafts = drafts.max_k if drafts is not None else 0
-    entry = plugins.registry("proposers").require(settings.speculative.method, spec) if drafts is not None else None
-    draft_model = load_draft_model(entry, settings, loaded, plugins)
-    own = draft_memory(entry, DraftTarget(settings, spec, loaded.dtype.itemsize))
+    proposer, draft_model, draft_bytes, own = choose_proposer(settings, spec, plugins), None, 0, DraftMemory()
+    if proposer is not None:
+        draft_model, draft_bytes = load_draft_model(proposer, settings, loaded, plugins)
+        own = proposer.memory(DraftTarget(settings, spec, loaded.dtype.itemsize))
     grammars = _grammars(settings, loaded, plugins)
     sizes = Sizes(slots, longest, max_drafts, grammars.states, token_masks=grammars.offered)
-    maker = PartsMaker(settings, loaded, plugins, sizes, entry, own, draft_model)
+    maker = PartsMaker(settings, loaded, plugins, sizes, proposer, own, draft_model)
 
     if device.type == "cuda":
         expanded = spec.kv.kind == "mla"
@@ -137,7 +138,7 @@ def assemble(
             param="scheduler.policy",
         )
     memory = {
-        "weights": loaded.weight_bytes + (draft_model.nbytes() if draft_model is not None else 0),
+        "weights": loaded.weight_bytes + draft_bytes,
         "kv_pool": maker.page_bytes * (pages + 1),
         "slots": parts.tables.nbytes(),
     }
@@ -183,7 +184,7 @@ def _handoffs(
     chosen = settings.disaggregation
     if chosen.role == "both":
         return None
-    spec, proposer, draft_pool = TransportSpec(device=loaded.device.type), parts.programs.proposer, parts.draft_pool
+    spec, draft_pool = TransportSpec(device=loaded.device.type), parts.draft_pool
     # A layer of the proposer's own pool, whose pages have the same numbers, is something more that it keeps for each page.
     own_kv = [layer for tensor in memory_of(draft_pool) for layer in tensor] if draft_pool is not None else []
     transport = plugins.registry("kv_transports").require(chosen.transport, spec)
@@ -194,8 +195,8 @@ def _handoffs(
         pool=parts.pool,
         draft_layers=draft_layers,
         make_transport=transport.factory,
-        page_states=(*getattr(proposer, "page_states", ()), *own_kv),
-        speculative=settings.speculative.method if proposer is not None else "none",
+        page_states=(*parts.page_states, *own_kv),
+        speculative=settings.speculative.method if parts.programs.proposer is not None else "none",
     )
     handoffs: Handoffs = plugins.registry("handoffs").get(chosen.method).factory(context)
     return handoffs

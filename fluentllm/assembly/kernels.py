@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.protocols import DraftTarget
+from ..core.protocols import DraftMemory, DraftTarget
 from ..prewarm import META, Prewarm
 from ..rehearsal import Largest
-from .choices import DEFAULT_PREFILL_TOKENS, DEFAULT_SLOTS, draft_length, draft_memory, max_model_len
+from .choices import DEFAULT_PREFILL_TOKENS, DEFAULT_SLOTS, draft_length, max_model_len
 from .known_kernels import mark_of, remember
+from .proposers import choose_proposer
 from .step import PartsMaker, Sizes
 
 if TYPE_CHECKING:
@@ -63,17 +64,18 @@ def launches_of(
     spec, dtype = model.spec, context.dtype
     drafts = draft_length(settings)
     max_drafts = drafts.max_k if drafts is not None else 0
-    entry = plugins.registry("proposers").require(settings.speculative.method, spec) if drafts is not None else None
-    if getattr(entry and entry.factory, "load", None) is not None:
-        entry = None  # its own model is not here; the target verifies as many drafts all the same
+    proposer = choose_proposer(settings, spec, plugins)
+    if proposer is not None and proposer.loads:
+        proposer = None  # its own model is not here; the target verifies as many drafts all the same
     slots = settings.scheduler.max_running or DEFAULT_SLOTS["cuda"]
     largest = Largest(
         settings.scheduler.prefill_tokens or DEFAULT_PREFILL_TOKENS["cuda"], slots, max_model_len(settings, spec), max_drafts
     )
     loaded = LoadedModel(model, context.device, dtype, 0, context.weight_precision, context, path)
-    own = draft_memory(entry, DraftTarget(settings, spec, dtype.itemsize))
+    target = DraftTarget(settings, spec, dtype.itemsize)
+    own = proposer.memory(target) if proposer is not None else DraftMemory()
     sizes = Sizes(slots, largest.context, max_drafts, 0)
-    maker = PartsMaker(settings, loaded, plugins, sizes, entry, own, None, place=META)
+    maker = PartsMaker(settings, loaded, plugins, sizes, proposer, own, None, place=META)
     yield from record(model, lambda: maker.make(1).programs, largest, steps)
 
 

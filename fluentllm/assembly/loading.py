@@ -17,20 +17,21 @@ from ..layers.loading import load_weights
 from ..memory import weights_too_large
 from ..prewarm import Prewarm
 from ..transfer.layout import fingerprint
-from .choices import architecture_of, check_speculation, choose_dtype, choose_library, is_fp8, max_model_len, positions_ahead
+from .choices import architecture_of, choose_dtype, choose_library, is_fp8, max_model_len, positions_ahead
 from .kernels import start_compiling, without_memory
+from .proposers import check_speculation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from ..core.plugins import PluginManager
-    from ..core.plugins.registry import Entry
     from ..core.protocols import Checkpoint, Model, WeightSlot
     from ..core.settings import Settings
     from ..core.types import ModelSpec
     from ..hub import ModelFiles
     from ..kernels.native.library import Library
+    from .proposers import ChosenProposer
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +117,10 @@ def _reader_for(path: Path, plugins: PluginManager) -> Callable[[WeightsContext]
     return supported[0].factory
 
 
-def load_draft_model(entry: Entry | None, settings: Settings, loaded: LoadedModel, plugins: PluginManager) -> Any:
-    """The proposer's own, if it has one."""
-    load: Callable[[DraftContext], Any] | None = getattr(entry.factory, "load", None) if entry is not None else None
-    if load is None:
-        return None
+def load_draft_model(
+    proposer: ChosenProposer, settings: Settings, loaded: LoadedModel, plugins: PluginManager
+) -> tuple[Any, int]:
+    """The proposer's own, None if it has none, and the bytes that it takes."""
 
     def open_checkpoint(path: Path, slots: Iterable[WeightSlot]) -> Checkpoint:
         registry = plugins.registry("weights")
@@ -130,7 +130,7 @@ def load_draft_model(entry: Entry | None, settings: Settings, loaded: LoadedMode
         return checkpoint
 
     with torch.inference_mode():
-        return load(DraftContext(settings, loaded.model, loaded.context, open_checkpoint))
+        return proposer.load(DraftContext(settings, loaded.model, loaded.context, open_checkpoint))
 
 
 def _weight_files(path: Path) -> list[Path]:

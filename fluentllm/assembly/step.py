@@ -19,12 +19,14 @@ from .attention import attention_for, candidates
 from .choices import choose_kv_dtype, choose_page_size, name_of, synthetic_share
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..core.plugins import PluginManager
-    from ..core.plugins.registry import Entry
     from ..core.protocols import AttentionBackend, Proposer
     from ..core.settings import Settings
     from ..core.types import KVSpec
     from .loading import LoadedModel
+    from .proposers import ChosenProposer
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class Parts:
     pool: KVPool
     draft_pool: KVPool | None
     """Of a proposer whose KV has another shape."""
+    page_states: tuple[Tensor, ...] = ()
+    """What the proposer keeps for each page besides its KV."""
 
 
 class PartsMaker:
@@ -58,7 +62,7 @@ class PartsMaker:
         loaded: LoadedModel,
         plugins: PluginManager,
         sizes: Sizes,
-        proposer: Entry | None,
+        proposer: ChosenProposer | None,
         draft_memory: DraftMemory,
         draft_model: Any,
         *,
@@ -116,21 +120,24 @@ class PartsMaker:
             draft_pool = self._pool(self._draft_kv, pages)
             draft_attention = self._attention(draft_spec, draft_pool, or_any=True)
         capturable = all(getattr(backend, "capturable", False) for backend in (attention, draft_attention))
-        entry = self._proposer
+        proposer, states = self._make_proposer(tables, draft_attention, pages)
         programs = StepPrograms(
             loaded.model,
             attention,
             tables,
-            self._make_proposer(tables, draft_attention, pages),
-            proposer_name=f"proposer {entry.name!r} of plugin {entry.plugin!r}" if entry is not None else "",
+            proposer,
+            proposer_name=self._proposer.name if self._proposer is not None else "",
             synthetic=synthetic_share(settings, self._sizes.drafts),
             graphs=self._place.type == "cuda" and settings.engine.cuda_graphs and capturable,
         )
-        return Parts(programs, tables, pool, draft_pool)
+        return Parts(programs, tables, pool, draft_pool, states)
 
-    def _make_proposer(self, tables: SlotTables, attention: AttentionBackend, pages: int) -> Proposer | None:
+    def _make_proposer(
+        self, tables: SlotTables, attention: AttentionBackend, pages: int
+    ) -> tuple[Proposer | None, tuple[Tensor, ...]]:
+        """With its page states."""
         if self._proposer is None:
-            return None
+            return None, ()
         context = ProposerContext(
             self._settings,
             self._loaded.model,
@@ -141,8 +148,8 @@ class PartsMaker:
             name_of(self._loaded.dtype),
             self._draft_model,
         )
-        made: Proposer = self._proposer.factory(context)
-        return made
+        made = self._proposer.make(context)
+        return made, self._proposer.page_states(made, pages)
 
     def _pool(self, kv: KVSpec, pages: int) -> KVPool:
         return KVPool(kv, pages, self.page_size, self.kv_dtype, self._place)

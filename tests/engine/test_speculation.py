@@ -177,7 +177,7 @@ def test_a_k_beyond_the_most_is_refused(exact: Harness) -> None:
 def test_drafts_that_nobody_makes_are_warned_of(
     exact: Harness, caplog: pytest.LogCaptureFixture, given: dict[str, Any], idle: str | None
 ) -> None:
-    from fluentllm.assembly.choices import check_speculation
+    from fluentllm.assembly.proposers import check_speculation
     from fluentllm.core.protocols import DraftTarget
 
     settings, spec = exact.settings(**given), exact.loaded.model.spec

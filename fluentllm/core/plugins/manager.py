@@ -43,7 +43,7 @@ REGISTRIES: dict[str, tuple[str, str | None]] = {
     "weights": ("checkpoint reader", "model.load_format"),
     "schedulers": ("scheduling policy", "scheduler.policy"),
     "attention": ("attention backend", "attention.backend"),
-    "proposers": ("proposer of drafts", None),
+    "proposers": ("proposer of drafts", "speculative.method"),
     "kv_transports": ("KV transport", "disaggregation.transport"),
     "handoffs": ("way to hand requests over", "disaggregation.method"),
     "grammars": ("grammar engine", None),

@@ -77,7 +77,7 @@ class ProposerContext:
 
 class ProposerFactory(Protocol):
     """What `fluent_proposers` registers: a callable. It is asked `supports(model spec)` before anything is loaded. `memory` and
-    `load` may be missing: then it keeps nothing in the pool, and has no weights of its own."""
+    `load` may be missing: then it keeps nothing in the pool, and has no weights of its own; `speculative.model` is refused."""
 
     memory: Callable[[DraftTarget], DraftMemory]
     """What it keeps; asked before anything is loaded, and again. Raises `ConfigError` for settings that cannot work with this
@@ -100,7 +100,7 @@ class Proposer(Protocol):
         date for all rows, and returns drafts [B, count] int64, valid token ids, and how many of each row are worth verifying,
         [B] int64 (with count 0 nobody looks at these). A row at position p of slot s became part of the history if
         p < tables.length[s]; rows of slots that had finished before write to page 0 (`batch.kv_rows`). One that raises, or
-        returns other shapes, is switched off for good.
+        returns other shapes, types or layouts, is switched off for good.
         """
         ...
 
