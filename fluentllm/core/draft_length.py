@@ -317,6 +317,9 @@ class DraftLength:
             self.acceptance.add(kind, rights)
         for kind, rights in looked.items():
             self.acceptance.add(kind, rights, self._looks.place)
+        if not self._looks.place:
+            first = [right for rights in looked.values() for drafts, right in rights if drafts]
+            self.watch.saw(len(first), sum(first))
 
     def _account(self, plan: StepPlan, result: StepResult, tokens: float, of_trial: bool) -> None:
         """The step's time, and what it earned or spent."""

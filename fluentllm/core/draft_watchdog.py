@@ -1,7 +1,8 @@
 """Watches whether drafts are right at all: acceptance that collapses is told, and drafting stops for a while.
 
-The cost model (`draft_length`) stops what does not pay by measured times; this rule holds for a fixed K too. A proposer
-that is right less often than `least` is broken or out of its element: a wrong draft model, a text unlike any before.
+The cost model (`draft_length`) stops what does not pay by measured times; this rule holds for a fixed K too, and for drafts
+that `auto` only looks at. A proposer that is right less often than `least` is broken or out of its element: a wrong draft
+model, a text unlike any before.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class AcceptanceWatch:
         return True
 
     def saw(self, drafted: int, accepted: int) -> None:
-        """First drafts that a step verified, and how many of these were right."""
+        """First drafts that a step verified or looked at, and how many of these were right."""
         if not self.least or self._left:
             return  # what comes in while it pauses was launched before
         self._drafted += drafted

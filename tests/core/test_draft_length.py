@@ -11,6 +11,7 @@ from drafting import Cost, World
 
 from fluentllm.core.buckets import bucket_of
 from fluentllm.core.draft_length import DraftLength
+from fluentllm.core.draft_watchdog import AcceptanceWatch
 from fluentllm.core.types import Drafting, PrefillChunk, SamplingParams, SlotInit, SlotResult, StepPlan, StepResult
 
 
@@ -354,3 +355,29 @@ def test_a_look_outlasts_steps_over_prompts_alone() -> None:
         share = lengths.acceptance._of((False, False)).right[0]
         acceptances.append((share.mean, share.weight))
     assert acceptances[1] == pytest.approx(acceptances[0], rel=0.2)
+
+
+@pytest.mark.parametrize(("draft", "steps"), [(0.0, 700), (0.001, 10_400)])
+def test_drafts_that_are_always_wrong_are_told_though_none_is_verified(draft: float, steps: int) -> None:
+    """What is looked at counts. The pause holds for looks too, and right drafts are found behind it."""
+    watch = AcceptanceWatch(0.02, "proposer 'x'")
+    lengths = DraftLength("auto", 3, watch)
+    seen = world(rows(0.010, 0.001, draft), 1, 0.0).run(lengths, steps)
+    assert set(seen.chosen) == {0}
+    assert watch.collapsed
+    assert watch.collapses == 1
+    looked = seen.looks
+    seen.run(lengths, 200)
+    assert seen.looks == looked
+    seen.acceptance, seen.chosen = 1.0, []
+    seen.run(lengths, 5000)
+    assert not watch.collapsed
+    assert watch.collapses == 1
+    assert seen.chosen[-500:].count(3) > 450
+
+
+def test_drafts_that_are_right_at_times_do_not_collapse() -> None:
+    watch = AcceptanceWatch(0.02)
+    seen = world(rows(0.010, 0.010, 0.0), 1, 0.1).run(DraftLength("auto", 3, watch), 5000)
+    assert seen.looks > 4000
+    assert watch.collapses == 0

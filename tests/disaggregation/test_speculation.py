@@ -148,3 +148,22 @@ async def test_a_draft_model_with_a_pool_of_its_own(tmp_path: Path) -> None:
             assert steps == [(output.tokens, output.drafted, output.accepted) for output in whole]
             assert steps[1][1] == 3
         assert found == drafted
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+async def test_a_proposer_that_cannot_go_on_is_off(longcat: Harness, error: type[BaseException]) -> None:
+    """`resume` fails for the first prompt that is handed over: it and later ones decode without drafts."""
+
+    def fails(*_: Any) -> Any:
+        raise error("not with this prompt")
+
+    async with longcat.engine(**ALONE) as engine:
+        expected = [await engine.tokens(prompt, **PARAMS[0]) for prompt in PROMPTS[3:]]
+    async with pair(longcat) as both:
+        programs: Any = both.decode.engine.executor.programs
+        programs.proposer.resume = fails
+        assert [await both.tokens(prompt, **PARAMS[0]) for prompt in PROMPTS[3:]] == expected
+        speculative = both.decode.engine.stats().speculative
+    assert speculative is not None
+    assert speculative.error == f"proposer 'mtp' of plugin 'spec_mtp': it raised {error.__name__}: not with this prompt"
+    assert sum(speculative.drafted) == 0

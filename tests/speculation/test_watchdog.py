@@ -104,3 +104,22 @@ async def test_a_fixed_k(tiny: Harness, depth: int, monkeypatch: pytest.MonkeyPa
     text_of_log = caplog.text
     assert "acceptance of proposer 'test' has collapsed" in text_of_log
     assert "are accepted again" in text_of_log
+
+
+async def test_auto_with_one_stream(tiny: Harness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Drafts that are always wrong are only looked at: that is told too."""
+    monkeypatch.setattr(draft_watchdog, "ENOUGH", 24)
+
+    def draft(tables: Any, batch: Any, hidden: Any, slots: torch.Tensor, count: int) -> Any:
+        return torch.full((len(slots), count), 2**40), torch.full((len(slots),), count)
+
+    settings = {"speculative.method": "test", "speculative.k": "auto", "model.max_model_len": 512}
+    async with tiny.engine(plugins=plugins_with(draft), **settings) as running:
+        for seed in range(8):
+            await running.tokens([9, 8, 7 + seed], max_tokens=400, ignore_eos=True, temperature=1.0, seed=seed)
+            stats = running.engine.stats().speculative
+            assert stats is not None
+            if stats.collapses:
+                break
+    assert (stats.collapses, stats.collapsed, stats.error) == (1, True, None)
+    assert "acceptance of proposer 'test' has collapsed: 0.0 % of its first drafts are right" in caplog.text
