@@ -35,7 +35,7 @@ class TokenInfo(Struct, gc=False):
 
 
 Verified = dict[tuple[int, int], int]
-"""(drafts verified, drafts accepted) → how many steps."""
+"""(drafts verified, drafts of these that are tokens of the answer) → how many steps."""
 
 
 class Delta(Struct, gc=False):
@@ -117,13 +117,19 @@ class Choice:
         tokens = output.tokens
         self._untold += len(tokens)
         if output.drafted:
-            self._verified(output)
+            self._verified(output, len(tokens))
         return self._push(tokens)
 
-    def _verified(self, output: RequestOutput) -> None:
+    def _verified(self, output: RequestOutput, tokens: int) -> None:
+        """`tokens`: how many of its tokens are part of the answer. Drafts behind them were right for nothing; the last of the
+        tokens counts as the target's own, as where a stop id or the budget cuts."""
         if output.drafted:
-            key = output.drafted, output.accepted
+            key = output.drafted, min(output.accepted, tokens - 1)
             self._drafts[key] = self._drafts.get(key, 0) + 1
+
+    def _take_drafts(self) -> Verified | None:
+        drafts, self._drafts = self._drafts or None, {}
+        return drafts
 
     def take(self, output: RequestOutput) -> Delta:
         """What an engine output means. After a delta with a finish reason there is no more.
@@ -132,8 +138,6 @@ class Choice:
         """
         if output.finish_reason == "abort" or output.finish_reason == "error":  # noqa: PLR1714 - mypy narrows this one
             raise EngineDied("The engine gave the request up.", fix="Send it again.")
-        self._verified(output)
-        drafts, self._drafts = self._drafts or None, {}
         tokens = output.tokens
         reason: Ending | None = output.finish_reason
         cached = 0 if self._started else output.cached_tokens
@@ -149,6 +153,8 @@ class Choice:
                 text += self._detokenizer.flush()
             new_tokens = len(output.tokens) + self._untold
             self._untold = 0
+            self._verified(output, len(output.tokens))
+            drafts = self._take_drafts()
             delta = Delta(self.index, text, tokens, None, reason, stop, new_tokens, cached, output.prompt_logprobs, drafts)
             delta.handoff = output.handoff
             return delta
@@ -172,6 +178,8 @@ class Choice:
                     if self._stops.hit is not None:
                         reason, stop = "stop", self._stops.hit
                     pieces.append(self._stops.flush())
+        self._verified(output, new_tokens)
+        drafts = self._take_drafts()
         text = "".join(pieces)
         self._given += len(text)
         infos = self._ready_infos(reason is not None, cut=isinstance(stop, str)) if self._logprobs else None

@@ -85,7 +85,7 @@ class Completion(Struct, kw_only=True):
 
     @property
     def accepted(self) -> int:
-        """Drafts that became tokens."""
+        """Drafts that became tokens of the answer."""
         return sum(accepted * steps for (_, accepted), steps in self.drafts.items())
 
 

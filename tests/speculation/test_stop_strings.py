@@ -72,3 +72,11 @@ async def test_a_stop_string_inside_a_draft(folder: Path, depth: int) -> None:
         assert one.text == whole.text[: whole.text.index(stop)]
         assert (other.text, other.finish_reason, other.stop) == (one.text, "stop", stop)
     assert sum(completion.accepted for completion in found) > 0
+    cut = 0
+    for completion in found:
+        # The first token comes from the prompt; each verification brings its accepted drafts and one of the target's own.
+        verifications = sum(completion.drafts.values())
+        assert completion.accepted == completion.new_tokens - 1 - verifications
+        assert completion.drafted == 4 * verifications
+        cut += completion.drafted - completion.accepted
+    assert cut > 0, "some stop string ends inside a draft"

@@ -23,7 +23,7 @@ class CompletionTokensDetails(Struct, kw_only=True, omit_defaults=True):
     """Of speculative decoding; absent where it is off."""
 
     accepted_prediction_tokens: int
-    """Drafts that became tokens."""
+    """Drafts that became tokens of the answer; those behind a stop string did not."""
     rejected_prediction_tokens: int
     """Drafts that were verified and did not."""
     proposer: str
