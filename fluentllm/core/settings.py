@@ -142,6 +142,10 @@ class AttentionSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     ] = None
 
 
+MOST_DRAFTS = 7
+"""A step that verifies so many computes eight rows of each sequence, which is what kernels are made for."""
+
+
 class SpeculativeSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     method: Annotated[str, _help("Who drafts, by the name a plugin gave it, such as pld; none turns speculation off.")] = "none"
     model: Annotated[
@@ -149,10 +153,10 @@ class SpeculativeSettings(Struct, kw_only=True, forbid_unknown_fields=True):
         _help("A draft model for methods that need one (eagle): a folder or a Hugging Face id; the default's own if null."),
     ] = None
     k: Annotated[
-        int | Literal["auto"],
-        _help("Drafts a step; auto picks 0 … max_k by measured times and acceptance."),
+        Annotated[int, Meta(ge=0, le=MOST_DRAFTS)] | Literal["auto"],
+        _help("Drafts a step, max_k at most; auto picks 0 … max_k by measured times and acceptance."),
     ] = "auto"
-    max_k: Annotated[int, _help("Most drafts a step.", ge=1, le=7)] = 4
+    max_k: Annotated[int, _help("Most drafts a step.", ge=1, le=MOST_DRAFTS)] = 4
     min_acceptance: Annotated[
         float,
         _help(
@@ -163,6 +167,11 @@ class SpeculativeSettings(Struct, kw_only=True, forbid_unknown_fields=True):
         Annotated[float, Meta(ge=1, le=8)] | None,
         _help("For benchmarks on random weights only: accept drafts at random, this many tokens a step. Answers mean nothing."),
     ] = None
+
+    def __post_init__(self) -> None:
+        if self.k != "auto" and self.k > self.max_k:
+            most = f", or raise max_k (at most {MOST_DRAFTS})" if self.max_k < MOST_DRAFTS else ""
+            raise ValueError(f"k is {self.k}, and max_k {self.max_k}: use auto or 0 … {self.max_k}{most}")
 
 
 class GrammarSettings(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -24,6 +24,12 @@ class Fields:
             raise self._wrong(name, value, "a whole number of 0 or more")
         return value
 
+    def size(self, name: str, default: int | None = None) -> int:
+        value = self.integer(name, default)
+        if not value:
+            raise self._wrong(name, value, "a whole number of 1 or more")
+        return value
+
     def optional_integer(self, name: str) -> int | None:
         return None if self.config.get(name) is None else self.integer(name)
 

@@ -7,6 +7,7 @@ of the papers as Transformers' `modeling_rope_utils` states them.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,6 @@ import torch
 from ..core.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from ..core.protocols import BuildContext
@@ -25,8 +24,15 @@ KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config's rope settings under their present names, from `rope_parameters` (Transformers 5) or `rope_scaling` and
-    `rope_theta` (before). Raises `CheckpointError` for a scaling kind that is not known, by name."""
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    `rope_theta` (before). Raises `CheckpointError` for a scaling kind that is not known, by name, and for a base or a part that
+    rotates which is no positive number."""
+    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    given = config.get(name) or {}
+    if not isinstance(given, Mapping):
+        raise CheckpointError(
+            f"config.json: {name} is {given!r}, not an object.", fix="Take config.json from the model's publisher."
+        )
+    found = dict(given)
     kind = found.pop("type", None)
     found.setdefault("rope_type", kind or "default")
     if found["rope_type"] is None:
@@ -48,6 +54,8 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
         found["original_max_position_embeddings"] = (
             config.get("original_max_position_embeddings") or config["max_position_embeddings"]
         )
+    for key in ("rope_theta", "partial_rotary_factor"):
+        found[key] = _number(found, key)
     return found
 
 
@@ -88,13 +96,13 @@ def _llama3(frequencies: Tensor, rope: Mapping[str, Any]) -> Tensor:
 def _yarn(frequencies: Tensor, rope: Mapping[str, Any], dim: int, max_position: int) -> tuple[Tensor, float]:
     """YaRN, sections 3.2 (ramp between interpolated and kept frequencies) and 3.4 (attention factor)."""
     original = _number(rope, "original_max_position_embeddings")
-    factor = float(rope["factor"]) if rope.get("factor") is not None else max_position / original
+    factor = _number(rope, "factor") if rope.get("factor") is not None else max_position / original
     theta = float(rope["rope_theta"])
 
     def dimension(rotations: float) -> float:
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = dimension(float(rope.get("beta_fast") or 32)), dimension(float(rope.get("beta_slow") or 1))
+    low, high = (dimension(_number(rope, key, default)) for key, default in (("beta_fast", 32), ("beta_slow", 1)))
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -104,19 +112,20 @@ def _yarn(frequencies: Tensor, rope: Mapping[str, Any], dim: int, max_position: 
     mixed = frequencies / factor * (1 - kept) + frequencies * kept
     attention_factor = rope.get("attention_factor")
     if attention_factor is None:
-        mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-        if mscale and all_dim:
-            attention_factor = yarn_mscale(factor, float(mscale)) / yarn_mscale(factor, float(all_dim))
-        else:
-            attention_factor = yarn_mscale(factor)
-    return mixed, float(attention_factor)
+        if rope.get("mscale") and rope.get("mscale_all_dim"):
+            mscale, all_dim = _number(rope, "mscale"), _number(rope, "mscale_all_dim")
+            return mixed, yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
+        return mixed, yarn_mscale(factor)
+    return mixed, _number(rope, "attention_factor")
 
 
-def _number(rope: Mapping[str, Any], key: str) -> float:
-    value = rope.get(key)
-    if not isinstance(value, (int, float)) or value <= 0:
+def _number(rope: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """`default`: for one that is missing or 0."""
+    value = rope.get(key) or default
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
         raise CheckpointError(
-            f"config.json: rope scaling {rope['rope_type']!r} needs {key}, a positive number; found {value!r}.",
+            f"config.json: rope scaling {rope['rope_type']!r} needs {key}, a positive number; found {rope.get(key)!r}.",
+            fix="Take config.json from the model's publisher.",
         )
     return float(value)
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from fluentllm.core.errors import ConfigError
 from fluentllm.core.hookspecs import hookimpl
 from fluentllm.core.plugins import PluginManager
 from fluentllm.core.protocols import ProposerContext, Register
@@ -156,13 +155,6 @@ async def test_auto_finds_out_what_pays(exact: Harness) -> None:
             lengths = running.engine.draft_length
             assert lengths is not None
             assert lengths.acceptance.tokens({}, 2) == pytest.approx(1 + 2 * survival, abs=0.7)
-
-
-def test_a_k_beyond_the_most_is_refused(exact: Harness) -> None:
-    from fluentllm.assembly import draft_length
-
-    with pytest.raises(ConfigError, match="max_k"):
-        draft_length(exact.settings(**{"speculative.method": "pld", "speculative.k": 5, "speculative.max_k": 2}))
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,17 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor] | None, str]] = {
     "no d2t": ({}, without("d2t"), r"1 missing: d2t \[70\]"),
     "d2t": ({}, beyond(), "d2t .* does not lead to 70 different tokens"),
     "misshapen": ({"intermediate_size": 81}, None, "3 misshapen"),
+    "no layers": ({"num_hidden_layers": None}, None, "has no 'num_hidden_layers'"),
+    "no heads": ({"num_attention_heads": 0}, None, "num_attention_heads is 0, not a whole number of 1 or more"),
+    "heads": ({"num_key_value_heads": 3}, None, "4 heads cannot share 3 key-value heads evenly"),
+    "words": ({"draft_vocab_size": 161}, None, "draft_vocab_size 161 is more than vocab_size 160"),
+    "rope": ({"rope_scaling": {"rope_type": "longrope"}}, None, "asks for rope scaling 'longrope', which is not supported"),
+    "rope is a word": ({"rope_scaling": "linear"}, None, "rope_scaling is 'linear', not an object"),
+    "no factor": ({"rope_scaling": {"type": "linear"}}, None, "'linear' needs factor, a positive number; found None"),
+    "factor": ({"rope_scaling": {"type": "yarn", "factor": "4"}}, None, "'yarn' needs factor, a positive number; found '4'"),
+    "beta": ({"rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": -1}}, None, "'yarn' needs beta_fast"),
+    "theta": ({"rope_theta": -1}, None, "needs rope_theta, a positive number; found -1"),
+    "part": ({"partial_rotary_factor": [0.5]}, None, r"needs partial_rotary_factor, a positive number; found \[0.5\]"),
 }
 
 
@@ -207,10 +218,21 @@ def test_no_draft_model(tmp_path: Path) -> None:
 
 def test_k_beyond_the_limit(tmp_path: Path) -> None:
     draft = write_draft(tmp_path / "draft", "eagle3")
-    with pytest.raises(ConfigError, match=r"speculative\.k is 6, and speculative\.max_k 4"):
+    with pytest.raises(ConfigError, match=r"k is 6, and max_k 4: use auto or 0 … 4, or raise max_k \(at most 7\)"):
         start(tmp_path, draft, **{"speculative.k": 6})
+    with pytest.raises(ConfigError, match=r"speculative\.k is 99: Expected `int` <= 7"):
+        start(tmp_path, draft, **{"speculative.k": 99})
     with pytest.raises(ConfigError, match=r"speculative\.max_k"):
         start(tmp_path, draft, **{"speculative.max_k": 9})
+
+
+def test_bad_drafts_are_refused_before_the_target_is_loaded(tmp_path: Path) -> None:
+    """Its config is enough: the target's weights are not even there."""
+    draft = write_draft(tmp_path / "draft", "eagle3", rope_scaling={"type": "llama3", "factor": 8})
+    target = write_tiny_llama(tmp_path / "target")
+    chosen = {"model.name": str(target), "speculative.method": "eagle", "speculative.model": str(draft)}
+    with pytest.raises(ConfigError, match=r"The draft model at .*draft: .*'llama3' needs low_freq_factor"):
+        Harness(target, **{"model.load_format": "safetensors"}, **chosen)
 
 
 def test_another_tokenizer(tmp_path: Path) -> None:

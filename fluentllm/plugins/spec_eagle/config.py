@@ -7,6 +7,7 @@ Public layouts: EAGLE (arXiv:2401.15077, 2406.16858), a Llama config of one laye
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ from fluentllm.core.types import KVSpec
 from fluentllm.hub import resolve_draft
 from fluentllm.hub.config import config_at
 from fluentllm.layers.fields import Fields
-from fluentllm.layers.rotary import rope_parameters
+from fluentllm.layers.rotary import inverse_frequencies, rope_parameters
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from fluentllm.core.protocols import DraftTarget
@@ -68,17 +70,35 @@ def draft_path(settings: Settings) -> Path:
     return files.path
 
 
+@contextmanager
+def of_draft(path: Path) -> Iterator[None]:
+    """What is wrong with a checkpoint inside is wrong with the draft's: raises `ConfigError` that says so."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise ConfigError(
+            f"The draft model at {path}: {error.message}",
+            fix=error.fix or "Fetch it again from its publisher, or give another draft model.",
+            param=PARAM,
+        ) from error
+
+
 def read_config(target: DraftTarget) -> EagleConfig:
-    """Raises `ConfigError` for a draft model that does not fit the target, `CheckpointError` for one that is not whole."""
+    """Raises `ConfigError` for a draft model that does not fit the target, or is not whole."""
     config = parse(draft_path(target.settings), target.spec)
     if target.path is not None:
-        _compare_tokenizers(config.path, target.path)
+        with of_draft(config.path):
+            _compare_tokenizers(config.path, target.path)
     return config
 
 
 def parse(path: Path, target: ModelSpec) -> EagleConfig:
     """As `read_config`, without tokenizers."""
-    raw = config_at(path)
+    with of_draft(path):
+        return _parse(path, config_at(path), target)
+
+
+def _parse(path: Path, raw: Mapping[str, Any], target: ModelSpec) -> EagleConfig:
     names = [str(name) for name in raw.get("architectures") or []]
     fields = Fields(raw, names[0] if names else "the draft model")
     eagle3 = any("eagle3" in name.lower() for name in names) or raw.get("draft_vocab_size") is not None
@@ -96,18 +116,21 @@ def parse(path: Path, target: ModelSpec) -> EagleConfig:
             param=PARAM,
         )
     fields.only("hidden_act", "silu")
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    head_dim = fields.integer("head_dim", hidden // heads)
-    kv_heads = fields.integer("num_key_value_heads", heads)
-    if not kv_heads or heads % kv_heads:
-        raise CheckpointError(f"{path}: {heads} heads cannot share {kv_heads} key-value heads evenly.")
-    vocab = fields.integer("vocab_size")
-    target_hidden = fields.integer("target_hidden_size", hidden) if eagle3 else hidden
-    draft_vocab = fields.integer("draft_vocab_size", vocab) if eagle3 else vocab
+    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    head_dim = fields.size("head_dim", hidden // heads)
+    kv_heads = fields.size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise CheckpointError(f"{heads} heads cannot share {kv_heads} key-value heads evenly.")
+    vocab = fields.size("vocab_size")
+    target_hidden = fields.size("target_hidden_size", hidden) if eagle3 else hidden
+    draft_vocab = fields.size("draft_vocab_size", vocab) if eagle3 else vocab
     _fits(path, "hidden size", target_hidden, target.hidden_size)
     _fits(path, "vocabulary", vocab, target.vocab_size)
     if draft_vocab > vocab:
-        raise CheckpointError(f"{path}: draft_vocab_size {draft_vocab} is more than vocab_size {vocab}.")
+        raise CheckpointError(f"draft_vocab_size {draft_vocab} is more than vocab_size {vocab}.")
+    max_position, rope = fields.size("max_position_embeddings"), rope_parameters(raw)
+    rotary_dim = int(head_dim * rope["partial_rotary_factor"])
+    inverse_frequencies(rope, rotary_dim, max_position)  # what cannot be computed is refused before anything is loaded
     return EagleConfig(
         path=path,
         raw=raw,
@@ -117,12 +140,12 @@ def parse(path: Path, target: ModelSpec) -> EagleConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        inner=fields.integer("intermediate_size"),
+        inner=fields.size("intermediate_size"),
         eps=fields.number("rms_norm_eps", 1e-6),
         vocab=vocab,
         draft_vocab=draft_vocab,
-        max_position=fields.integer("max_position_embeddings"),
-        rotary_dim=int(head_dim * float(rope_parameters(raw)["partial_rotary_factor"])),
+        max_position=max_position,
+        rotary_dim=rotary_dim,
         attention_bias=fields.flag("attention_bias", False),
         mlp_bias=fields.flag("mlp_bias", False),
         fc_bias=not eagle3 and fields.flag("bias", True),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fluentllm.core.errors import CheckpointError, ConfigError
+from fluentllm.core.errors import ConfigError
 from fluentllm.layers.loading import load_weights
 
-from .config import PARAM, draft_path, parse
+from .config import PARAM, draft_path, of_draft, parse
 from .network import DraftLayer, Eagle, Eagle3
 
 if TYPE_CHECKING:
@@ -36,15 +36,14 @@ def load_draft(context: DraftContext) -> DraftLayer:
         tap(config.taps)
     make = Eagle3 if config.eagle3 else Eagle
     layer = make(_build(context.build), config, context.target, "midlayer" if config.eagle3 else "layers.0")
-    checkpoint = _Draft(context.open(config.path, list(_slots(layer))), config.eagle3)
-    try:
-        if EMBEDDING not in checkpoint.shapes():
-            layer.share_embedding(context.target)
-        load_weights(layer, checkpoint, context.build.device)  # type: ignore[arg-type]
-    except CheckpointError as error:
-        raise ConfigError(f"The draft model at {config.path}: {error.message}", fix=error.fix, param=PARAM) from error
-    finally:
-        checkpoint.close()
+    with of_draft(config.path):
+        checkpoint = _Draft(context.open(config.path, list(_slots(layer))), config.eagle3)
+        try:
+            if EMBEDDING not in checkpoint.shapes():
+                layer.share_embedding(context.target)
+            load_weights(layer, checkpoint, context.build.device)  # type: ignore[arg-type]
+        finally:
+            checkpoint.close()
     return layer
 
 

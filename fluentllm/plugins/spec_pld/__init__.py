@@ -14,6 +14,10 @@ class PldSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     shortest: Annotated[int, Meta(ge=1, le=8, description="Least tokens that must stand elsewhere.")] = 2
     longest: Annotated[int, Meta(ge=1, le=8, description="Most tokens that are looked for.")] = 4
 
+    def __post_init__(self) -> None:
+        if self.shortest > self.longest:
+            raise ValueError(f"shortest is {self.shortest}, above longest, which is {self.longest}: lower it or raise longest")
+
 
 class SpecPld:
     @hookimpl

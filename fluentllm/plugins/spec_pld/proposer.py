@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...core.errors import ConfigError
 from ...kernels import in_kernels
 from ...kernels.prompt_lookup import prompt_lookup_on_host
 
@@ -19,8 +18,6 @@ class PromptLookup:
     """Implements `core.protocols.Proposer`."""
 
     def __init__(self, tables: SlotTables, shortest: int, longest: int) -> None:
-        if shortest > longest:
-            raise ConfigError(f"plugins.spec_pld.shortest is {shortest}, above longest, which is {longest}.", fix="Swap them.")
         self._tables = tables
         self._sizes = shortest, longest
 
