@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from fluentllm.core.errors import ConfigError, PluginError
@@ -36,6 +38,19 @@ def test_auto_asks_who_supports_the_spec(registry):
     assert [entry.name for entry in registry.supported(3)] == ["any", "small"]
     assert [entry.name for entry in registry.supported(30)] == ["any"]
     assert registry.why_not(30) == {"small": "30 is not below 10", "broken": "its supports() raised KeyError: 'head_dim'"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (lambda: sys.exit(2), "its supports() raised SystemExit: 2"),
+        (lambda: True, "its supports() gave True, neither None nor the reason why not"),
+        (lambda: ["no"], "its supports() gave ['no'], neither None nor the reason why not"),
+        (lambda: None, None),
+    ],
+)
+def test_what_supports_may_say(answer, why):
+    assert Entry("odd", dict, "plugin_d", "plugin 'd'", lambda spec: answer()).reason_against(3) == why
 
 
 def test_an_unknown_name_says_what_there_is(registry):

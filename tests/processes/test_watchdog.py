@@ -82,3 +82,36 @@ def test_a_hang_that_keeps_pythons_lock_ends_the_process_too(tiny):
     assert ended.returncode == 1
     assert "Timeout" in ended.stderr
     assert "in fluent_step" in ended.stderr
+
+
+PROPOSER = """
+import asyncio, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from processes.tiny_engine import build
+from speculation.proposers import Plugin
+from fluentllm.frontend.client import LocalEngineClient
+from fluentllm.core.types import Request, SamplingParams
+from fluentllm.processes import watchdog
+
+def waits_for_ever(*arguments):
+    time.sleep(60)
+
+async def main():
+    settings = {{"speculative.method": "test", "speculative.k": 2}}
+    engine, plugins = build(Path({folder!r}), {{"stuck": Plugin(waits_for_ever)}}, **settings)
+    running = asyncio.create_task(engine.run())
+    watchdog.Watchdog(engine, 1.0, plugins.ledger).start()
+    request = Request(id="r", prompt=[5, 6], params=SamplingParams(max_tokens=5))
+    return [output async for output in LocalEngineClient(engine).submit(request)]
+
+asyncio.run(main())
+"""
+
+
+def test_a_proposer_that_hangs_is_named(tiny):
+    script = PROPOSER.format(tests=str(Path(__file__).parents[1]), folder=str(tiny))
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == EXIT_HANG, ended.stderr
+    assert "The engine hangs: no step was finished for" in ended.stderr
+    assert "thread 'fluent-launch_0' is in waits_for_ever (<string>:" in ended.stderr

@@ -156,9 +156,33 @@ def test_which_hidden_states_are_fused(tmp_path: Path, config: dict[str, Any], t
     assert parse(write_draft(tmp_path, "eagle3", **changes), spec).taps == taps
 
 
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+async def test_states_that_overflow_draft_in_vain(tmp_path: Path, kind: str) -> None:
+    """What a draft model computes is NaN: answers are the target's, and nothing is read or written out of bounds."""
+    tensors = draft_tensors(kind)
+    tensors["fc.weight"] = torch.full_like(tensors["fc.weight"], 3e38)
+    draft = write_draft(tmp_path / "broken", kind, tensors)
+    model = harness(tmp_path, kind, "llama", **{"speculative.model": str(draft), "speculative.k": 3})
+    jobs: list[dict[str, Any]] = [{}, {"temperature": 0.9, "seed": 5}, {"temperature": 0.9, "seed": 5, "top_p": 0.8}]
+    found = []
+    for method in ("none", "eagle"):
+        async with model.engine(**{"speculative.method": method}) as running:
+            ids = [running.submit([9, 8, 7, i], max_tokens=20, ignore_eos=True, **job) for i, job in enumerate(jobs)]
+            found.append([await running.rest(i) for i in ids])
+            stats = running.engine.stats().speculative
+    assert found[0] == found[1]
+    assert stats is not None
+    assert stats.error is None
+    assert stats.drafted[2] > 0
+
+
 # -------------------------------------------------------------------------------------------------------------------- refusals
 def without(*names: str) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in draft_tensors("eagle3").items() if name not in names}
+
+
+def holding_nan() -> dict[str, torch.Tensor]:
+    return {**draft_tensors("eagle3"), "norm.weight": torch.full((HIDDEN,), torch.nan)}
 
 
 def beyond() -> dict[str, torch.Tensor]:
@@ -175,6 +199,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor] | None, str]] = {
     "missing": ({}, without("fc.weight", "norm.weight"), r"2 missing: .*fc\.weight \[64, 192\]"),
     "no d2t": ({}, without("d2t"), r"1 missing: d2t \[70\]"),
     "d2t": ({}, beyond(), "d2t .* does not lead to 70 different tokens"),
+    "NaN": ({}, holding_nan(), r"norm\.weight \[64\] holds 64 values that are NaN"),
     "misshapen": ({"intermediate_size": 81}, None, "3 misshapen"),
     "no layers": ({"num_hidden_layers": None}, None, "has no 'num_hidden_layers'"),
     "no heads": ({"num_attention_heads": 0}, None, "num_attention_heads is 0, not a whole number of 1 or more"),

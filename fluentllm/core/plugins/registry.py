@@ -37,11 +37,15 @@ class Entry:
     supports: Supports = supports_everything
 
     def reason_against(self, spec: Any) -> str | None:
-        """None if it supports `spec`, else why not. A `supports` that raises is a reason too, not a crash."""
+        """None if it supports `spec`, else why not. A `supports` that raises, or says what is no reason, is a reason too, not a
+        crash."""
         try:
-            return self.supports(spec)
-        except Exception as error:
+            reason = self.supports(spec)
+        except (Exception, SystemExit) as error:
             return f"its supports() raised {type(error).__name__}: {error}"
+        if reason is not None and not isinstance(reason, str):
+            return f"its supports() gave {reason!r}, neither None nor the reason why not"
+        return reason
 
 
 class Registry:
