@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 PAGES, MAPS, EARLY, TOGETHER = "PAGES_IN_RECORD", "FETCH_MAPS", "LAUNCH_EARLY", "MERGE_TOGETHER"
 SWAP, REGISTERS, CLUSTERS = "SWAP_OPERANDS", "VALUES_IN_REGISTERS", "CLUSTERS"
-NAMES = (PAGES, MAPS, EARLY, TOGETHER, SWAP, REGISTERS, CLUSTERS)
+LATENT_FIRST = "LATENT_FIRST"
+NAMES = (PAGES, MAPS, EARLY, TOGETHER, SWAP, REGISTERS, CLUSTERS, LATENT_FIRST)
 TILES = "tiles"
 """The variant whose plan takes whole pieces only where they are no longer than tiles (`plan.SLACK` 0)."""
 PATIENCE = 120.0
@@ -51,6 +52,7 @@ def variants(shape: Shape) -> dict[str, tuple[str, ...]]:
     found |= {"all apart": (*own, PAGES, MAPS, EARLY), "together": (TOGETHER,), "pages together": (PAGES, TOGETHER)}
     if shape.kv == "fp8" and rows > 64:
         found |= {"clusters": (CLUSTERS,), "clusters early": (CLUSTERS, EARLY)}
+        found |= {"clusters latent first": (CLUSTERS, EARLY, LATENT_FIRST)}
     if own:
         found["own pages together"] = (*own, PAGES, TOGETHER)
     return found | {

@@ -79,7 +79,8 @@ class _Filling:
         for name, packed in zip(offered, self._blocks(offered), strict=True):
             if packed is not None:
                 for part in packed.parts.values():
-                    if self._device.type == "cpu":
+                    # A reader that does not stream gives parts on the host, whatever the device.
+                    if part.device.type == "cpu":
                         check_finite(name, part)
                     else:
                         finite.add(name, part)

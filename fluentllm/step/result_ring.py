@@ -28,10 +28,12 @@ HEAD = 2
 
 
 def row_words(slots: int, rows: int, vocab_size: int) -> int:
-    """Words of 32 bits that a step of so many slots × rows writes at most: `Committed`, and `Logprobs` of every row."""
+    """Words of 32 bits that a step of so many slots × rows writes at most: `Committed`, and `Logprobs` of every row. Even, so
+    that all rows lie at multiples of 8 bytes."""
     slots = bucket_of(slots)
     top = min(MAX_LOGPROBS, vocab_size)
-    return HEAD + 2 * slots * (rows + 4) + slots * rows * (5 + 3 * top) + 2 * 5
+    most = HEAD + 2 * slots * (rows + 4) + slots * rows * (5 + 3 * top) + 2 * 5
+    return most + most % 2
 
 
 def publish_reference(

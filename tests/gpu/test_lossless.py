@@ -15,7 +15,8 @@ from speculation.test_lossless_trained import FEW, SUBJECTS, harness, reference,
 CLOSE = 0.5
 """Of logits; the models' have a standard deviation of 2 to 3."""
 PAGE = 64
-ON_GPU = {"engine.device": "cuda", "model.weight_precision": "auto", "kv.page_size": PAGE, "model.max_model_len": 320}
+LONG = {"model.max_model_len": 320}
+ON_GPU = {"engine.device": "cuda", "model.weight_precision": "auto", "kv.page_size": PAGE, **LONG}
 made: dict[str, Subject] = {}
 
 
@@ -24,7 +25,7 @@ def tested(name: str) -> Subject:
     """Made once for each."""
     if name not in made:
         target, method = name.split(": ")
-        on_cpu = harness(target, method)
+        on_cpu = harness(target, method, **LONG)
         made[name] = Subject(
             method, harness(target, method, **ON_GPU), reference(target, method, on_cpu), requests(text_of(target), PAGE), CLOSE
         )
@@ -32,7 +33,11 @@ def tested(name: str) -> Subject:
 
 
 def run(tested: Subject, cell: Cell) -> None:
-    compared = asyncio.run(check_captured(tested, cell, **{"model.max_model_len": 320}))
+    settings = dict(LONG)
+    if cell.situation != "chunked prefill":
+        # All begin at once: the first must not be done before the last has come.
+        settings["scheduler.prefill_tokens"] = 16384
+    compared = asyncio.run(check_captured(tested, cell, **settings))
     print(f"{cell}: {compared} drafts had one choice")
     assert compared > 0
 

@@ -61,7 +61,7 @@ SWITCHES = (
     "VALUES_IN_REGISTERS",
     "MERGE_TOGETHER",
 )
-BY_CLUSTERS = ("CLUSTERS", "LAUNCH_EARLY")
+BY_CLUSTERS, LATENT_FIRST = ("CLUSTERS", "LAUNCH_EARLY"), ("CLUSTERS", "LAUNCH_EARLY", "LATENT_FIRST")
 WAYS = [*((name,) for name in SWITCHES), ("SWAP_OPERANDS", "MERGE_TOGETHER"), SWITCHES]
 
 
@@ -73,7 +73,7 @@ def named(value: object) -> str | None:
 def turn_on(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     from fluentllm.kernels.mla_decode import switches
 
-    for name in (*SWITCHES, "CLUSTERS"):
+    for name in (*SWITCHES, "CLUSTERS", "LATENT_FIRST"):
         monkeypatch.setattr(switches, name, name in names)
 
 
@@ -105,7 +105,7 @@ CLUSTERED = [
     ("on", "lengths", "heads", "query_length"),
     [(on, *shape) for on in WAYS for shape in FEW_ROWS]
     + [(on, *shape) for on in (SWITCHES, ("VALUES_IN_REGISTERS",)) for shape in MORE_ROWS]
-    + [(BY_CLUSTERS, *shape) for shape in CLUSTERED],
+    + [(on, *shape) for on in (BY_CLUSTERS, LATENT_FIRST) for shape in CLUSTERED],
     ids=named,
 )
 def test_every_switch_agrees_with_float64(
@@ -201,8 +201,25 @@ def test_values_of_heads(
     assert not found[0].view(*case.q_latent.shape[:3], 128)[case.lengths == 0].any()
 
 
-# Of each kernel over the FP8 cache as it ships, and of the one that does not yet.
-KINDS = [("as it is", 16), ("as it is", 32), ("as it is", 128), ("clusters", 128)]
+# Each kernel over the FP8 cache. Heads, and the error that it may have where logits are sharp: FP8 products are added up to
+# some 14 bits below the largest addend, which is 1.7e-3 of the output in an emulation, and 6e-3 on top of large rotary parts.
+CLUSTERS: dict[str, dict[str, bool]] = {
+    "few rows": {},
+    "through registers": {},
+    "many rows": {"CLUSTERS": False},
+    "clusters": {"CLUSTERS": True, "LATENT_FIRST": False},
+    "clusters, latent first": {"CLUSTERS": True, "LATENT_FIRST": True},
+}
+HEADS = {"few rows": 16, "through registers": 32}
+SHARP = {"few rows": 3e-3, "clusters, latent first": 3e-3}
+KINDS = [(way, HEADS.get(way, 128)) for way in CLUSTERS]
+
+
+def choose(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fluentllm.kernels.mla_decode import switches
+
+    for name, value in CLUSTERS.get(way, {}).items():
+        monkeypatch.setattr(switches, name, value)
 
 
 @pytest.mark.parametrize(("way", "heads"), KINDS)
@@ -211,11 +228,11 @@ def test_sharp_logits_and_large_rotary_values(
     deviation: float, way: str, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """Against float64 on what was never quantised, and against the same pieces and pages in their order."""
-    from fluentllm.kernels.mla_decode import quantise, switches
+    from fluentllm.kernels.mla_decode import quantise
     from fluentllm.kernels.mla_decode.decode import MlaDecode
     from fluentllm.kernels.mla_decode.replay import combine_reference, decode_pieces
 
-    monkeypatch.setattr(switches, "CLUSTERS", way == "clusters")
+    choose(way, monkeypatch)
     case = random_case([4096, 2000, 300], heads, generator=fresh_generator("cuda"), deviation=deviation, rope=1000.0)
     decode = MlaDecode.create(case.lengths, heads, 1, page_table=case.table)
     out = run(case, "fp8", decode)
@@ -226,16 +243,14 @@ def test_sharp_logits_and_large_rotary_values(
     queries = content.view(shape), aligned.view(*shape[:3], 64), scale.view(shape[:3])
     replayed, partial, lse = decode_pieces(decode.plan, *queries, case.planes, case.table, SCALE)
     combine_reference(decode.plan, replayed, partial, lse)
-    assert relative_error(out, replayed.view(shape)) < 2e-3
+    assert relative_error(out, replayed.view(shape)) < (2e-3 if deviation < 1 else SHARP.get(way, 8e-3))
 
 
 @pytest.mark.parametrize(
-    ("kv", "way", "heads"), [*(("fp8", *kind) for kind in KINDS), ("bf16", "as it is", 16), ("bf16", "as it is", 128)]
+    ("kv", "way", "heads"), [*(("fp8", *kind) for kind in KINDS), ("bf16", "BF16", 16), ("bf16", "BF16", 128)]
 )
 def test_huge_inputs_give_no_nan(kv: str, way: str, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fluentllm.kernels.mla_decode import switches
-
-    monkeypatch.setattr(switches, "CLUSTERS", way == "clusters")
+    choose(way, monkeypatch)
     case = random_case([500, 64], heads, generator=fresh_generator("cuda"), latent=1e6, rope=1e30, deviation=1e8)
     assert not run(case, kv).isnan().any()
 

@@ -44,6 +44,18 @@ def test_every_step_is_read_as_it_was_written() -> None:
             assert all(torch.equal(*pair) for pair in zip(first, published.views, strict=True))
 
 
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_every_row_lies_where_64_bits_may(slots: int, rows: int) -> None:
+    for vocab in (5, 160, 8192):
+        assert row_words(slots, rows, vocab) % 2 == 0
+        taker = ResultRing(slots, rows, vocab, slots, torch.device("cpu"))
+        for _ in range(2):
+            wanted = results(slots, rows, logprobs=False)
+            taker.publish(wanted, torch.zeros(slots, dtype=torch.int64))
+            assert torch.equal(taker.taken(wanted).views[0], wanted[0])
+
+
 def test_the_largest_step_fits() -> None:
     batch = bucket_of(SLOTS)
     wanted = results(batch, ROWS, logprobs=True)

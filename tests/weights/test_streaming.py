@@ -51,13 +51,16 @@ def write(folder: Path, rng: random.Random, files: int = 3, tensors: int = 40) -
 
 
 @pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("inference", [True, False])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_reading_ahead_gives_what_reading_one_by_one_gives(tmp_path: Path, device: str) -> None:
+def test_reading_ahead_gives_what_reading_one_by_one_gives(tmp_path: Path, device: str, inference: bool) -> None:
+    """`inference`: as an engine loads."""
     rng = random.Random()
     checkpoint = write(tmp_path, rng)
     every = list(checkpoint.shapes())
     for names in (every, every[1::3], rng.sample(every, 20), []):
-        got = dict(zip(names, checkpoint.stream(names, torch.device(device)), strict=True))
+        with torch.inference_mode(inference):
+            got = dict(zip(names, checkpoint.stream(names, torch.device(device)), strict=True))
         for name, tensor in got.items():
             read = checkpoint.read(name, CPU)
             assert (tensor.device.type, tensor.dtype, tensor.shape) == (device, read.dtype, read.shape)

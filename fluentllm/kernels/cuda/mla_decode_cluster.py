@@ -48,15 +48,17 @@ def decode_by_clusters(
     *,
     early: bool,
     following: bool,
+    latent_first: bool,
 ) -> None:
     """As `decode.MlaDecode.fp8` without what comes behind it: outputs of whole sequences to `out`, of others' pieces to
     `partial` and `lse`. rows: of a sequence, query length times heads. early: set up while the kernel in front runs; following:
-    let the next one be, too."""
+    let the next one be, too; latent_first: the order of the scores' products (`switches.LATENT_FIRST`)."""
     groups = -(-rows // ROW_TILE)
     launch(
         mla_decode_cluster, (plan.parts * groups,), Boxes(q_latent.view(-1, LATENT), (ROW_TILE, PANEL)),
         Boxes(cache.latent, (1, PAGE, PANEL)), Boxes(cache.rope, (1, PAGE // 2, ROPE)),
         Boxes(cache.scale, (1, PAGE // 2), swizzled=False), q_rope, q_scale, out, partial, lse, page_table, plan.lengths,
         plan.starts, plan.records, page_table.stride(0), scale * math.log2(math.e), heads, rows, groups,
-        out.dtype == torch.float32, early, following, threads=THREADS, shared=SHARED_BYTES, launch_pdl=early,
+        out.dtype == torch.float32, early, following, LATENT_FIRST=latent_first, threads=THREADS, shared=SHARED_BYTES,
+        launch_pdl=early,
     )  # fmt: skip

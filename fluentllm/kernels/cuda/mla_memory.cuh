@@ -20,6 +20,7 @@ constexpr u32 MOST_P = 0x74007400;
 // A page's scores are twenty products, of which a softmax's end asks for some before it writes P, and for some more before the
 // values get their turn.
 constexpr int PRODUCTS = 20;
+constexpr int ROTARY_PRODUCTS = 4;
 constexpr int BEFORE_P = 6;
 constexpr int BEFORE_TURN = 14;
 

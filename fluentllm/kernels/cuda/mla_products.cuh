@@ -8,14 +8,19 @@ constexpr int STEP = 32 >> 4;  // what one product contracts is 32 bytes of a ro
                     "+f"(d[i + 7])
 #define THIRTY_TWO(d, i) EIGHT(d, i), EIGHT(d, i + 8), EIGHT(d, i + 16), EIGHT(d, i + 24)
 
-// d [64, 64] += a [64, 32] b [64, 32]^T, E4M3.
+// d [64, 64] = a [64, 32] b [64, 32]^T (+ d), E4M3.
+template <bool ADD>
 __device__ __forceinline__ void multiply_e4m3(float (&d)[32], u64 a, u64 b) {
     asm volatile(
+        "{\n"
+        ".reg .pred add;\n"
+        "setp.ne.b32 add, %34, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, 1, 1, 1;"
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, add, 1, 1;\n"
+        "}"
         : THIRTY_TWO(d, 0)
-        : "l"(a), "l"(b));
+        : "l"(a), "l"(b), "n"(ADD));
 }
 
 // d [64, 64] = a [64, 16] b [64, 16]^T (+ d), BF16, a in registers.

@@ -66,21 +66,31 @@ __device__ __forceinline__ void load_rotary(u32 (&rotary)[16], const u32* q_rope
     }
 }
 
-// Q K^T of one page, unscaled: products 0 to 3 are the rotary part's, 4 to 19 the latent's.
+// The sums of FP8 products are kept to some 14 bits below the largest addend, those of BF16 products in full: where the rotary
+// part comes last, what it adds is not in the way of the latent's.
+#ifndef LATENT_FIRST
+#define LATENT_FIRST 0
+#endif
+constexpr int FIRST_ROTARY = LATENT_FIRST ? PRODUCTS - ROTARY_PRODUCTS : 0;
+constexpr int FIRST_LATENT = LATENT_FIRST ? 0 : ROTARY_PRODUCTS;
+
+// Q K^T of one page, unscaled: sixteen products of the latent and four of the rotary part.
 template <int FROM, int TO>
 __device__ __forceinline__ void multiply_page(float (&raw)[32], const u32 (&rotary)[16], u32 shared, u32 stage) {
     u64 rope = matrix_descriptor(shared + ROPE_AT + stage * ROPE_BYTES);
     u64 content = matrix_descriptor(shared + CONTENT_AT + stage * CONTENT_BYTES);
     u64 queries = matrix_descriptor(shared + QUERY_AT);
     if (FROM < TO) products_begin();
-    if (FROM == 0 && FROM < TO) multiply_bf16<false>(raw, rotary, rope);
 #pragma unroll
-    for (int i = FROM == 0 ? 1 : FROM; i < TO; ++i) {
-        if (i < 4) {
-            multiply_bf16<true>(raw, rotary + 4 * i, rope + i * STEP);
+    for (int i = FROM; i < TO; ++i) {
+        int latent = i - FIRST_LATENT, turned = i - FIRST_ROTARY;
+        if (turned >= 0 && turned < ROTARY_PRODUCTS) {
+            if (i == 0) multiply_bf16<false>(raw, rotary, rope);
+            if (i > 0) multiply_bf16<true>(raw, rotary + 4 * turned, rope + turned * STEP);
         } else {
-            u64 along = (i - 4) / 4 * (PANEL_BYTES >> 4) + i % 4 * STEP;
-            multiply_e4m3(raw, queries + along, content + along);
+            u64 along = latent / 4 * (PANEL_BYTES >> 4) + latent % 4 * STEP;
+            if (i == 0) multiply_e4m3<false>(raw, queries, content);
+            if (i > 0) multiply_e4m3<true>(raw, queries + along, content + along);
         }
     }
     if (FROM < TO && TO == PRODUCTS) products_commit();

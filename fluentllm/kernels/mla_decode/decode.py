@@ -117,7 +117,7 @@ class MlaDecode:
         if switches.CLUSTERS and not together and takes(self.rows):
             decode_by_clusters(
                 self.plan, self.heads, self.rows, q_latent, q_rope, q_scale, cache, page_table, scale, out, self.partial,
-                self.lse, early=shape["EARLY"], following=shape["PDL"],
+                self.lse, early=shape["EARLY"], following=shape["PDL"], latent_first=switches.LATENT_FIRST,
             )  # fmt: skip
             return self._finish(out, up_v, page_table, together=together)
         where, rest = self._where(out, page_table, scale, together=together), self._fp8_descriptors(cache)

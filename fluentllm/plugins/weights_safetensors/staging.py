@@ -135,7 +135,8 @@ class _Reader:
         if not hasattr(self._own, "stream"):
             self._own.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             torch.cuda.set_device(self._own.stream.device)  # `cuda` has a number there
-        with torch.cuda.stream(self._own.stream):
+        # A model's weights are inference tensors, and each thread has to say so for itself.
+        with torch.cuda.stream(self._own.stream), torch.inference_mode():
             self._own.stream.wait_event(free)
             target.copy_(part, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -81,14 +81,16 @@ def test_the_next_kernel_starts_where_it_is_told(
     assert shown.stdout.count("ACQBULK") >= 1
 
 
-def test_mla_decode_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And spills no more than what a loading thread once puts away."""
+@pytest.mark.parametrize("latent_first", [False, True])
+def test_mla_decode_compiles(latent_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And spills no more than what a loading thread once puts away. Queries may come row by row, as they are quantised."""
     monkeypatch.setattr(switches, "CLUSTERS", True)
+    monkeypatch.setattr(switches, "LATENT_FIRST", latent_first)
     pool = torch.empty(4, PAGE_BYTES, dtype=torch.uint8, device=META)
     for heads, queries, name in ((32, 4, "mla_decode_cluster"), (128, 8, "mla_decode_cluster"), (40, 4, "decode_fp8_many")):
         lengths = torch.empty(3, dtype=torch.int32, device=META)
         table = torch.empty(3, 8, dtype=torch.int32, device=META)
-        shape = 3, queries, heads
+        shape = 3 * queries, heads
         q_latent = torch.empty(*shape, 512, dtype=torch.float8_e4m3fn, device=META)
         q_rope, out = (torch.empty(*shape, n, dtype=torch.bfloat16, device=META) for n in (64, 512))
         with recording() as launches:
@@ -98,6 +100,7 @@ def test_mla_decode_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert one.kernel.__name__ == name
         if isinstance(one.kernel, CudaKernel):
             assert len(one.args) == len(one.kernel.params)
+            assert one.args[-6:-4] == (heads, heads * queries)
             assert one.grid[0] == decode.plan.parts * -(-heads * queries // 64) <= 132
             assert stack_bytes(one.kernel.warmup(*one.args, grid=one.grid, **one.options), tmp_path) <= 16
 
