@@ -71,6 +71,7 @@ def _try(make: Make, largest: Largest, device: torch.device) -> int | torch.OutO
     _give_back(device)
     try:
         parts = make(1)
+        parts.programs.rehearses = True
         executor = Executor(parts.programs, parts.tables)
         try:
             for plan in plans(largest):

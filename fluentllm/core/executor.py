@@ -39,6 +39,8 @@ class Pending(Protocol):
 
 
 class Programs(Protocol):
+    rehearses: bool
+    """Are steps run to see what memory they take?"""
     drafting_error: str | None
     """Why nothing is drafted any more; None while all is well."""
     verified: int

@@ -94,6 +94,8 @@ class Target(Protocol):
     proposer: Proposer | None
     synthetic: float | None
     """Share of drafts that are accepted whatever they are (`step.synthetic`); None: those that are right."""
+    rehearses: bool
+    """Are these steps run to see what memory they take? Then running out of it is an answer, not the proposer's failure."""
 
     def through_layers(self, chunks: list[PrefillChunk]) -> tuple[Batch, Tensor]:
         """A prefill pass through the target: its batch, and hidden states [T, hidden]."""
@@ -139,6 +141,8 @@ def propose(
     except KeyboardInterrupt:
         raise
     except BaseException as error:
+        if target.rehearses and isinstance(error, torch.OutOfMemoryError):
+            raise
         log.debug("the proposer failed", exc_info=True)
         wrong = f"it raised {type(error).__name__}: {error}"
     if wrong is not None:

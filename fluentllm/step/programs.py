@@ -61,6 +61,7 @@ class StepPrograms:
         self.tables = tables
         self.proposer = proposer
         self.synthetic = synthetic
+        self.rehearses = False
         self.drafting_error: str | None = None
         self.verified = 0
         self.eager = False

@@ -12,6 +12,8 @@ import pytest
 import torch
 from engine.harness import Harness
 
+from fluentllm.rehearsal import Largest, plans
+
 from .proposers import Draft, Proposing, plugins_offering, plugins_with
 
 
@@ -107,6 +109,26 @@ async def test_a_failing_proposer_is_off(tiny: Harness, kind: str, after: int, c
     assert len(errors) == 1
     assert "proposer 'test' of plugin 'testing'" in errors[0]
     assert said in errors[0]
+
+
+async def test_memory_that_drafts_lack_is_what_a_rehearsal_must_hear_of(tiny: Harness) -> None:
+    """A pool that was sized without them would leave none for them."""
+
+    def hungry(slots: torch.Tensor, count: int) -> Any:
+        raise torch.OutOfMemoryError("no room for drafts")
+
+    plugins = plugins_with(failing(hungry, after=0))
+    steps = plans(Largest(prefill_tokens=16, sequences=2, context=64, drafts=1))
+    async with tiny.engine(plugins=plugins, **{"speculative.method": "test", "speculative.k": 1}) as running:
+        executor = running.engine.executor
+        executor.programs.rehearses = True
+        with pytest.raises(torch.OutOfMemoryError, match="no room for drafts"):
+            executor.launch(steps[0]).result()
+        executor.programs.rehearses = False
+        assert await running.tokens(prompts()[0], max_tokens=3, ignore_eos=True)
+        speculative = running.engine.stats().speculative
+        assert speculative is not None
+        assert speculative.error == "proposer 'test' of plugin 'testing': it raised OutOfMemoryError: no room for drafts"
 
 
 async def test_a_proposer_whose_method_is_gone_is_off(tiny: Harness, caplog: pytest.LogCaptureFixture) -> None:
