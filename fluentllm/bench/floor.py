@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..core.kv.formats import token_bytes
 from ..kernels.weights import TwoWeights
 from ..layers.embedding import Embedding
-from ..layers.module import Module
+from ..layers.module import Module, held
 from ..layers.moe import SparseMoE
 from ..layers.ngram import NgramEmbedding
 from .costs import copy_rate, distinct_experts
@@ -114,23 +112,8 @@ def _without_drafts(model: Module) -> Iterator[Module]:
 
 def _held(module: Module, rows: float) -> float:
     """Bytes of its own tensors and packed matrices, each once though both may be kept of one; what `rows` rows use."""
-    values = list({id(item): item for value in vars(module).values() for item in _items(value)}.values())
-    matrices = [value for value in values if hasattr(value, "product")]
-    packed = {_place(part) for matrix in matrices for part in vars(matrix).values() if isinstance(part, torch.Tensor)}
-    loose = (value for value in values if isinstance(value, torch.Tensor) and _place(value) not in packed)
-    return sum(_matrix(matrix, rows) for matrix in matrices) + sum(tensor.nbytes for tensor in loose)
-
-
-def _items(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    yield from value if isinstance(value, (list, tuple)) else (value,)
-
-
-def _place(tensor: torch.Tensor) -> int:
-    """The same for views of one memory; unlike an address it also tells tensors on the device "meta" apart."""
-    place: int = tensor.untyped_storage()._cdata
-    return place
+    matrices, tensors = held([module])
+    return sum(_matrix(matrix, rows) for matrix in matrices) + sum(tensor.nbytes for tensor in tensors)
 
 
 def _matrix(weight: Weight, rows: float) -> int:

@@ -5,11 +5,12 @@ Not an `nn.Module`: nothing is trained, and a call costs no more than a Python c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from typing import Any
+    from collections.abc import Iterable, Iterator
 
     from ..core.protocols import WeightSlot
     from ..kernels.residual import Addend, Rows
@@ -24,8 +25,19 @@ class Block(Protocol):
         ...
 
 
+class Held(NamedTuple):
+    """What modules keep, each memory once: a packed matrix and the tensor it was made of may lie in the same one."""
+
+    matrices: list[Weight]
+    tensors: list[torch.Tensor]
+    """Those that no matrix lies in."""
+
+
 class Module:
     """Children are the attributes that are modules, or lists, tuples and dicts of modules, in the order they were set."""
+
+    every_row = True
+    """Is each row of a pass multiplied with its matrices? Not with those of experts."""
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         """Its own, then its children's. A module that stands in two places is listed once."""
@@ -46,13 +58,12 @@ class Module:
 
     def nbytes(self) -> int:
         """Bytes of all tensors and packed matrices held below, each once."""
-        held = {id(value): value for module in self.modules() for value in _held(module)}
-        return sum(value.nbytes for value in held.values())
+        matrices, tensors = held(self.modules())
+        return sum(matrix.nbytes for matrix in matrices) + sum(tensor.nbytes for tensor in tensors)
 
     def matrices(self) -> list[Weight]:
-        """All packed matrices below, each once."""
-        held = {id(value): value for module in self.modules() for value in _held(module) if hasattr(value, "product")}
-        return list(held.values())
+        """The packed matrices below that every row of a pass is multiplied with, each once."""
+        return held(module for module in self.modules() if module.every_row).matrices
 
     def modules(self) -> Iterator[Module]:
         """This one and all below it, parents first, each once."""
@@ -77,11 +88,25 @@ def _children(module: Module) -> Iterator[Module]:
             yield from (item for item in value.values() if isinstance(item, Module))
 
 
-def _held(module: Module) -> Iterator[Any]:
-    """Tensors and `kernels.weights.Weight`s: whatever knows its bytes."""
-    for value in vars(module).values():
-        items = value if isinstance(value, (list, tuple)) else (value,)
-        yield from (item for item in items if hasattr(item, "nbytes") and not isinstance(item, Module))
+def held(modules: Iterable[Module]) -> Held:
+    """Of the modules' own attributes, and of the lists, tuples and dicts among them; not of the modules below."""
+    every = {id(item): item for module in modules for value in vars(module).values() for item in _items(value)}
+    matrices = [item for item in every.values() if hasattr(item, "product") and hasattr(item, "nbytes")]
+    packed = {_place(part) for matrix in matrices for part in vars(matrix).values() if isinstance(part, torch.Tensor)}
+    tensors = [item for item in every.values() if isinstance(item, torch.Tensor) and _place(item) not in packed]
+    return Held(matrices, tensors)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _place(tensor: torch.Tensor) -> int:
+    """The same for views of one memory; unlike an address it also tells tensors on the device "meta" apart."""
+    place: int = tensor.untyped_storage()._cdata
+    return place
 
 
 def join(*parts: str) -> str:

@@ -75,6 +75,8 @@ class Experts(Module):
     checkpoint keeps them side by side in `shared`.{gate,up,down}_proj.weight.
     """
 
+    every_row = False
+
     def __init__(
         self, ctx: BuildContext, prefix: str, routing: Routing, hidden: int, inner: int, shared: str = "shared_experts"
     ) -> None:

@@ -121,7 +121,7 @@ class Model(Protocol):
         ...
 
     def matrices(self) -> list[Any]:
-        """Its packed matrices (`fluentllm.kernels.weights.Weight`)."""
+        """Its packed matrices (`fluentllm.kernels.weights.Weight`), without those of experts."""
         ...
 
     def nbytes(self) -> int:
