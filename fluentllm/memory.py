@@ -52,6 +52,8 @@ class Room:
     """Bytes that the largest steps take, graphs included."""
     share: float = 1.0
     """`engine.memory_share`."""
+    smaller: str = ""
+    """Settings with which smaller steps leave enough for one context, where these do not; empty: none are known."""
 
     @property
     def usable(self) -> int:
@@ -101,8 +103,8 @@ def _too_small(room: Room, page_bytes: int, page_size: int, pages: int, least: i
             fixes.append(f"engine.memory_share to {-(-share * 1000 // 10) / 100:.2f}")
     if pages:
         fixes.append(f"model.max_model_len to {pages * page_size} or less")
-    if room.workspace > needed:
-        fixes.append("scheduler.prefill_tokens or scheduler.max_running to half of what it is")
+    if room.smaller:
+        fixes.append(room.smaller)
     fix = f"Set {', or '.join(fixes)}, or free memory." if fixes else "Free memory on the device, or choose a smaller model."
     return OutOfMemory(message, fix=fix, param="model.max_model_len")
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
         @property
         def tables(self) -> SlotTables: ...
 
-    Make = Callable[[int], Parts]
-    """Pages of the pool → programs over a pool of that many and tables of their own."""
+    Make = Callable[[int, int], Parts]
+    """Pages of the pool, slots → programs over a pool of that many and tables of their own."""
 
 EVERY_FEATURE = Feature.SAMPLING | Feature.PENALTIES | Feature.BIAS | Feature.LOGPROBS | Feature.FILTER | Feature.MIN_TOKENS
 
@@ -51,18 +51,56 @@ class Largest:
     """May requests have grammars? Their masks are as wide as the logits."""
 
 
-def measure(make: Make, largest: Largest, device: torch.device, share: float) -> Room:
+def measure(make: Make, largest: Largest, device: torch.device, share: float, pool: int = 0) -> Room:
     """Room for the KV pool of a CUDA device, with the memory of the largest steps taken.
 
-    Raises `OutOfMemory` naming the `scheduler.prefill_tokens` that fit, if these do not.
+    Raises `OutOfMemory` where these do not fit, naming settings with which they do: they were tried. Where the steps leave less
+    than `pool` bytes, `Room.smaller` names settings that leave as much.
     """
-    _, total = torch.cuda.mem_get_info(device)
-    error = _try(make, largest, device)
-    if isinstance(error, int):
-        workspace = error
-    else:
-        raise _do_not_fit(make, largest, device) from error
-    free, _ = torch.cuda.mem_get_info(device)
+    room = _room(make, largest, device, share)
+    if not isinstance(room, Room):
+        raise _do_not_fit(make, largest, device) from room
+    if room.usable < pool <= room.usable + room.workspace:
+        room = replace(room, smaller=smaller(largest, lambda tried: _leaves(_room(make, tried, device, share), pool)))
+    return room
+
+
+def smaller(largest: Largest, fits: Callable[[Largest], bool]) -> str:
+    """Settings that make steps smaller until they fit, for an error to advise; empty where the smallest do not either.
+
+    As few as can be: the prompt tokens of a step, else its sequences, else both. `fits` is asked for the smallest first.
+    """
+    tokens, sequences = (_halves(count, least) for count, least in ((largest.prefill_tokens, 16), (largest.sequences, 1)))
+    both = [(min(tokens, default=largest.prefill_tokens), count) for count in sequences]
+    for pairs in ([(count, largest.sequences) for count in tokens], [(largest.prefill_tokens, n) for n in sequences], both):
+        tries = [replace(largest, prefill_tokens=count, sequences=n) for count, n in pairs]
+        if not tries or not fits(tries[-1]):
+            continue
+        found = next((tried for tried in tries[:-1] if fits(tried)), tries[-1])
+        changes = {"scheduler.prefill_tokens": found.prefill_tokens, "scheduler.max_running": found.sequences}
+        before = (largest.prefill_tokens, largest.sequences)
+        named = [f"{name} to {value}" for (name, value), old in zip(changes.items(), before, strict=True) if value != old]
+        return " and ".join(named)
+    return ""
+
+
+def _halves(count: int, least: int) -> list[int]:
+    """Half of it, a quarter … and not less than `least`."""
+    found = []
+    while (count := count // 2) >= least:
+        found.append(count)
+    return found
+
+
+def _leaves(room: Room | torch.OutOfMemoryError, pool: int) -> bool:
+    return isinstance(room, Room) and room.usable >= pool
+
+
+def _room(make: Make, largest: Largest, device: torch.device, share: float) -> Room | torch.OutOfMemoryError:
+    workspace = _try(make, largest, device)
+    if not isinstance(workspace, int):
+        return workspace
+    free, total = torch.cuda.mem_get_info(device)
     return Room(free - workspace, total, workspace, share)
 
 
@@ -70,7 +108,7 @@ def _try(make: Make, largest: Largest, device: torch.device) -> int | torch.OutO
     """Bytes that the largest steps took and gave back, or what they failed with."""
     _give_back(device)
     try:
-        parts = make(1)
+        parts = make(1, largest.sequences)
         parts.programs.rehearses = True
         executor = Executor(parts.programs, parts.tables)
         try:
@@ -88,20 +126,17 @@ def _try(make: Make, largest: Largest, device: torch.device) -> int | torch.OutO
 
 
 def _do_not_fit(make: Make, largest: Largest, device: torch.device) -> OutOfMemory:
-    """Looks for a chunk that fits, so that the error can name it."""
     message = (
         f"Steps of {largest.prefill_tokens} prompt tokens, or of {largest.sequences} sequences, do not fit beside the weights "
         f"on {device}."
     )
-    fits = largest.prefill_tokens // 2
-    while fits >= 16:
-        smaller = replace(largest, prefill_tokens=fits)
-        if isinstance(_try(make, smaller, device), int):
-            return OutOfMemory(message, fix=f"Set scheduler.prefill_tokens to {fits}.", param="scheduler.prefill_tokens")
-        fits //= 2
-    sequences = max(1, largest.sequences // 4)
-    fix = f"Set scheduler.max_running to {sequences} or less, or model.max_model_len lower, or free memory on the GPU."
-    return OutOfMemory(message, fix=fix, param="scheduler.max_running")
+    advice = smaller(largest, lambda tried: isinstance(_try(make, tried, device), int))
+    if not advice:
+        fix = (
+            "Set model.max_model_len lower, free memory on the GPU, or choose a smaller model: smaller steps do not fit either."
+        )
+        return OutOfMemory(message, fix=fix, param="model.max_model_len")
+    return OutOfMemory(message, fix=f"Set {advice}.", param=advice.partition(" ")[0])
 
 
 def _give_back(device: torch.device) -> None:

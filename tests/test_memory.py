@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +23,7 @@ from fluentllm.core.plugins import PluginManager
 from fluentllm.core.protocols import WeightSlot
 from fluentllm.core.types import Feature
 from fluentllm.memory import GIB, Room, parse_bytes, plan_pages, weight_bytes, weights_too_large
-from fluentllm.rehearsal import Largest, plans
+from fluentllm.rehearsal import Largest, measure, plans
 
 CUDA = torch.device("cuda", 0)
 
@@ -120,6 +124,139 @@ def test_the_largest_steps_have_every_feature_and_run(tmp_path: Path) -> None:
         finally:
             engine.executor.close()
         assert [len(result.slots) for result in results] == [2, 2, 2, 2, 4, 4, 4, 4]
+
+
+class Card:
+    """A device whose steps take so many MiB for each prompt token and each sequence. The steps are real ones, on the CPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, total: int, *, token: float, sequence: float) -> None:
+        self.total, self.token, self.sequence, self.taken, self.tries = total * 2**20, token, sequence, 0, 0
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (self.total - self.taken, self.total))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(self, "taken", 0))
+
+    def maker(self, model: Harness) -> Any:
+        def make(pages: int, slots: int) -> Any:
+            self.tries += 1
+            executor = assemble(
+                model.settings(**{"scheduler.max_running": slots}), "tiny", model.loaded, model.plugins
+            ).executor
+            executor.close()
+            return SimpleNamespace(programs=_Counting(self, executor.programs), tables=executor.tables)
+
+        return make
+
+
+class _Counting:
+    def __init__(self, card: Card, programs: Any) -> None:
+        self._card, self._programs = card, programs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._programs, name)
+
+    def run(self, plan: Any) -> Any:
+        card = self._card
+        needs = card.token * sum(chunk.count for chunk in plan.prefill) + card.sequence * len(plan.decode)
+        card.taken = max(card.taken, int(needs * 2**20))
+        if card.taken > card.total:
+            raise torch.OutOfMemoryError("this card is full")
+        return self._programs.run(plan)
+
+
+def advised(error: OutOfMemory, largest: Largest) -> Largest:
+    """With the settings that the error says."""
+    for name, field in (("scheduler.prefill_tokens", "prefill_tokens"), ("scheduler.max_running", "sequences")):
+        if said := re.search(rf"{re.escape(name)} to (\d+)", error.fix or ""):
+            largest = replace(largest, **{field: int(said[1])})
+    return largest
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Harness:
+    return Harness(write_tiny_llama(tmp_path_factory.mktemp("tiny")), **{"model.max_model_len": 80})
+
+
+@pytest.mark.parametrize(
+    ("token", "sequence", "advice"),
+    [
+        (1.0, 1.0, "Set scheduler.prefill_tokens to 64."),
+        (0.1, 8.0, "Set scheduler.max_running to 8."),
+        (4.0, 8.0, "Set scheduler.prefill_tokens to 16 and scheduler.max_running to 8."),
+    ],
+)
+def test_steps_that_do_not_fit_name_settings_that_do(
+    tiny: Harness, monkeypatch: pytest.MonkeyPatch, token: float, sequence: float, advice: str
+) -> None:
+    """The advice is taken: the largest steps run, the pool is planned beside them, and an engine made with it answers."""
+    card = Card(monkeypatch, 100, token=token, sequence=sequence)
+    largest = Largest(prefill_tokens=256, sequences=16, context=80)
+    with pytest.raises(OutOfMemory, match="do not fit beside the weights on cuda:0") as raised:
+        measure(card.maker(tiny), largest, CUDA, 0.9)
+    assert raised.value.fix == advice
+    assert card.tries < 10
+
+    smaller = advised(raised.value, largest)
+    room = measure(card.maker(tiny), smaller, CUDA, 0.9)
+    assert 0 < room.workspace <= 100 * 2**20
+    settings = {"scheduler.prefill_tokens": smaller.prefill_tokens, "scheduler.max_running": smaller.sequences}
+
+    async def serve() -> None:
+        async with tiny.engine(**settings) as running:
+            assert running.engine.info.slots == smaller.sequences
+            assert len(await running.tokens([1, 2, 3], max_tokens=4, ignore_eos=True)) == 4
+
+    asyncio.run(serve())
+
+
+def test_steps_that_fit_in_no_size(tiny: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch, 100, token=0.1, sequence=101.0)
+    with pytest.raises(OutOfMemory, match=r"Set model\.max_model_len lower, free memory .* smaller steps do not fit either"):
+        measure(card.maker(tiny), Largest(prefill_tokens=256, sequences=16, context=80), CUDA, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("token", "sequence", "advice"), [(0.3, 0.1, "prefill_tokens to 128"), (0.01, 5.5, "max_running to 8")]
+)
+def test_steps_that_leave_no_room_for_a_context_name_settings_that_do(
+    tiny: Harness, monkeypatch: pytest.MonkeyPatch, token: float, sequence: float, advice: str
+) -> None:
+    """The largest steps fit, and take what one context needs."""
+    card, page, least = Card(monkeypatch, 100, token=token, sequence=sequence), 2**20, 39
+    largest = Largest(prefill_tokens=256, sequences=16, context=80)
+    room = measure(card.maker(tiny), largest, CUDA, 0.9, (least + 1) * page)
+    with pytest.raises(OutOfMemory) as raised:
+        plan_pages(None, room, page, 16, wanted=10**6, least=least)
+    assert f"or scheduler.{advice}, or free memory" in (raised.value.fix or "")
+    better = measure(card.maker(tiny), advised(raised.value, largest), CUDA, 0.9, (least + 1) * page)
+    assert plan_pages(None, better, page, 16, wanted=10**6, least=least) >= least
+
+
+def test_steps_are_not_tried_where_smaller_ones_would_not_help(tiny: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch, 100, token=0.1, sequence=0.1)
+    room = measure(card.maker(tiny), Largest(prefill_tokens=256, sequences=16, context=80), CUDA, 0.9, 200 * 2**20)
+    assert (room.smaller, card.tries) == ("", 1)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_advice_for_steps_that_do_not_fit_starts(tmp_path: Path) -> None:
+    """Logits of many sequences are what is large here: fewer prompt tokens help nothing."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    given = {"engine.device": "cuda", "model.max_model_len": 64, "scheduler.max_running": 4096, "scheduler.prefill_tokens": 64}
+    harness = Harness(write_tiny_llama(tmp_path / "wide", vocab_size=100_000), **given)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)
+    try:
+        with pytest.raises(OutOfMemory, match="do not fit beside the weights") as raised:
+            assemble(harness.settings(), "wide", harness.loaded, harness.plugins)
+        said = re.fullmatch(r"Set scheduler\.max_running to (\d+)\.", raised.value.fix or "")
+        assert said is not None, raised.value.fix
+        fitting = harness.settings(**{"scheduler.max_running": int(said[1]), "kv.memory": "16MiB"})
+        engine = assemble(fitting, "wide", harness.loaded, harness.plugins)
+        assert engine.info.slots == int(said[1]) >= 16
+        engine.executor.close()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.gpu

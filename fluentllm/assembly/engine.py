@@ -109,16 +109,17 @@ def assemble(
     sizes = Sizes(slots, longest, max_drafts, grammars.states, token_masks=grammars.offered)
     maker = PartsMaker(settings, loaded, plugins, sizes, proposer, own, draft_model)
 
+    least = maker.tables(torch.device("meta")).max_pages
     if device.type == "cuda":
         expanded = spec.kv.kind == "mla"
         largest = Largest(prefill_tokens, slots, longest, max_drafts, whole_context=expanded, grammars=grammars.offered)
         with timeline.stage("kernels awaited"):
             loaded.kernels.wait()
         with timeline.stage("largest steps"):
-            room = measure(maker.make, largest, device, settings.engine.memory_share)
+            pool = (least + 1) * maker.page_bytes if settings.kv.memory is None else 0
+            room = measure(maker.make, largest, device, settings.engine.memory_share, pool)
     else:
         room = room_on_cpu(device)
-    least = maker.tables(torch.device("meta")).max_pages
     with timeline.stage("pool"):
         pages = plan_pages(settings.kv.memory, room, maker.page_bytes, maker.page_size, wanted=slots * least, least=least)
         parts = maker.make(pages)

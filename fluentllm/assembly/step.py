@@ -54,7 +54,7 @@ class Parts:
 
 
 class PartsMaker:
-    """`make(pages)`."""
+    """`make(pages)`, and to try what fits `make(pages, slots)`."""
 
     def __init__(
         self,
@@ -96,10 +96,10 @@ class PartsMaker:
         pools = [kv for kv in (self.kv_spec, self._draft_kv) if kv is not None]
         return self._draft_bytes + sum(KVPool.bytes_per_page(kv, self.page_size, self.kv_dtype) for kv in pools)
 
-    def tables(self, device: torch.device) -> SlotTables:
+    def tables(self, device: torch.device, slots: int | None = None) -> SlotTables:
         sizes = self._sizes
         return SlotTables(
-            sizes.slots,
+            slots or sizes.slots,
             sizes.context,
             self.page_size,
             self._loaded.model.spec.vocab_size,
@@ -109,9 +109,9 @@ class PartsMaker:
             token_masks=sizes.token_masks,
         )
 
-    def make(self, pages: int) -> Parts:
+    def make(self, pages: int, slots: int | None = None) -> Parts:
         settings, loaded = self._settings, self._loaded
-        tables = self.tables(self._place)
+        tables = self.tables(self._place, slots)
         pool = self._pool(self.kv_spec, pages)
         attention = draft_attention = self._attention(self._attention_spec, pool)
         draft_pool = None
