@@ -30,3 +30,17 @@ def test_an_engine_says_how_its_threads_wait_before_torch_is_there(given: dict[s
     environ = {name: value for name, value in os.environ.items() if name not in NAMES} | given
     found = subprocess.run([sys.executable, "-c", SCRIPT], env=environ, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == spins
+
+
+COMMAND = """
+import sys
+from fluentllm import cli, waiting
+waiting.spin_briefly = lambda: print("torch" in sys.modules)
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("command", [("bench", "latency"), ("bench", "throughput"), ("bench", "step"), ("chat",)], ids=" ".join)
+def test_commands_with_an_engine_do_not_load_torch_before_it(command: tuple[str, ...]) -> None:
+    found = subprocess.run([sys.executable, "-c", COMMAND, *command, "/none"], capture_output=True, text=True, check=False)
+    assert found.stdout.strip() == "False", found.stderr

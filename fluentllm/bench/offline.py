@@ -7,14 +7,14 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import ConfigError
 from ..core.types import Request, RequestOutput, SamplingParams, SpeculativeInfo
 from ..frontend.client import EngineClient
 from ..local import LocalEngine
-from .floor import Floor
+from .beside import Ask, Beside
 
 
 @dataclass(slots=True)
@@ -71,6 +71,30 @@ class Drafts:
         return f"{said}  SYNTHETIC" if info.synthetic_acceptance is not None else said
 
 
+@dataclass(slots=True)
+class Rounds:
+    """Of one batch on one engine."""
+
+    steps: int
+    firsts: list[float] = field(default_factory=list)
+    """Seconds of each round to one token of everybody."""
+    wholes: list[float] = field(default_factory=list)
+    """And to `steps` more."""
+
+    def add(self, times: tuple[float, float]) -> None:
+        self.firsts.append(times[0])
+        self.wholes.append(times[1])
+
+    def figures(self, batch: int) -> dict[str, Any]:
+        """Medians. Raises `ConfigError` where a step is too short for so few steps to show."""
+        first = statistics.median(self.firsts)
+        tpot = (statistics.median(self.wholes) - first) / self.steps
+        if tpot <= 0:
+            raise ConfigError(f"{self.steps} steps of batch {batch} are lost in the noise.", fix="Measure more --steps.")
+        each = [(whole - first) / self.steps * 1e3 for first, whole in zip(self.firsts, self.wholes, strict=True)]
+        return {"prefill_s": first, "tpot_ms": tpot * 1e3, "tok_s": batch / tpot, "rounds_ms": each}
+
+
 def startup(local: LocalEngine) -> None:
     """One token, so that the start's timeline ends with the first token."""
     with local.timeline.stage("first token"):
@@ -85,14 +109,20 @@ def latency(
     rounds: int = 3,
     tell: Callable[[str], None] = print,
     drafts: Drafts | None = None,
+    beside: Beside | None = None,
 ) -> list[dict[str, Any]]:
     """For each batch: time a step takes, by (time of steps + 1 new tokens − time of 1) / steps; medians of `rounds` after a
     warm-up, and after what an idle engine captures for such batches. Every prompt is fresh, so nothing comes from the prefix
     cache. Beside it the floor (`floor.py`) of the step in their middle, and its share of the time; both None with drafts, whose
     verification and layers would have to be counted too.
 
+    `beside`: the same of this engine, in turns, a round each, and by how many times deterministic mode is slower: one of the
+    two engines must be in it.
+
     Raises `ConfigError` for a batch that cannot run at once, and where a step is too short for so few steps to show.
     """
+    from .floor import Floor  # torch, which an engine must have prepared for
+
     _check_fits(local, max(batches), context + steps + 1)
     rng = random.Random(time.time_ns())
     floor = Floor.of(local.engine)
@@ -100,47 +130,63 @@ def latency(
         tell(f"floors are at {floor.bytes_s / 1e9:.1f} GB/s, which a copy reads and writes here")
     rows = []
     for batch in batches:
-        firsts: list[float] = []
-        alls: list[float] = []
+        ours, theirs = Rounds(steps), Rounds(steps)
         own = Drafts()
-        for round_number in range(rounds + 1):
-            for new, times in ((1, firsts), (steps + 1, alls)):
-                prompts = [_prompt(local, rng, context) for _ in range(batch)]
-                timed = round_number > 0
-                seconds, _ = local.call(_run(local.generation.client, prompts, [new] * batch, own if timed else None))
-                if timed:
-                    times.append(seconds)
-            if not round_number:
-                # As an engine would have that had nothing to do for a while.
-                local.call(local.engine.preparation.all(batch))
-        first, whole = statistics.median(firsts), statistics.median(alls)
-        tpot = (whole - first) / steps
-        if tpot <= 0:
-            raise ConfigError(f"{steps} steps of batch {batch} are lost in the noise.", fix="Measure more --steps.")
+        timed_round(local, rng, batch, context, steps)
+        # As an engine would have that had nothing to do for a while. Of two each one has not, while the other is timed.
+        local.call(local.engine.preparation.all(batch if beside is None else local.engine.info.slots))
+        if beside is not None:
+            beside.round(Ask(batch, context, steps, prepare=True))
+        for _ in range(rounds):
+            ours.add(timed_round(local, rng, batch, context, steps, own))
+            if beside is not None:
+                theirs.add(beside.round(Ask(batch, context, steps)))
+        row: dict[str, Any] = {"batch": batch, "ctx": context, **ours.figures(batch)}
+        tpot = row["tpot_ms"] / 1e3
         # The first step reads the prompt's KV and that of its own token, the last that of `steps` tokens.
         least = floor.seconds(batch, context + (steps + 1) / 2) if floor is not None else None
-        row: dict[str, Any] = {
-            "batch": batch,
-            "ctx": context,
-            "prefill_s": first,
-            "tpot_ms": tpot * 1e3,
-            "tok_s": batch / tpot,
-            "floor_ms": least * 1e3 if least is not None else None,
-            "share": least / tpot if least is not None else None,
-            "rounds_ms": [(seconds - alone) / steps * 1e3 for alone, seconds in zip(firsts, alls, strict=True)],
-        }
+        row["floor_ms"] = least * 1e3 if least is not None else None
+        row["share"] = least / tpot if least is not None else None
         if drafts is not None:
             drafts.merge(own)
-        line = f"batch {batch:>3}  ctx {context}  prefill {first:.3f} s  TPOT {row['tpot_ms']:.2f} ms  {row['tok_s']:.1f} tok/s"
+        line = (
+            f"batch {batch:>3}  ctx {context}  prefill {row['prefill_s']:.3f} s  "
+            f"TPOT {row['tpot_ms']:.2f} ms  {row['tok_s']:.1f} tok/s"
+        )
         if least is not None:
             line += f"  floor {row['floor_ms']:.2f} ms ({row['share']:.0%})"
         info = local.engine.info.speculative
         if info is not None:
             row["speculative"] = own.report(info)
             line += f"\n           {own.line(info)}"
+        if beside is not None:
+            line += f"\n           {_slowdown(row, theirs, beside)}"
         tell(line)
         rows.append(row)
     return rows
+
+
+def _slowdown(row: dict[str, Any], theirs: Rounds, beside: Beside) -> str:
+    """Adds what the other engine took, and by how many times deterministic mode is slower; → the line for the terminal."""
+    row["beside"] = {"deterministic": beside.about.deterministic, **theirs.figures(row["batch"])}
+    plain, fixed = (row, row["beside"]) if beside.about.deterministic else (row["beside"], row)
+    row["slowdown"] = fixed["tpot_ms"] / plain["tpot_ms"]
+    row["prefill_slowdown"] = fixed["prefill_s"] / plain["prefill_s"]
+    return (
+        f"deterministic mode: TPOT {fixed['tpot_ms']:.2f} ms instead of {plain['tpot_ms']:.2f} ({row['slowdown']:.2f} ×), "
+        f"prefill {fixed['prefill_s']:.3f} s instead of {plain['prefill_s']:.3f} ({row['prefill_slowdown']:.2f} ×)"
+    )
+
+
+def timed_round(
+    local: LocalEngine, rng: random.Random, batch: int, context: int, steps: int, drafts: Drafts | None = None
+) -> tuple[float, float]:
+    """Seconds of `batch` fresh prompts with one new token each, and of as many others with `steps` + 1."""
+    times = []
+    for new in (1, steps + 1):
+        prompts = [_prompt(local, rng, context) for _ in range(batch)]
+        times.append(local.call(_run(local.generation.client, prompts, [new] * batch, drafts))[0])
+    return times[0], times[1]
 
 
 def throughput(

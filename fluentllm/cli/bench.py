@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from .server import root
 
 if TYPE_CHECKING:
     from ..bench.offline import Drafts
+    from ..core.settings import Settings
     from ..local import LocalEngine
 
 bench = typer.Typer(help="Measure latency, throughput, or a running server.", no_args_is_help=True)
@@ -39,18 +41,33 @@ def latency(
     speculative: options.Speculative = None,
     k: options.SpeculativeK = None,
     synthetic_acceptance: options.SyntheticAcceptance = None,
+    compare_deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--compare-deterministic",
+            help="Time an engine with and one without engine.deterministic in turns, and print the slowdown.",
+            show_default=False,
+        ),
+    ] = False,
 ) -> None:
     """Time of a decode step at each batch size, on fresh random prompts."""
-    from ..bench import offline
+    from ..bench import beside, offline
 
     batches = [_positive("--batch", part) for part in batch.split(",")]
 
-    def measure(local: LocalEngine, drafts: Drafts) -> dict[str, Any]:
-        return {"decode": offline.latency(local, batches, ctx, steps, rounds, tell=typer.echo, drafts=drafts)}
-
     flags = {"model.name": model, "engine.device": device, "model.load_format": load_format}
     flags |= {"speculative.method": speculative, "speculative.k": k, "speculative.synthetic_acceptance": synthetic_acceptance}
-    _offline(flags, measure, json, config, sets)
+    settings = options.load(config, flags, sets).settings
+    if compare_deterministic:
+        settings, others = beside.pair(settings, max(batches))
+    elif settings.engine.deterministic:
+        typer.echo("deterministic mode: --compare-deterministic measures its slowdown")
+
+    def measure(local: LocalEngine, drafts: Drafts) -> dict[str, Any]:
+        with beside.Beside(others) if compare_deterministic else nullcontext() as other:
+            return {"decode": offline.latency(local, batches, ctx, steps, rounds, typer.echo, drafts, other)}
+
+    _offline(settings, measure, json)
 
 
 @bench.command()
@@ -84,7 +101,7 @@ def throughput(
 
     flags = {"model.name": model, "engine.device": device, "model.load_format": load_format}
     flags |= {"speculative.method": speculative, "speculative.k": k, "speculative.synthetic_acceptance": synthetic_acceptance}
-    _offline(flags, measure, json, config, sets)
+    _offline(options.load(config, flags, sets).settings, measure, json)
 
 
 @bench.command()
@@ -130,13 +147,7 @@ def serve(
     report.write(json, {"url": url, "serve": figures, **report.environment()})
 
 
-def _offline(
-    flags: dict[str, str | None],
-    measure: Callable[[LocalEngine, Drafts], dict[str, Any]],
-    json: Path | None,
-    config: Path | None,
-    sets: list[str] | None,
-) -> None:
+def _offline(settings: Settings, measure: Callable[[LocalEngine, Drafts], dict[str, Any]], json: Path | None) -> None:
     from msgspec import to_builtins
 
     from ..bench import offline, report
@@ -144,7 +155,6 @@ def _offline(
     from ..local import LocalEngine
     from ..settling import settle
 
-    settings = options.load(config, flags, sets).settings
     drafts = offline.Drafts()
     with LocalEngine(settings) as local:
         offline.startup(local)

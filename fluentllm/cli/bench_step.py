@@ -25,12 +25,14 @@ def step(
     load_format: options.LoadFormat = None,
 ) -> None:
     """Each kernel of a decode step: time, count, bytes, FLOPs, share of the roofline. On a CPU each operation."""
-    from ..bench import report, step as steps_of
+    from ..bench import report
     from ..local import LocalEngine
 
     flags = {"model.name": model, "engine.device": device, "model.load_format": load_format}
     settings = options.load(config, flags, sets).settings
     with LocalEngine(settings) as local:
+        from ..bench import step as steps_of  # torch, which an engine must have prepared for
+
         figures = steps_of.measure(local, batch, ctx, steps)
         typer.echo(f"{local.model_name} on {local.engine.info.device}, batch {batch}, ctx {ctx}, one decode step:")
         for line in steps_of.lines(figures):

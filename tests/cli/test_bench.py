@@ -14,9 +14,11 @@ from engine.harness import write_tiny_llama
 from processes.server import Server
 
 from fluentllm.bench import offline
+from fluentllm.bench.beside import About, Ask, Beside, pair
 from fluentllm.bench.online import Load, Sample, summary
 from fluentllm.bench.report import percentiles
 from fluentllm.core import config
+from fluentllm.core.errors import FluentError
 from fluentllm.local import LocalEngine
 
 from .conftest import Fluent
@@ -61,6 +63,78 @@ def test_latency(fluent_process: Fluent, model: str, tmp_path: Path) -> None:
     assert printed.count("TPOT") == 2
     assert len(re.findall(r"floor \d+\.\d\d ms \(\d+%\)", printed)) == 2
     assert "first token after" in printed
+
+
+@pytest.mark.parametrize("deterministic", ["false", "true"])
+def test_deterministic_mode_is_compared_in_the_same_run(
+    fluent_process: Fluent, model: str, tmp_path: Path, deterministic: str
+) -> None:
+    """Whichever of the two the settings ask for: a second engine is timed in turns with it, and the ratio is given."""
+    file = tmp_path / "latency.json"
+    sizes = ("--batch", "1,4", "--ctx", "24", "--steps", "16", "--rounds", "3", "--json", str(file))
+    chosen = ("--compare-deterministic", "--set", f"engine.deterministic={deterministic}", "--set", "model.dtype=float32")
+    printed = fluent_process("bench", "latency", model, *sizes, *chosen, *DUMMY).stdout
+    figures = json.loads(file.read_text())
+    assert [row["batch"] for row in figures["decode"]] == [1, 4]
+    for row in figures["decode"]:
+        other = row["beside"]
+        assert other["deterministic"] is (deterministic == "false")
+        assert len(other["rounds_ms"]) == len(row["rounds_ms"]) == 3
+        plain, fixed = (row, other) if other["deterministic"] else (other, row)
+        assert row["slowdown"] == pytest.approx(fixed["tpot_ms"] / plain["tpot_ms"])
+        assert row["prefill_slowdown"] == pytest.approx(fixed["prefill_s"] / plain["prefill_s"])
+        said = f"TPOT {fixed['tpot_ms']:.2f} ms instead of {plain['tpot_ms']:.2f} ({row['slowdown']:.2f} ×)"
+        assert f"deterministic mode: {said}" in printed
+
+
+def test_deterministic_mode_alone_says_how_to_compare(fluent_process: Fluent, model: str) -> None:
+    sizes = ("--batch", "1", "--ctx", "24", "--steps", "16", "--rounds", "1")
+    printed = fluent_process("bench", "latency", model, *sizes, "--set", "engine.deterministic=true", *DUMMY).stdout
+    assert "--compare-deterministic measures its slowdown" in printed
+
+
+def test_rounds_of_two_engines_take_turns(model: str) -> None:
+    """After a warm-up of each, in which both capture what they would while the other one is timed."""
+    asked: list[Ask | str] = []
+
+    class Turns:
+        about = About(deterministic=True, weight_precision="float32")
+
+        def round(self, ask: Ask) -> tuple[float, float]:
+            asked.append(ask)
+            return 1.0, 1.0 + 16 * 0.25
+
+    given = {"model.name": model, "model.load_format": "dummy", "engine.device": "cpu", "engine.threads": 1}
+    with LocalEngine(config.load(None, given, {}).settings) as local:
+        submit = local.generation.client.submit
+        local.generation.client.submit = lambda request: (asked.append("ours"), submit(request))[1]  # type: ignore[method-assign]
+        [row] = offline.latency(local, [1], 24, 16, rounds=2, tell=lambda _: None, beside=Turns())  # type: ignore[arg-type]
+    warm, ask = Ask(1, 24, 16, prepare=True), Ask(1, 24, 16)
+    ours = ["ours", "ours"]
+    assert asked == [*ours, warm, *ours, ask, *ours, ask]
+    assert (row["beside"]["tpot_ms"], row["beside"]["rounds_ms"]) == (250, [250, 250])
+    assert row["slowdown"] == pytest.approx(250 / row["tpot_ms"])
+
+
+def test_settings_of_two_engines(model: str) -> None:
+    """On a GPU both must fit, and an idle one must have nothing left to capture."""
+    settings = config.load(None, {"engine.memory_share": 0.8}, {}).settings
+    ours, other = pair(settings, 8)
+    assert (ours.engine.deterministic, other.engine.deterministic) == (False, True)
+    assert (ours.engine.memory_share, other.engine.memory_share) == (0.4, 0.8)
+    assert ours.scheduler.max_running == other.scheduler.max_running == 8
+    assert settings.scheduler.max_running is None
+    given = {"engine.deterministic": True, "kv.memory": "1GiB", "scheduler.max_running": 5}
+    ours, other = pair(config.load(None, given, {}).settings, 3)
+    assert (ours.engine.deterministic, other.engine.deterministic) == (True, False)
+    assert ours.engine.memory_share == other.engine.memory_share
+    assert ours.scheduler.max_running == other.scheduler.max_running == 5
+
+
+def test_what_the_second_engine_cannot_do_is_said(model: str) -> None:
+    given = {"model.name": model, "model.load_format": "dummy", "engine.device": "cpu", "kv.memory": "1KiB"}
+    with pytest.raises(FluentError, match=r"The second engine: kv\.memory 1KiB holds 0 pages.*Set kv\.memory to"):
+        Beside(config.load(None, given, {}).settings)
 
 
 def test_throughput(fluent_process: Fluent, model: str, tmp_path: Path) -> None:
