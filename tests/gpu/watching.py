@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,16 +20,35 @@ WARM = 12
 """Steps before the first look: eager, captured, replayed, for each number of drafts."""
 
 
+_CALL = re.compile(r"cu(da)?[A-Z]\w*")
+_WAITS = re.compile(
+    r"cu(da)?("
+    r"(Device|Thread|Stream|Event|Ctx)Synchronize"
+    r"|Memcpy(?!\w*Async)\w*"
+    r"|(Malloc|Free|MemAlloc|MemFree)(?!\w*Async)\w*|(Mem)?Host(Alloc|Register|Unregister)"
+    r")(_v\d+)?(_pt[ds][sz])?"
+)
+
+
+def waits(name: str) -> bool:
+    """Does this call of CUDA's runtime or driver keep the host until the device has done something? Those that allocate and
+    free do now and then. Asynchronous copies from pageable memory wait too: `torch.cuda.set_sync_debug_mode` sees them."""
+    return _WAITS.fullmatch(name) is not None
+
+
 @dataclass
 class Seen:
     calls: list[Counter[str]] = field(default_factory=list)
     """Of each step: names of CUDA runtime and driver calls on the launch thread."""
-    everywhere: Counter[str] = field(default_factory=Counter)
-    """Of all threads, over all steps."""
+    between: Counter[str] = field(default_factory=Counter)
+    """The same, from one step's end to the next one's begin: what it does beside running programs."""
     busy: list[tuple[float, float]] = field(default_factory=list)
     """Begin and end of each kernel and copy on the device, µs, in order."""
-    graphs: list[float] = field(default_factory=list)
-    """When each graph was launched, µs."""
+
+    def waiting(self) -> dict[str, int]:
+        """Calls of the launch thread that wait for the device, in steps and between them."""
+        every = sum((*self.calls, self.between), Counter[str]())
+        return {name: count for name, count in every.items() if waits(name)}
 
     def idle(self) -> list[float]:
         """µs that the device pauses between one step's program and the next one's."""
@@ -112,23 +133,19 @@ def _read(profiler: Any) -> Seen:
     seen = Seen()
     events = list(profiler.events())
     on_device = torch.autograd.DeviceType.CUDA
-    ranges = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in events
-        if event.name == STEP and event.device_type != on_device
-    )
+    steps = [event for event in events if event.name == STEP and event.device_type != on_device]
+    ranges = sorted((event.time_range.start, event.time_range.end) for event in steps)
+    # The system's number of a thread, for ranges as for calls; `event.thread` counts those that run operations.
+    [thread] = {event.device_resource_id for event in steps}
+    seen.calls = [Counter() for _ in ranges]
     for event in events:
+        start = event.time_range.start
         if event.device_type == on_device:
             if event.name != STEP and event.time_range.elapsed_us() > 0:
-                seen.busy.append((event.time_range.start, event.time_range.end))
-        elif event.name.startswith(("cuda", "cu")) and event.name[2:3].isalpha():
-            seen.everywhere[event.name] += 1
+                seen.busy.append((start, event.time_range.end))
+        elif _CALL.fullmatch(event.name) and event.device_resource_id == thread and ranges[0][0] <= start < ranges[-1][1]:
+            # The last step that had begun.
+            step = bisect([begin for begin, _ in ranges], start) - 1
+            (seen.calls[step] if start < ranges[step][1] else seen.between)[event.name] += 1
     seen.busy.sort()
-    runtime = [e for e in events if e.device_type != on_device and e.name.startswith(("cuda", "cu")) and e.name[2:3].isalpha()]
-    for begin, end in ranges:
-        inside = [event.name for event in runtime if begin <= event.time_range.start < end]
-        seen.calls.append(Counter(inside))
-        seen.graphs += [
-            e.time_range.start for e in runtime if e.name == "cudaGraphLaunch" and begin <= e.time_range.start < end
-        ]
     return seen
