@@ -1,56 +1,102 @@
-"""Logits of every model family by every attention backend, against the same weights on the CPU in float64.
+"""Logits of every model family by every attention backend and over every cache, against the same weights on the CPU in float64.
 
-How far BF16 may be off is measured: the same model in BF16 on the CPU is the measure, and a GPU may be off twice as far. Where
-experts are chosen, rounding now and then chooses others, on a CPU as on a GPU; so rows are compared by quantiles, and each
-family's smallest error is far below what a wrong row would have.
+How far BF16 may be off is measured: the same model in BF16 on the CPU, over such a cache, is the measure, and a GPU may be off
+twice as far. Where experts are chosen, rounding now and then chooses others, on a CPU as on a GPU; so rows are compared by
+quantiles, and each family's smallest error is far below what a wrong row would have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from models.families import FAMILIES, Family, errors, float64_weights
 from torch import Tensor
 
-from fluentllm.core.plugins import PluginManager
-from fluentllm.core.protocols import AttentionSpec
+from fluentllm.assembly.attention.passes import Order, phased
+from fluentllm.core.batch import Batch
+from fluentllm.core.protocols import PHASES, AttentionBackend, AttentionContext
+from fluentllm.core.settings import Settings, SpeculativeSettings
+
+CACHES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+GPU = torch.device("cuda", 0)
 
 
-def check(found: Tensor, measure: Tensor) -> None:
-    """`found` and `measure`: errors of rows, of what is tested and of BF16 on the CPU."""
-    for share in (0.1, 0.5, 0.9):
-        ours, allowed = found.quantile(share).item(), 2 * measure.quantile(share).item()
-        assert ours <= allowed, f"the {share} quantile of the rows' errors is {ours:.2e}; BF16 explains {allowed:.2e}"
-    assert found.max() <= max(2 * measure.max().item(), 0.5), f"a row is wrong: {found.max():.2e}"
+@dataclass
+class Measured:
+    family: Family
+    exact: Tensor
+    _allowed: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def check(self, name: str, found: Tensor, kv_dtype: torch.dtype) -> None:
+        if kv_dtype not in self._allowed:
+            self._allowed[kv_dtype] = self.family.bf16_errors(self.exact, kv_dtype)
+        off, measure = errors(found, self.exact), self._allowed[kv_dtype]
+        print(f"{name}: off by {off.median():.2e}, most {off.max():.2e}; CPU {measure.median():.2e}, {measure.max():.2e}")
+        for share in (0.1, 0.5, 0.9):
+            ours, allowed = off.quantile(share).item(), 2 * measure.quantile(share).item()
+            assert ours <= allowed, f"the {share} quantile of the rows' errors is {ours:.2e}; BF16 explains {allowed:.2e}"
+        assert off.max() <= max(2 * measure.max().item(), 0.5), f"a row is wrong: {off.max():.2e}"
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """(the family, its exact logits, errors of BF16 on the CPU)."""
-    cpu = torch.device("cpu")
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measured]:
     with float64_weights():
-        found = Family(request.param, tmp_path_factory.mktemp(request.param))
-        exact = found.logits(cpu, torch.float64)
-        measure = errors(found.logits(cpu, torch.bfloat16), exact)
-        print(f"{request.param}: BF16 on the CPU is off by {measure.median():.2e}, most {measure.max():.2e}")
-        yield found, exact, measure
+        family = Family(request.param, tmp_path_factory.mktemp(request.param))
+        yield Measured(family, family.logits(torch.device("cpu"), torch.float64))
 
 
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["plain", "deterministic"])
-def test_logits_are_the_float64_ones_as_far_as_bf16_goes(family: Any, deterministic: bool) -> None:
-    found, exact, measure = family
-    device = torch.device("cuda", 0)
-    registry = PluginManager.load({"engine", "executor"}, allow=[], deny=[]).registry("attention")
-    spec = AttentionSpec(
-        model=found.spec, device="cuda", dtype="bfloat16", kv_dtype="bfloat16", page_size=64, deterministic=deterministic
-    )
-    # FlashInfer's kernels may not be compiled yet: tests/gpu/test_flashinfer.py waits for them.
-    entries = [entry for entry in registry.supported(spec) if entry.name != "flashinfer"]
-    assert "triton" in {entry.name for entry in entries}, registry.why_not(spec)
+def test_logits_are_the_float64_ones_as_far_as_bf16_goes(measured: Measured, deterministic: bool, cache: str) -> None:
+    family, kv_dtype = measured.family, CACHES[cache]
+    spec = family.asks("cuda", kv_dtype, deterministic=deterministic)
+    # FlashInfer's kernels may not be compiled yet: it has a test of its own.
+    entries = [entry for entry in family.backends.supported(spec) if entry.name != "flashinfer"]
+    wanted = "mla_fp8" if cache == "fp8" and family.spec.kv.kind == "mla" else "triton"
+    assert wanted in {entry.name for entry in entries}, family.backends.why_not(spec)
     for entry in entries:
-        off = errors(found.logits(device, torch.bfloat16, entry.factory, deterministic=deterministic), exact)
-        print(f"{entry.name}: off by {off.median():.2e}, most {off.max():.2e}")
-        check(off, measure)
+        found = family.logits(GPU, torch.bfloat16, entry.factory, deterministic=deterministic, kv_dtype=kv_dtype)
+        measured.check(entry.name, found, kv_dtype)
+
+
+class Noted(Order):
+    """Notes who is given passes."""
+
+    def __init__(self, *backends: AttentionBackend) -> None:
+        super().__init__(backends, named=True)
+        self.given: list[AttentionBackend] = []
+
+    def pick(self, batch: Batch) -> AttentionBackend:
+        self.given.append(super().pick(batch))
+        return self.given[-1]
+
+
+def test_logits_by_flashinfer(measured: Measured) -> None:
+    """As an engine has it: what FlashInfer has no kernel for, MLA's decode, goes to Triton's backend over the same cache."""
+    family = measured.family
+    phases = PHASES if family.spec.kv.kind == "gqa" else ("prefill",)
+    spec = family.asks("cuda", torch.bfloat16, phases=phases)
+    if (reason := family.backends.why_not(spec).get("flashinfer")) is not None:
+        pytest.skip(reason)
+    orders: list[Noted] = []
+    made: list[AttentionBackend] = []
+
+    def create(context: AttentionContext) -> AttentionBackend:
+        drafts = Settings(speculative=SpeculativeSettings(method="pld", k=3))  # verification has four rows
+        first = family.backends.get("flashinfer").factory(replace(context, spec=spec, settings=drafts))
+        first.load()
+        rest = family.backends.get("triton").factory(context)
+        made.append(first)
+        orders.extend((Noted(first, rest), Noted(first, rest)))
+        return phased(*orders)
+
+    found = family.logits(GPU, torch.bfloat16, create)
+    for phase, order in zip(("prefill", "decode"), orders, strict=True):
+        assert order.given
+        if phase in phases and any(backend is not made[0] for backend in order.given):
+            trouble = getattr(made[0], "_modules").trouble  # noqa: B009  (another backend's attribute)
+            pytest.skip(f"FlashInfer's modules for {phase} are not compiled: {trouble or 'being compiled'}")
+    measured.check("flashinfer", found, torch.bfloat16)

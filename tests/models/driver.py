@@ -62,7 +62,10 @@ class Driver:
         self.pool = KVPool(kv, pages, page_size, kv_dtype, device)
         # What was never written must not matter, as long as it is finite.
         for tensor in (self.pool.k, self.pool.v, self.pool.latent):
-            tensor.normal_()
+            if tensor.dtype is torch.uint8:  # planes of bytes, all of which mean a finite number so
+                tensor.random_(0x30, 0x40)
+            else:
+                tensor.copy_(torch.randn(tensor.shape))
         name, kv_name = (str(kind).removeprefix("torch.") for kind in (dtype, kv_dtype))
         spec = AttentionSpec(
             model=model.spec, device=device.type, dtype=name, kv_dtype=kv_name, page_size=page_size, deterministic=deterministic

@@ -17,7 +17,16 @@ from gpu.models import VOCABULARY, small
 from torch import Tensor
 
 from fluentllm.core.plugins import PluginManager
-from fluentllm.core.protocols import AttentionBackend, AttentionContext, BuildContext, Model, WeightSlot
+from fluentllm.core.protocols import (
+    PHASES,
+    AttentionBackend,
+    AttentionContext,
+    AttentionSpec,
+    BuildContext,
+    Model,
+    Phase,
+    WeightSlot,
+)
 from fluentllm.kernels import choose_ops, weights
 from fluentllm.layers.loading import load_weights
 
@@ -96,12 +105,25 @@ class Family:
         small(shape, folder, max_position_embeddings=512, **changes)
         self._config = json.loads((folder / "config.json").read_text())
         plugins = PluginManager.load({"engine", "executor"}, allow=[], deny=[])
+        self.backends = plugins.registry("attention")
         self._family = plugins.registry("models").get(self._config["architectures"][0]).factory
         self.spec = self._family.spec(self._config)
         rng = random.Random(5)
         self.tokens = [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in LENGTHS]
         shapes = self._build(torch.device("meta"), torch.float32, deterministic=False)
         self._checkpoint = Drawn(self._config, shapes.weight_slots())
+
+    def asks(
+        self, device: str, kv_dtype: torch.dtype, *, deterministic: bool = False, phases: tuple[Phase, ...] = PHASES
+    ) -> AttentionSpec:
+        """What backends are asked about, for BF16."""
+        kept = str(kv_dtype).removeprefix("torch.")
+        return AttentionSpec(self.spec, device, "bfloat16", kept, page_size=64, deterministic=deterministic, phases=phases)
+
+    def bf16_errors(self, exact: Tensor, kv_dtype: torch.dtype) -> Tensor:
+        """Of BF16 on the CPU, over such a cache: what a GPU is measured by."""
+        create = self.backends.supported(self.asks("cpu", kv_dtype))[0].factory
+        return errors(self.logits(torch.device("cpu"), torch.bfloat16, create, kv_dtype=kv_dtype), exact)
 
     def _build(self, device: torch.device, dtype: torch.dtype, *, deterministic: bool) -> Model:
         real = torch.device("cpu") if device.type == "meta" else device
@@ -111,14 +133,23 @@ class Family:
             return self._family.build(self._config, context)
 
     def logits(
-        self, device: torch.device, dtype: torch.dtype, create: Create | None = None, *, deterministic: bool = False
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        create: Create | None = None,
+        *,
+        deterministic: bool = False,
+        kv_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """[rows of all sequences, vocab] float64 on the CPU, by the passes of `cuts`."""
+        """[rows of all sequences, vocab] float64 on the CPU, by the passes of `cuts`. `create`: torch's backend if None;
+        `kv_dtype`: `dtype` if None."""
         model = self._build(device, dtype, deterministic=deterministic)
         with torch.inference_mode():
             load_weights(model, self._checkpoint, device)
         made = {} if create is None else {"create": create}
-        driver = Driver(model, self.tokens, page_size=64, dtype=dtype, device=device, deterministic=deterministic, **made)
+        driver = Driver(
+            model, self.tokens, page_size=64, dtype=dtype, kv_dtype=kv_dtype, device=device, deterministic=deterministic, **made
+        )
         rows: dict[tuple[int, int], Tensor] = {}
         for chunks, decode in cuts():
             for (sequence, start, _), found in zip(chunks, driver.run(chunks, decode=decode), strict=True):
