@@ -120,10 +120,11 @@ class Family:
         kept = str(kv_dtype).removeprefix("torch.")
         return AttentionSpec(self.spec, device, "bfloat16", kept, page_size=64, deterministic=deterministic, phases=phases)
 
-    def bf16_errors(self, exact: Tensor, kv_dtype: torch.dtype) -> Tensor:
+    def bf16_errors(self, exact: Tensor, kv_dtype: torch.dtype, *, deterministic: bool = False) -> Tensor:
         """Of BF16 on the CPU, over such a cache: what a GPU is measured by."""
-        create = self.backends.supported(self.asks("cpu", kv_dtype))[0].factory
-        return errors(self.logits(torch.device("cpu"), torch.bfloat16, create, kv_dtype=kv_dtype), exact)
+        create = self.backends.supported(self.asks("cpu", kv_dtype, deterministic=deterministic))[0].factory
+        cpu = torch.device("cpu")
+        return errors(self.logits(cpu, torch.bfloat16, create, deterministic=deterministic, kv_dtype=kv_dtype), exact)
 
     def _build(self, device: torch.device, dtype: torch.dtype, *, deterministic: bool) -> Model:
         real = torch.device("cpu") if device.type == "meta" else device
