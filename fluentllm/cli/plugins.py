@@ -120,6 +120,7 @@ def doctor(config: options.Config = None, sets: options.Sets = None, json: outpu
 def find_problems(config: Any = None, sets: Any = None) -> list[dict[str, str]]:
     """What is wrong with the installed plugins, each with what to do about it."""
     from fluentllm.core.errors import FluentError
+    from fluentllm.core.plugins.burden import FIX
     from fluentllm.core.plugins.discovery import discover
 
     try:
@@ -131,6 +132,8 @@ def find_problems(config: Any = None, sets: Any = None) -> list[dict[str, str]]:
         if info.state in ("failed", "missing"):
             fix = f"Mend or upgrade {info.distribution}, or add {info.name!r} to `plugins.deny`."
             problems.append({"problem": f"{info} is not loaded: {info.problem}", "fix": fix})
+        elif info.burden is not None:
+            problems.append({"problem": f"{info} is a burden: {info.burden}.", "fix": FIX})
     return problems
 
 
@@ -159,7 +162,7 @@ def _describe(info: PluginInfo) -> dict[str, Any]:
         "processes": list(info.processes) or ["all"],
         "hooks": list(info.hooks),
         "state": info.state,
-        "problem": info.problem,
+        "problem": info.problem or info.burden,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 
 import pytest
@@ -75,6 +76,21 @@ def test_one_that_raises_stops_no_other_and_is_switched_off(order, caplog):
     assert (stats.calls, stats.failures) == (FAILURE_LIMIT, FAILURE_LIMIT)
     assert "plugin faulty: observer fluent_step raised ValueError: faulty by design" in caplog.text
     assert "switched off" in caplog.text
+
+
+def test_one_that_exits_ends_nobody_but_itself(caplog):
+    class Leaving:
+        @hookimpl
+        def fluent_request(self, event):
+            sys.exit(3)
+
+    counter = Counter()
+    manager = PluginManager.load({"engine"}, objects={"leaving": Leaving(), "counter": counter})
+    for _ in range(FAILURE_LIMIT + 1):
+        manager.observers.request(RequestEvent("finished", "a", 1.0))
+    assert counter.seen == ["finished"] * (FAILURE_LIMIT + 1)
+    assert "plugin leaving: observer fluent_request raised SystemExit: 3" in caplog.text
+    assert manager.ledger.stats["leaving", "fluent_request"].calls == FAILURE_LIMIT
 
 
 def test_rare_failures_are_forgiven():

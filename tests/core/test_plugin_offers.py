@@ -46,6 +46,12 @@ def test_two_routes_of_one_path_and_method_clash(other):
         load_frontend(one=Routes("/acme/{name}"), two=Routes(other))
 
 
+@pytest.mark.parametrize("again", ["/acme/{name}", "/acme/{other}/"])
+def test_a_route_that_one_plugin_registers_twice(again):
+    with pytest.raises(PluginError, match=r"plugin 'acme' .* serves GET .* twice\. Register it once\."):
+        load_frontend(acme=Routes("/acme/{name}", again))
+
+
 def test_other_methods_or_paths_do_not_clash():
     plugins = load_frontend(one=Routes("/acme"), two=Routes("/acme", methods=("POST",)), three=Routes("/acme/{name}"))
     assert len([route for route in plugins.routes() if route.plugin in ("one", "two", "three")]) == 3
@@ -150,6 +156,11 @@ def test_commands_of_one_name_clash(group):
         plugins.add_commands(application())
 
 
+def test_a_command_that_one_plugin_adds_twice():
+    with pytest.raises(PluginError, match=r"plugin 'acme' .* adds the command `fluent wax` twice"):
+        PluginManager.load({"cli"}, objects={"acme": Commands("wax", "wax")}).add_commands(application())
+
+
 def test_a_command_of_fluent_itself_cannot_be_taken():
     with pytest.raises(PluginError, match=r"`fluent serve-it`: fluent itself and plugin 'acme'"):
         PluginManager.load({"cli"}, objects={"acme": Commands("serve-it")}).add_commands(application())
@@ -197,3 +208,12 @@ def test_only_the_hooks_that_are_wanted_are_called():
 def test_what_is_no_struct_is_refused(structs, what):
     with pytest.raises(PluginError, match=what):
         PluginManager.load({"engine"}, objects={"acme": Configured(*structs)})
+
+
+def test_a_struct_whose_annotations_cannot_be_resolved_names_its_plugin():
+    class Unresolved(msgspec.Struct):
+        shine: NoSuchName = None  # noqa: F821
+
+    with pytest.raises(PluginError, match=r"plugin 'acme' .* registers .*Unresolved.*'NoSuchName' is not defined") as error:
+        PluginManager.load({"engine"}, objects={"acme": Configured(Unresolved)})
+    assert "TYPE_CHECKING" in error.value.fix

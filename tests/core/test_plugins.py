@@ -239,6 +239,51 @@ def test_every_builtin_loads_and_none_imports_torch_to_say_what_it_offers():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def without_torch(monkeypatch):
+    """What the test puts there goes with it."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    del sys.modules["torch"]
+
+
+@pytest.mark.parametrize("place", ["at its top", "in a hook"])
+def test_a_plugin_that_brings_torch_into_the_front_end_is_named(make_distribution, monkeypatch, caplog, place):
+    """It works; the start says who makes it slow, and so does doctor. In a process that computes nobody minds."""
+    heavy = "import no_torch as torch, sys; sys.modules['torch'] = torch"
+    top, body = (heavy, "") if place == "at its top" else ("", f"        {heavy}")
+    source = f"""
+{top}
+from fluentllm.core.hookspecs import hookimpl
+
+class Plugin:
+    @hookimpl
+    def fluent_routes(self, register):
+        pass
+{body}
+
+plugin = Plugin()
+"""
+    make_distribution(
+        "acme", {"acme": "acme_t:plugin", "light": "acme_u:plugin"}, acme_t=source, no_torch="", acme_u=policy("u")
+    )
+    for processes, warned in (({"engine"}, False), ({"frontend"}, True), (None, False)):
+        without_torch(monkeypatch)
+        sys.modules.pop("acme_t", None)
+        caplog.clear()
+        plugins = PluginManager.load(processes, allow=["acme", "light"])
+        assert ("plugin 'acme' (acme 1.2" in caplog.text and "imports torch in the front end" in caplog.text) is warned
+        assert plugins.info("acme").state == "loaded"
+        assert plugins.info("light").burden is None
+        if processes != {"engine"}:
+            assert "imports torch in the front end" in plugins.info("acme").burden
+
+
+def test_torch_in_an_engines_plugin_is_as_it_should_be(make_distribution, monkeypatch):
+    source = "import no_torch as torch, sys; sys.modules['torch'] = torch\n" + policy("v")
+    make_distribution("acme", {"acme": "acme_v:plugin [engine]"}, acme_v=source, no_torch="")
+    without_torch(monkeypatch)
+    assert PluginManager.load(None, allow=["acme"]).info("acme").burden is None
+
+
 def test_the_trace_has_every_call_with_its_time(make_distribution):
     make_distribution("acme", {"acme": "acme_s:plugin [engine]"}, acme_s=policy("s"))
     calls: list = []

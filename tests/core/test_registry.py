@@ -85,3 +85,8 @@ def test_names_clash(registry):
     registry.remove_plugin("plugin_a")
     registry.add(Entry("small", dict, "plugin_d", "plugin 'd'"))
     assert registry.get("small").plugin == "plugin_d"
+
+
+def test_one_plugin_that_offers_a_name_twice(registry):
+    with pytest.raises(PluginError, match=r"^plugin 'a' offers the attention backend 'small' twice\. Register it once\.$"):
+        registry.add(Entry("small", dict, "plugin_a", "plugin 'a'"))

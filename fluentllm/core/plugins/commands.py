@@ -37,6 +37,8 @@ class CommandTable:
             raise PluginError(f"{info} replaces the callback of `fluent` itself.", fix="Add a command or a group instead.")
         commands, groups = self._before
         for name in self._names(commands, groups):
+            if self._owners.get(name) == str(info):
+                raise PluginError(f"{info} adds the command `fluent {name}` twice.", fix="Add it once.")
             if name in self._owners:
                 raise PluginError(
                     f"Two plugins add the command `fluent {name}`: {self._owners[name]} and {info}.",

@@ -48,6 +48,8 @@ class PluginInfo:
     """found: not needed here, so not imported. excluded: by an allow or deny list. missing: its module is gone."""
     problem: str | None = None
     """Why it is not loaded, if it should be."""
+    burden: str | None = None
+    """What it costs a process that it should not, though it is loaded."""
     file: str | None = None
     """Where its module lies, once imported."""
     hooks: tuple[str, ...] = ()

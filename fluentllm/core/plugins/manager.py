@@ -22,7 +22,9 @@ import pluggy
 from .. import hookspecs
 from ..errors import PluginError
 from ..hookspecs import PROJECT
+from .burden import TorchWatch
 from .checks import check
+from .clashes import clash
 from .discovery import PluginInfo, admit, allowed_by_environment, discover, normalized
 from .observers import OBSERVER_HOOKS, Call, Ledger, Observer, Observers
 from .registry import Entry, Registry, supports_everything
@@ -85,6 +87,7 @@ class PluginManager:
         self._routes = RouteTable()
         self._structs: dict[str, type[msgspec.Struct]] = {}
         self._engine_calls: dict[str, tuple[PluginInfo, EngineCall]] = {}
+        self._torch = TorchWatch(processes)
         self.observers = Observers(self.ledger, {})
 
     @classmethod
@@ -172,7 +175,8 @@ class PluginManager:
                 info.state, info.problem = "missing", f"there is no module {module}; reinstall {info.distribution}"
                 log.warning("%s: %s", info, info.problem)
                 return
-            info.plugin = self.ledger.call(info.name, "import", info.entry.load)
+            with self._torch.blaming(info):
+                info.plugin = self.ledger.call(info.name, "import", info.entry.load)
         except (Exception, SystemExit) as error:
             self._leave_out(info, f"importing {info.value} raised", error)
             return
@@ -216,7 +220,8 @@ class PluginManager:
 
     def _contained(self, info: PluginInfo, hook: str, call: Callable[[], Any], undo: Callable[[str], None]) -> None:
         try:
-            self.ledger.call(info.name, hook, call)
+            with self._torch.blaming(info):
+                self.ledger.call(info.name, hook, call)
         except PluginError:
             raise
         except (Exception, SystemExit) as error:
@@ -268,10 +273,8 @@ class PluginManager:
         def register(name: str, function: EngineCall) -> None:
             other = self._engine_calls.get(name)
             if other is not None:
-                raise PluginError(
-                    f"Two plugins offer the engine's call {name!r}: {other[0]} and {info}.",
-                    fix=f"Uninstall one of them, or add {other[0].name!r} or {info.name!r} to `plugins.deny`.",
-                )
+                first, second = ((one.name, str(one)) for one in (other[0], info))
+                raise clash("offer", f"the engine's call {name!r}", first, second)
             if not callable(function):
                 raise PluginError(f"{info} offers the call {name!r} with {function!r}.", fix="Pass a function to register().")
             self._engine_calls[name] = (info, function)
@@ -284,6 +287,13 @@ class PluginManager:
                 raise PluginError(f"{info} registers {struct!r} as its settings.", fix="Register a subclass of msgspec.Struct.")
             if info.name in self._structs:
                 raise PluginError(f"{info} registers two Structs for its settings.", fix="Nest one in the other.")
+            try:
+                msgspec.inspect.type_info(struct)  # as filling it does
+            except Exception as error:
+                raise PluginError(
+                    f"{info} registers {struct.__qualname__}, whose fields have no usable types: {error}.",
+                    fix="Import what its annotations name when the module is loaded, not under TYPE_CHECKING.",
+                ) from error
             self._structs[info.name] = struct
 
         return register

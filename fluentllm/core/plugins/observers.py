@@ -142,7 +142,7 @@ class Observers:
         for observer in tuple(observers):
             try:
                 self.ledger.call(observer.plugin, observer.hook, observer.function, *args)
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # whoever calls sys.exit ends itself
                 self._failed(observer, error)
                 if not observer.enabled:
                     observers.remove(observer)
@@ -150,7 +150,7 @@ class Observers:
                 if observer.strain:
                     observer.strain = max(0.0, observer.strain - FORGIVENESS)
 
-    def _failed(self, observer: Observer, error: Exception) -> None:
+    def _failed(self, observer: Observer, error: BaseException) -> None:
         first = observer.strain == 0.0
         observer.strain += 1
         observer.enabled = observer.strain < FAILURE_LIMIT

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, PluginError
+from .clashes import clash
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +59,7 @@ class Registry:
         self._entries: dict[str, Entry] = {}
 
     def add(self, entry: Entry) -> None:
-        """Raises `PluginError` if the name is taken, naming both plugins."""
+        """Raises `PluginError` if the name is taken, naming who took it."""
         if not isinstance(entry.name, str) or not entry.name or entry.name == "auto":
             raise PluginError(
                 f"{entry.source} offers the {self.noun} {entry.name!r}.",
@@ -71,10 +72,8 @@ class Registry:
             )
         other = self._entries.get(entry.name)
         if other is not None:
-            raise PluginError(
-                f"Two plugins offer the {self.noun} {entry.name!r}: {other.source} and {entry.source}.",
-                fix=f"Uninstall one of them, or add {entry.plugin!r} or {other.plugin!r} to `plugins.deny`.",
-            )
+            first, second = ((one.plugin, one.source) for one in (other, entry))
+            raise clash("offer", f"the {self.noun} {entry.name!r}", first, second)
         self._entries[entry.name] = entry
 
     def remove_plugin(self, plugin: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PluginError
+from .clashes import clash
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -47,7 +48,7 @@ class RouteTable:
         return register
 
     def add(self, route: Route) -> None:
-        """Raises `PluginError` if the route cannot be served, or another plugin serves it."""
+        """Raises `PluginError` if the route cannot be served, or is served already."""
         if not route.path.startswith("/"):
             raise PluginError(f"{route.source} gives the route {route.path!r}.", fix="Begin the path with `/`.")
         if not callable(route.endpoint) or not route.methods:
@@ -67,10 +68,8 @@ class RouteTable:
         for other in self.routes:
             shared = set(route.methods) & set(other.methods)
             if shared and _shape(route.path) == _shape(other.path):
-                raise PluginError(
-                    f"Two plugins serve {sorted(shared)[0]} {route.path}: {other.source} and {route.source}.",
-                    fix=f"Uninstall one of them, or add {route.plugin!r} or {other.plugin!r} to `plugins.deny`.",
-                )
+                first, second = ((one.plugin, one.source) for one in (other, route))
+                raise clash("serve", f"{sorted(shared)[0]} {route.path}", first, second)
         self.routes.append(route)
 
     def remove_plugin(self, plugin: str) -> None:
