@@ -53,6 +53,12 @@ class Parts:
     """What the proposer keeps for each page besides its KV."""
 
 
+def page_bytes(kv: KVSpec, drafts: DraftMemory, page_size: int, dtype: torch.dtype) -> int:
+    """Of one page, over all pools and what a proposer keeps."""
+    pools = [structs.replace(kv, layers=kv.layers + drafts.kv_layers), *([drafts.kv] if drafts.kv is not None else [])]
+    return drafts.bytes_per_page + sum(KVPool.bytes_per_page(pool, page_size, dtype) for pool in pools)
+
+
 class PartsMaker:
     """`make(pages)`, and to try what fits `make(pages, slots)`."""
 
@@ -75,9 +81,9 @@ class PartsMaker:
         self.page_size = choose_page_size(settings, spec)
         self.kv_dtype = choose_kv_dtype(settings, loaded.dtype)
         self.kv_spec = structs.replace(spec.kv, layers=spec.kv.layers + draft_memory.kv_layers)
+        self.page_bytes = page_bytes(spec.kv, draft_memory, self.page_size, self.kv_dtype)
         self._settings, self._loaded, self._plugins, self._sizes = settings, loaded, plugins, sizes
         self._proposer, self._draft_kv, self._draft_model = proposer, draft_memory.kv, draft_model
-        self._draft_bytes = draft_memory.bytes_per_page
         self._attention_spec = AttentionSpec(
             model=spec,
             device=loaded.device.type,
@@ -89,12 +95,6 @@ class PartsMaker:
         # Refused before anything is allocated.
         for phase in PHASES:
             candidates(settings, self._attention_spec, plugins, phase)
-
-    @property
-    def page_bytes(self) -> int:
-        """Of one page, over all pools and what a proposer keeps."""
-        pools = [kv for kv in (self.kv_spec, self._draft_kv) if kv is not None]
-        return self._draft_bytes + sum(KVPool.bytes_per_page(kv, self.page_size, self.kv_dtype) for kv in pools)
 
     def tables(self, device: torch.device, slots: int | None = None) -> SlotTables:
         sizes = self._sizes

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Answer = Callable[[list[dict[str, str]]], str]
 """Prints the answer as it comes, and returns it."""
+EXIT_UNANSWERED = 2
 
 
 def chat(
@@ -37,7 +38,8 @@ def chat(
 ) -> None:
     """Chat in the terminal, with a model in this process or, with --url, on a server.
 
-    An empty line or Ctrl-D ends it, Ctrl-C ends an answer; `/new` begins a new conversation.
+    An empty line or Ctrl-D ends it, Ctrl-C ends an answer; `/new` begins a new conversation. Exits with 2 if the last question
+    got an error instead of an answer.
     """
     flags = {"model.name": model, "engine.device": device, "server.api_key": api_key}
     settings = options.load(config, flags, sets).settings
@@ -55,28 +57,35 @@ def chat(
 
 
 def _talk(answer: Answer, system: str | None) -> None:
+    """Raises `typer.Exit` where the last question got no answer."""
     start = [{"role": "system", "content": system}] if system else []
-    messages = list(start)
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            typer.echo()
-            return
-        if not line:
-            return
+    messages, failed = list(start), False
+    while line := _asked():
         if line == "/new":
             messages = list(start)
             continue
         messages.append({"role": "user", "content": line})
+        failed = False
         try:
             messages.append({"role": "assistant", "content": answer(messages)})
         except FluentError as error:
             typer.echo(f"error: {error}", err=True)
             messages.pop()
+            failed = True
         except KeyboardInterrupt:
             typer.echo("\n(the answer was ended, and is forgotten)", err=True)
             messages.pop()
+    if failed:
+        raise typer.Exit(EXIT_UNANSWERED)
+
+
+def _asked() -> str:
+    """What was typed; empty at the end."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        typer.echo()
+        return ""
 
 
 async def _print(pieces: AsyncIterator[str]) -> str:

@@ -65,6 +65,7 @@ def examine(overrides: dict[str, Any], config: Path | None = None, sets: list[st
         spec, report["model"] = _model(settings, plugins)
         if spec is not None:
             report["choices"] += _model_choices(settings, plugins, spec)
+            _check_pool(settings, plugins, spec, Path(report["model"]["path"]))
     except FluentError as error:
         problems.append({"problem": error.message, "fix": error.fix or "See the message."})
     return {**report, "problems": [dict(row) for row in {tuple(problem.items()): None for problem in problems}]}
@@ -204,6 +205,29 @@ def _model_choices(settings: Settings, plugins: PluginManager, spec: ModelSpec) 
         reasons = "; ".join(filter(None, [why, f"can serve this model in {phase}: {usable}", *against]))
         rows.append({"setting": setting, "set_to": wanted, "uses": used, "because": reasons})
     return rows
+
+
+def _check_pool(settings: Settings, plugins: PluginManager, spec: ModelSpec, path: Path) -> None:
+    """Raises `OutOfMemory` for a `kv.memory` that does not hold one context. What fits without it only the start knows."""
+    from fluentllm.assembly import choose_device, choose_dtype, choose_kv_dtype, choose_page_size
+    from fluentllm.assembly.choices import draft_length, draft_memory, max_model_len
+    from fluentllm.assembly.step import page_bytes
+    from fluentllm.core.protocols import DraftTarget
+    from fluentllm.core.slots import pages_of
+    from fluentllm.memory import Room, plan_pages
+
+    if settings.kv.memory is None:
+        return
+    dtype, page_size = (
+        choose_dtype(settings.model.dtype, choose_device(settings.engine.device)),
+        choose_page_size(settings, spec),
+    )
+    lengths = draft_length(settings)
+    proposer = plugins.registry("proposers").require(settings.speculative.method, spec) if lengths is not None else None
+    own = draft_memory(proposer, DraftTarget(settings, spec, dtype.itemsize, path))
+    size = page_bytes(spec.kv, own, page_size, choose_kv_dtype(settings, dtype))
+    least = pages_of(max_model_len(settings, spec), lengths.max_k if lengths is not None else 0, page_size)
+    plan_pages(settings.kv.memory, Room(0), size, page_size, wanted=least, least=least)
 
 
 def _choice(setting: str, wanted: str, chosen: str, reason: str, always: bool = False) -> dict[str, str]:

@@ -23,6 +23,11 @@ _INTS = ("length", "prompt_length", "end", "min_end", "top_k", "logprobs", "seed
 _FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
 
 
+def pages_of(context: int, max_drafts: int, page_size: int) -> int:
+    """Of one sequence of `context` tokens: a step verifies up to max_drafts tokens past the end, and drafts as many again."""
+    return -(-(context + 2 * max_drafts) // page_size)
+
+
 class SlotTables:
     """Tables of `slots` + 1 rows on `device`.
 
@@ -49,8 +54,7 @@ class SlotTables:
         self.page_size = page_size
         self.vocab_size = vocab_size
         self.max_drafts = max_drafts
-        # A step verifies up to max_drafts tokens past the end, and drafts as many again.
-        self.max_pages = -(-(max_model_len + 2 * max_drafts) // page_size)
+        self.max_pages = pages_of(max_model_len, max_drafts, page_size)
         self.history = torch.zeros(rows, max_model_len + 2 * max_drafts + 1, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(rows, self.max_pages, dtype=torch.int32, device=device)
         self.stop_ids = torch.full((rows, MAX_STOP_IDS), -1, dtype=torch.int32, device=device)

@@ -88,12 +88,20 @@ def test_an_empty_line_ends_it(server: Server) -> None:
 
 
 def test_an_error_is_told_and_the_chat_goes_on(server: Server) -> None:
-    wrong_key = talk(["hello", "hello"], "--url", server.url, "--api-key", "wrong")
+    """A script learns of it by the exit code."""
+    wrong_key = talk(["hello", "hello"], "--url", server.url, "--api-key", "wrong", code=2)
     assert wrong_key.stderr.count("The API key is missing or wrong") == 2
-    wrong_model = talk(["hello"], "gpt-9", "--url", server.url, "--api-key", "secret")
+    wrong_model = talk(["hello"], "gpt-9", "--url", server.url, "--api-key", "secret", code=2)
     assert "gpt-9" in wrong_model.stderr
-    nobody = talk(["hello"], "--url", "http://127.0.0.1:9")
+    nobody = talk(["hello"], "--url", "http://127.0.0.1:9", code=2)
     assert "http://127.0.0.1:9 does not answer" in nobody.stderr
+
+
+def test_an_answer_after_an_error_is_an_answer(server: Server) -> None:
+    long = "hello " * 9000
+    result = talk([long, "hello"], "--url", server.url, "--api-key", "secret")
+    assert "error: " in result.stderr
+    assert len(answers(result)[1]) > 0
 
 
 def test_sampling_out_of_bounds_is_refused(folder: Path) -> None:

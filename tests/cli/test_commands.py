@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from fluentllm import __version__, cli, devices
 from fluentllm.cli import options
-from fluentllm.core.errors import ConfigError
+from fluentllm.core import config
+from fluentllm.core.errors import ConfigError, OutOfMemory
 from fluentllm.hub import resolve
 from fluentllm.kernels.cuda.compile import compiler_version
+from fluentllm.local import LocalEngine
 
 
 def test_help_of_a_flag_names_its_setting_and_default(fluent):
@@ -165,6 +168,25 @@ def test_doctor_says_what_a_token_of_kv_takes(fluent, tmp_path):
         assert choices["kv.dtype"]["uses"] == kept
         assert choices["kv.dtype"]["because"] == f"as set; {size * layers:,} bytes a token"
         assert choices["attention.backend"]["uses"] == backend
+
+
+@pytest.mark.parametrize("drafts", [(), ("--set", "speculative.method=pld")])
+def test_doctor_says_when_the_kv_pool_holds_no_context(fluent, drafts):
+    """The same error as at the start, with the same advice, which it takes."""
+    line = ("doctor", "longcat-nano", "--json", "--set", "engine.device=cpu", *drafts)
+    report = json.loads(fluent(*line, "--set", "kv.memory=1MiB", code=1).stdout)
+    [problem] = report["problems"]
+    assert "kv.memory 1MiB holds" in problem["problem"]
+    advice = re.search(r"Set kv\.memory to (\d+MiB) or more", problem["fix"])
+    assert advice is not None
+    assert json.loads(fluent(*line, "--set", f"kv.memory={advice[1]}").stdout)["problems"] == []
+    given = {"model.name": "longcat-nano", "engine.device": "cpu", "engine.threads": 1, "kv.memory": advice[1]}
+    given |= {"speculative.method": "pld"} if drafts else {}
+    with LocalEngine(config.load(None, given, {}).settings) as local:
+        assert local.engine.info.kv_tokens >= local.engine.info.max_model_len
+    with pytest.raises(OutOfMemory) as raised:
+        LocalEngine(config.load(None, {**given, "kv.memory": "1MiB"}, {}).settings)
+    assert (raised.value.message, raised.value.fix) == (problem["problem"], problem["fix"])
 
 
 def test_doctor_says_what_there_is_for_a_gpu(fluent, monkeypatch, tmp_path):

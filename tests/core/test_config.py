@@ -207,11 +207,24 @@ def test_toml_mistakes_have_lines_too(write, text, line):
         ("a.yaml", "1: 2\n", "line 1: the key '1' is not a string"),
         ("a.yaml", "model: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
         ("a.toml", "server = \n", "not valid TOML: Invalid value (at line 1"),
-        ("a.ini", "", "neither YAML nor TOML"),
+        ("a.ini", "", "neither YAML nor JSON nor TOML"),
+        ("a.json", '{"server": {"port": 1}', "a.json, line 1: not valid JSON: expecting ',' delimiter (column 23)"),
+        ("a.json", '{\n"server" {"port": 1}}', "a.json, line 2: not valid JSON: expecting ':' delimiter (column 10)"),
+        ("a.json", "server: {port: 1}", "line 1: not valid JSON: expecting value (column 1)"),
+        ("a.json", '["server"]', "line 1: the file is not a mapping of settings"),
+        ("a.json", '{"kv": {},\n"kv": {}}', "line 2: the key 'kv' was given on line 1 already"),
     ],
 )
 def test_files_that_cannot_be_read(write, name, text, expected):
     assert expected in mistakes(write(text, name), {}, {})
+
+
+def test_json_may_be_indented_by_tabs(write):
+    file = write('{\n\t"kv": {\n\t\t"page_size": 32,\n\t\t"memory": "2GiB"\n\t}\n}\n', "a.json")
+    settings = load(file, {}, {}).settings
+    assert (settings.kv.page_size, settings.kv.memory) == (32, "2GiB")
+    wrong = write('{\n\t"kv": {\n\t\t"page_sise": 32\n\t}\n}\n', "b.json")
+    assert "b.json, line 3: unknown key 'kv.page_sise'" in mistakes(wrong, {}, {})
 
 
 def test_a_missing_file_is_an_error(tmp_path):

@@ -1,10 +1,11 @@
-"""Reads what was given where: a YAML or TOML file with its lines, environment variables, the command line.
+"""Reads what was given where: a YAML, JSON or TOML file with its lines, environment variables, the command line.
 
 Knows no setting; `tree.py` decides what the keys mean. First stage of `core/config/loading.py`.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from dataclasses import dataclass
@@ -63,13 +64,16 @@ class ConfigFile:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise ConfigError(f"Cannot read {path}: {reason}.", fix="Give the path of a YAML or TOML file.") from error
+            raise ConfigError(f"Cannot read {path}: {reason}.", fix="Give the path of a YAML, JSON or TOML file.") from error
         if path.suffix.lower() == ".toml":
             self.tree = self._parse_toml(text)
-        elif path.suffix.lower() in (".yaml", ".yml", ".json"):
+        elif path.suffix.lower() == ".json":
+            self.tree = self._parse_json(text)
+        elif path.suffix.lower() in (".yaml", ".yml"):
             self.tree = self._parse_yaml(text)
         else:
-            raise ConfigError(f"{path} is neither YAML nor TOML by its name.", fix="Name it .yaml, .yml or .toml.")
+            message = f"{path} is neither YAML nor JSON nor TOML by its name."
+            raise ConfigError(message, fix="Name it .yaml, .yml, .json or .toml.")
 
     def where(self, path: KeyPath) -> str:
         """The line of the key, or of the nearest section around it that has one."""
@@ -96,6 +100,18 @@ class ConfigFile:
     def _syntax(self, line: int | None, what: str) -> ConfigError:
         place = f"{self.path}, line {line}" if line else str(self.path)
         return ConfigError(f"{place}: {what}.", fix="Correct the file's syntax.")
+
+    def _parse_json(self, text: str) -> dict[str, Any]:
+        """By JSON's rules; YAML, which nearly includes it, knows the lines. It does not allow tabs, which JSON has between
+        values only."""
+        if not text.strip():
+            return {}
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            what = f"not valid JSON: {error.msg[0].lower()}{error.msg[1:]} (column {error.colno})"
+            raise self._syntax(error.lineno, what) from error
+        return self._parse_yaml(text.replace("\t", " "))
 
     def _parse_yaml(self, text: str) -> dict[str, Any]:
         loader = _Loader(text)
