@@ -297,13 +297,14 @@ class Engine:
     def refuse(self, sequence: Sequence, error: FluentError) -> None:
         """End a request that is not in the scheduler's hands, or just taken out of them, with an error."""
         owner = self._owners[sequence]
-        self._retire(sequence, "error")
+        # What a client should not have asked for is no failure of the engine's.
+        self._retire(sequence, "error", told="refused" if error.status < 500 else "error")
         owner.deliver(refusal(sequence.request.id, error))
 
-    def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
+    def _retire(self, sequence: Sequence, reason: FinishReason, told: str | None = None) -> None:
         owner = self._owners.pop(sequence)
         del owner.sequences[sequence.request.id]
-        self._finish(sequence, reason)
+        self._finish(sequence, reason, told)
 
     def _learn(self, draft_length: DraftLength, plan: StepPlan, result: StepResult) -> None:
         """From a step with speculation on. What the proposer's failure left undone, the target has done already."""
@@ -348,14 +349,15 @@ class Engine:
             self._observe("first_token", sequence)
         return output
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+    def _finish(self, sequence: Sequence, reason: FinishReason, told: str | None = None) -> None:
+        """`told`: the reason for observers, if it is another."""
         sequence.finish_reason = reason
         self._prompt_logprobs.pop(sequence, None)
         self.grammars.end(sequence)
         self._observe(
             "finished",
             sequence,
-            reason=reason,
+            reason=told or reason,
             prompt_tokens=sequence.prompt_length,
             cached_tokens=sequence.cached_tokens,
             generated_tokens=sequence.generated,

@@ -13,7 +13,7 @@ import pytest
 from fluentllm.plugins.api_openai.answers import ChatChunk, ChatCompletion
 
 from .conftest import Api, serving_echo
-from .tools import CITY, SPECIAL, TEMPLATES, TIME, TOOLS, WEATHER, write_model
+from .tools import CITY, SPECIAL, TEMPLATES, TIME, TOOLS, write_model
 
 CHAT = "/v1/chat/completions"
 HI: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
@@ -291,7 +291,13 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"parallel_tool_calls": True}, "parallel_tool_calls", "no tools are"),
     ({"tools": TOOLS, "grammar": {"kind": "table", "source": ""}}, "grammar", "leaves no room for calls"),
     ({"tools": TOOLS, "tool_choice": "required", "regex": "a"}, "tool_choice", "regex and tool_choice each say"),
-    ({"tools": [WEATHER, function(strict=True)], "ebnf": "a"}, "tools[1].function.strict", "ebnf and tools[1].function"),
+    ({"tools": [function(strict=True)], "grammar": {"kind": "table", "source": ""}}, "tools[0].function.strict, grammar",
+     "leaves no room for calls"),
+    ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "never part of the text"),
+    ({"use_beam_search": True}, "use_beam_search", "= true is not supported: answers are drawn"),
+    ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens", "= false is not supported"),
+    ({"return_token_ids": True}, "return_token_ids", "answers are text"),
+    ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids", "are text"),
     ({"functions": [{"name": "f"}]}, "functions", "not supported"),
     ({"function_call": "auto"}, "function_call", "not supported"),
     ({"stream_reasoning": False}, "stream_reasoning", "as it comes"),
@@ -306,6 +312,19 @@ async def test_what_is_wrong_is_told_by_its_field(hermes: Api) -> None:
             assert error["param"] == param, error
             assert words in error["message"], error
     assert not hermes.engine.requests
+
+
+async def test_fields_of_others_that_ask_for_nothing_are_taken(hermes: Api) -> None:
+    nothing = {
+        "include_stop_str_in_output": False,
+        "use_beam_search": False,
+        "spaces_between_special_tokens": True,
+        "return_token_ids": False,
+        "return_tokens_as_token_ids": False,
+    }
+    says(hermes, "Hi.")
+    assert (await both_ways(hermes, **nothing))["message"]["content"] == "Hi."
+    await hermes.post("/v1/completions", prompt="Hi", **nothing)
 
 
 async def test_a_model_without_a_place_for_tools(echo: Api) -> None:

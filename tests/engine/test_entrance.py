@@ -14,6 +14,7 @@ from fluentllm.core import entrance
 from fluentllm.core.errors import InvalidRequest, QueueFull
 from fluentllm.core.hookspecs import hookimpl
 from fluentllm.core.plugins import PluginManager
+from fluentllm.core.protocols import RequestEvent
 from fluentllm.core.types import GrammarSpec, Refused, Request, SamplingParams
 
 from .harness import Harness
@@ -27,6 +28,13 @@ class Slow:
 
     def __init__(self) -> None:
         self.futures: dict[str, list[Future[Any]]] = {}
+        self.ended: list[tuple[str, str]] = []
+        """Of the test's own connection: ids and reasons that observers were told, in the order of ends."""
+
+    @hookimpl
+    def fluent_request(self, event: RequestEvent) -> None:
+        if event.kind == "finished" and event.details["generated_tokens"] == 0:
+            self.ended.append((event.id, event.details["reason"]))
 
     def compile(self, source: str) -> Future[Any]:
         future: Future[Any] = Future()
@@ -103,6 +111,8 @@ async def test_what_is_wrong_reaches_everyone_who_asked(tiny: Harness, slow: Slo
         assert running.engine.stats().refused == {"invalid_request": 2, "plugin_error": 2}
         assert not connection.sequences
         assert not running.engine.has_work
+    # What a client got wrong is no error of the server's.
+    assert dict(slow.ended) == {"0": "refused", "1": "refused", "2": "error", "3": "error"}
 
 
 async def test_who_leaves_while_it_waits_leaves_nothing(tiny: Harness, slow: Slow) -> None:

@@ -187,6 +187,16 @@ def test_a_preempted_request_queues_once() -> None:
     assert sum(latencies.first_token.counts) == 1
 
 
+def test_a_request_that_was_refused_while_it_waited_did_not_finish() -> None:
+    latencies = Latencies()
+    latencies.request(event("queued", 1.0))
+    latencies.request(event("finished", 2.0, reason="refused", prompt_tokens=3, generated_tokens=0))
+    assert not any(latencies.finished.values())
+    assert not any(latencies.whole.counts)
+    latencies.request(event("first_token", 3.0))  # it is known no more
+    assert not any(latencies.first_token.counts)
+
+
 def test_tokens_of_another_request_in_the_same_slot_are_not_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     from fluentllm.plugins.metrics_prometheus import requests
 

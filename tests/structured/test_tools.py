@@ -112,13 +112,27 @@ async def test_a_call_is_required(nano: Api) -> None:
 
 
 @needs_xgrammar
-async def test_an_answer_is_calls_or_what_the_response_format_says(nano: Api) -> None:
+@pytest.mark.parametrize("most", range(1, 9))
+async def test_of_a_required_call_that_is_cut_early_nothing_is_content(nano: Api, most: int) -> None:
+    """Its marker, or the beginning of its name."""
+    fields = {"messages": HI, "tools": [WEATHER], "tool_choice": "required", **LIMITS, "max_tokens": most}
+    [choice] = (await nano.post(CHAT, **fields))["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (None, "length")
+    assert "content" not in {key for event in await nano.events(CHAT, **fields)
+                             for key, value in event["choices"][0]["delta"].items() if value}  # fmt: skip
+
+
+@needs_xgrammar
+@pytest.mark.parametrize("strict", [False, True])
+async def test_an_answer_is_calls_or_what_the_response_format_says(nano: Api, strict: bool) -> None:
+    """As OpenAI has it, strict functions too: the answer is a call as its schema says, or it is what the format says."""
+    weather = {"type": "function", "function": {**WEATHER["function"], "strict": strict}}
     pair: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
     wanted = {"type": "json_schema", "json_schema": {"name": "pair", "schema": pair}}
     assert nano.services.answers is not None
     [marker] = [text for text in ("<tool_call>", "[TOOL_CALLS]") if text in nano.services.answers.markers]
     first = nano.services.tokenizer.encode(marker)[0]
-    fields = {"messages": HI, "tools": [WEATHER], "response_format": wanted, "parallel_tool_calls": False, **LIMITS}
+    fields = {"messages": HI, "tools": [weather], "response_format": wanted, "parallel_tool_calls": False, **LIMITS}
     [choice] = (await nano.post(CHAT, **fields, logit_bias={str(first): 100}))["choices"]
     assert check(choice) == ["get_weather"]
     [choice] = (await nano.post(CHAT, **fields, logit_bias={str(first): -100}))["choices"]
@@ -126,7 +140,7 @@ async def test_an_answer_is_calls_or_what_the_response_format_says(nano: Api) ->
     for stream in (False, True):
         bad = {**fields, "response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "stream": stream}
         error = await nano.error(CHAT, status=400, **bad)
-        assert error["param"] == "response_format.json_schema.schema"
+        assert error["param"] == f"{'tools[0].function.strict, ' if strict else ''}response_format.json_schema.schema"
         error = await nano.error(CHAT, status=400, **{**fields, "tool_choice": "required", "stream": stream})
         assert error["param"] == "tool_choice"
 

@@ -16,4 +16,5 @@ class RequestEvent:
     time: float
     """Seconds, monotonic clock."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """finished: reason (`FinishReason`; a stop string's is `stop`), prompt_tokens, cached_tokens, generated_tokens."""
+    """finished: reason (`FinishReason`; a stop string's is `stop`; `refused`: it never ran, by a fault of its own, such as a
+    grammar that is none), prompt_tokens, cached_tokens, generated_tokens."""

@@ -86,10 +86,11 @@ async def _job(body: ChatRequest, services: Services, calling: Calling | None) -
 def _reading(answers: AnswerFormat, where: Where, body: ChatRequest, calling: Calling | None) -> Callable[[], Reader] | None:
     """None if there is nothing but text to expect."""
     tools, separate = () if calling is None else calling.tools, body.separate_reasoning is not False
-    parallel = body.parallel_tool_calls is not False
+    parallel, required = body.parallel_tool_calls is not False, calling is not None and calling.required
 
     def start() -> Reader:
-        return Reader(answers.parser(tools, where=where, separate_reasoning=separate), parallel=parallel)
+        parser = answers.parser(tools, where=where, separate_reasoning=separate)
+        return Reader(parser, parallel=parallel, required=required)
 
     return None if start().parser.plain else start
 

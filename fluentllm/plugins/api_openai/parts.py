@@ -25,9 +25,11 @@ PROMPT_END = 32
 class Reader:
     """One choice's pieces."""
 
-    def __init__(self, parser: AnswerParser, *, parallel: bool) -> None:
-        """Unless `parallel`, calls behind the first are left out."""
+    def __init__(self, parser: AnswerParser, *, parallel: bool, required: bool = False) -> None:
+        """Unless `parallel`, calls behind the first are left out. `required`: the answer is calls and nothing else, so what is
+        left of one that was cut before its name was there is no content either."""
         self.parser = parser
+        self.required = required
         self.calls = 0
         """How many have begun."""
         self._most = None if parallel else 1
@@ -38,7 +40,7 @@ class Reader:
     def read(self, text: str, *, final: bool) -> list[Piece]:
         pieces = self.parser.feed(text)
         if final:
-            pieces += self.parser.flush()
+            pieces += [piece for piece in self.parser.flush() if not (self.required and piece.kind == "content")]
         return [piece for piece in pieces if self._shown(piece)]
 
     def _shown(self, piece: Piece) -> bool:
@@ -69,7 +71,7 @@ def message_of(text: str, reader: Reader) -> AnswerMessage:
             calls.append(Call(id=_new_id(), function=CalledFunction(name=piece.text, arguments="")))
         elif piece.kind == "arguments":
             calls[-1].function.arguments += piece.text
-    nothing = None if calls or reasoning else ""
+    nothing = None if calls or reasoning or reader.required else ""
     return AnswerMessage(
         content="".join(content) or nothing,
         reasoning_content="".join(reasoning) or UNSET,
@@ -113,7 +115,7 @@ class PartsWriter:
                 self._logprobs[index] = logprobs
             return b""
         if not events:
-            delta = AnswerDelta() if reader.calls else AnswerDelta(content="")
+            delta = AnswerDelta() if reader.calls or reader.required else AnswerDelta(content="")
             events.append(partial(self._splicer.delta, index, delta))
         reason = None if finish_reason is None else reader.reason(finish_reason)
         last = len(events) - 1

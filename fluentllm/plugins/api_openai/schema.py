@@ -35,8 +35,13 @@ FIXED = {
     "return_hidden_states": (False, "hidden states are not returned"),
     "continue_final_message": (False, "the last message cannot be continued"),
     "stream_reasoning": (True, "reasoning is streamed as it comes"),
+    "include_stop_str_in_output": (False, "a stop string is never part of the text"),
+    "use_beam_search": (False, "answers are drawn, or greedy at temperature 0"),
+    "spaces_between_special_tokens": (True, "special tokens are never part of the text"),
+    "return_token_ids": (False, "answers are text"),
+    "return_tokens_as_token_ids": (False, "tokens of log-probabilities are text"),
 }
-"""SGLang's routers write these out. Field → the one value that is taken, and why no other is."""
+"""SGLang's routers and vLLM's clients write these out. Field → the one value that is taken, and why no other is."""
 
 REFUSED = {
     "functions": "the older name of tools is not supported",
@@ -98,6 +103,11 @@ class GenerationRequest(SamplingOptions, kw_only=True, forbid_unknown_fields=Tru
     return_hidden_states: bool | None = None
     continue_final_message: bool | None = None
     stream_reasoning: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    use_beam_search: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     separate_reasoning: (
         Annotated[bool, Meta(description="Of chats: reasoning is no content, but reasoning_content. Default true.")] | None
     ) = None

@@ -39,7 +39,7 @@ class Calling(Struct, kw_only=True):
     otherwise: GrammarSpec | None
     """What the answer must be if it calls nothing."""
     field: str
-    """That asks for a grammar, if one does."""
+    """That asks for a grammar, if one does; or both."""
 
     @property
     def guaranteed(self) -> bool:
@@ -74,7 +74,9 @@ def take_tools(body: ChatRequest, services: Services, field: str) -> Calling | N
             fix="Start the server with the name of a format, or leave tools out.",
             param="tools",
         )
-    strict = [number for number, tool in enumerate(tools) if tool.strict]
+    strict = [f"tools[{number}].function.strict" for number, tool in enumerate(tools) if tool.strict]
+    # One grammar is made of both: what is wrong with it may be in either.
+    asking = ", ".join([*strict[:1], *([field] if body.grammar is not None else [])]) or field
     calling = Calling(
         format=services.answers,
         offered=offered,
@@ -83,9 +85,9 @@ def take_tools(body: ChatRequest, services: Services, field: str) -> Calling | N
         required=choice != "auto",
         parallel=body.parallel_tool_calls is not False and not isinstance(choice, NamedTool),
         otherwise=body.grammar,
-        field="tool_choice" if choice != "auto" else f"tools[{strict[0]}].function.strict" if strict else field,
+        field="tool_choice" if choice != "auto" else asking,
     )
-    if calling.guaranteed and body.grammar is not None:
+    if calling.required and body.grammar is not None:
         raise InvalidRequest(
             f"{field} and {calling.field} each say what the text must be.",
             fix='Give one of them, or set tool_choice to "none".',

@@ -64,6 +64,8 @@ class Latencies:
         del self._queued[event.id]
         self._waiting.discard(event.id)
         reason = event.details["reason"]
+        if reason == "refused":
+            return  # counted by its error's code, like those that are refused before they wait for anything
         self.finished[reason] = self.finished.get(reason, 0) + 1
         if reason != "abort":
             self.whole.observe(event.time - queued)
