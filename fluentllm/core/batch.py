@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .errors import PluginError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -62,6 +64,11 @@ class Batch:
     """Host side. Bits of `Feature`: what the pass's requests need, so that proposers compute no more than that either."""
 
     def refuse_first_key(self) -> None:
-        """For MLA by kernels, which see all keys: only draft layers lack a first key, and all of those have grouped heads."""
+        """For MLA by kernels, which see all keys: of the built-in draft layers only those lack a first key that have grouped
+        heads. Raises `PluginError`: a proposer's layers ask for more."""
         if self.first_key:
-            raise NotImplementedError("MLA by kernels sees all keys of a sequence, from its first on.")
+            raise PluginError(
+                f"A proposer's MLA layers have no key at the first {self.first_key} positions (first_key); MLA's kernels see "
+                "all keys of a sequence, from its first on.",
+                fix="Give the layers grouped heads (DraftMemory.kv), or a first_key of 0.",
+            )

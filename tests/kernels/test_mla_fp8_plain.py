@@ -9,6 +9,7 @@ from mla_decode_cases import fresh_generator
 from torch import Tensor
 
 from fluentllm.core.batch import Batch
+from fluentllm.core.errors import PluginError
 from fluentllm.core.kv.pool import KVPool
 from fluentllm.core.protocols import AttentionContext, AttentionSpec
 from fluentllm.core.settings import Settings
@@ -171,3 +172,12 @@ def test_what_it_cannot_do_has_a_reason() -> None:
     supports = reasons["mla_fp8"]
     assert "kv.dtype: fp8" in supports(AttentionSpec(**given, kv_dtype="bfloat16", page_size=16))
     assert "multiples of 16 tokens, not 24" in supports(AttentionSpec(**given, kv_dtype="float8_e4m3fn", page_size=24))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_model_that_the_backend_is_not_for_is_refused_with_its_name(deterministic: bool) -> None:
+    """Where a plugin's `supports` said yes too often."""
+    case = Case(deterministic=deterministic)
+    q, k, v = (torch.zeros(1, 2, 16) for _ in range(3))
+    with pytest.raises(PluginError, match=r"attn_mla_fp8\..*MlaFp8 was chosen for a model with grouped heads.*supports\(\)"):
+        case.backend.gqa(0, q, k, v, None, 1.0)

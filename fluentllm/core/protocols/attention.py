@@ -6,6 +6,8 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from ..errors import PluginError
+
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
@@ -47,6 +49,8 @@ class AttentionContext:
 class AttentionBackend(Protocol):
     """Writes KV to the pool's pages and attends over them. `layer` counts KV layers, 0 … kv.layers - 1.
 
+    One whose `supports` takes models with MLA alone needs no `gqa`, one for grouped heads alone no `mla`.
+
     A backend whose decode neither waits for the device nor depends on lengths that only the host knows says so by
     `capturable = True`: decode programs are then captured in CUDA graphs.
     """
@@ -59,7 +63,7 @@ class AttentionBackend(Protocol):
 
     def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
         """q [T, H, D], k [T, Hkv, D], v [T, Hkv, Dv], rotary applied → [T, H, Dv]."""
-        ...
+        raise _lacks(self, "grouped heads")
 
     def mla(
         self,
@@ -76,7 +80,15 @@ class AttentionBackend(Protocol):
         """q_nope [T, H, nope], q_rope [T, H, rope], latent [T, C] (normed, scaled), k_rope [T, rope] (rotary applied),
         up_k [H, nope, C], up_v [H, Dv, C] (the two halves of kv_b) → [T, H, Dv]. The backend chooses the absorbed or the
         expanded form."""
-        ...
+        raise _lacks(self, "MLA")
+
+
+def _lacks(backend: AttentionBackend, kind: str) -> PluginError:
+    name = f"{type(backend).__module__}.{type(backend).__qualname__}"
+    return PluginError(
+        f"The attention backend {name} was chosen for a model with {kind}, which it does not compute.",
+        fix="Let its supports() refuse such models (spec.model.kv.kind), or choose another attention.backend.",
+    )
 
 
 class PartialAttention(AttentionBackend):

@@ -23,7 +23,6 @@ from fluentllm.kernels.triton.mla_absorb import absorbs
 from fluentllm.kernels.triton.mla_rows import rotate_queries
 from fluentllm.layers.pass_plans import plan_pass
 
-from .mla_only import MlaOnly
 from .prefix import Workspace, plan_workspace, workspace_on_device
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from fluentllm.core.protocols import AttentionContext, MlaProducts, PassPlan
 
 
-class HopperMlaFp8(MlaOnly, FusedMLA, PlannedPrefill):
+class HopperMlaFp8(FusedMLA, PlannedPrefill):
     """`core.protocols.AttentionBackend`. Decode is absorbed; prefill is expanded, over its own tokens as they are and earlier
     ones out of the cache."""
 

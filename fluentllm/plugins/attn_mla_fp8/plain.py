@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from fluentllm.core.protocols import AttentionBackend
 from fluentllm.kernels.attention_mla import mla_expanded
 from fluentllm.kernels.mla_decode import fp8_planes
 from fluentllm.kernels.mla_decode.reference import (
@@ -15,8 +16,6 @@ from fluentllm.kernels.mla_decode.reference import (
     gather_tokens,
     quantised_query,
 )
-
-from .mla_only import MlaOnly
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +37,7 @@ class Span(NamedTuple):
         return self.keys - (self.rows.stop - self.rows.start)
 
 
-class PlainMlaFp8(MlaOnly):
+class PlainMlaFp8(AttentionBackend):
     """`core.protocols.AttentionBackend`. Decode is absorbed, with quantised queries; prefill is expanded, over its own tokens
     as they are and earlier ones out of the cache."""
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fluentllm.core.batch import Batch
+from fluentllm.core.errors import PluginError
 from fluentllm.core.kv.pool import KVPool
 from fluentllm.core.protocols import AttentionBackend, AttentionContext, AttentionSpec, BuildContext, Model
 from fluentllm.core.settings import Settings
@@ -167,7 +168,7 @@ def test_mla_without_its_first_key_is_refused(device: torch.device, rng: torch.G
     _, ours = backends(KVSpec(kind="mla", layers=1, latent_dim=48, rope_dim=16), made)
     for batch in passes(made):
         batch.first_key = 1
-        with pytest.raises(NotImplementedError, match="from its first on"):
+        with pytest.raises(PluginError, match=r"from its first on\. Give the layers grouped heads"):
             ours.begin(batch)
 
 

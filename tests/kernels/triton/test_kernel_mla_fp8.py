@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fluentllm.core.batch import Batch
 from fluentllm.core.buckets import pass_rows
+from fluentllm.core.errors import PluginError
 from fluentllm.core.kv.pool import KVPool
 from fluentllm.core.protocols import AttentionContext, AttentionSpec
 from fluentllm.core.settings import Settings
@@ -154,5 +155,5 @@ def test_a_first_key_that_kernels_would_not_honour_is_refused(device: torch.devi
     case = Case(device, rng)
     batch = prefill_batch(CHUNKS[0], case.tables)
     batch.first_key = 1
-    with pytest.raises(NotImplementedError, match="from its first on"):
+    with pytest.raises(PluginError, match=r"from its first on\. Give the layers grouped heads"):
         case.fast.begin(batch)
