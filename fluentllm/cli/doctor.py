@@ -210,9 +210,10 @@ def _model_choices(settings: Settings, plugins: PluginManager, spec: ModelSpec) 
 def _check_pool(settings: Settings, plugins: PluginManager, spec: ModelSpec, path: Path) -> None:
     """Raises `OutOfMemory` for a `kv.memory` that does not hold one context. What fits without it only the start knows."""
     from fluentllm.assembly import choose_device, choose_dtype, choose_kv_dtype, choose_page_size
-    from fluentllm.assembly.choices import draft_length, draft_memory, max_model_len
+    from fluentllm.assembly.choices import draft_length, max_model_len
+    from fluentllm.assembly.proposers import choose_proposer
     from fluentllm.assembly.step import page_bytes
-    from fluentllm.core.protocols import DraftTarget
+    from fluentllm.core.protocols import DraftMemory, DraftTarget
     from fluentllm.core.slots import pages_of
     from fluentllm.memory import Room, plan_pages
 
@@ -222,9 +223,8 @@ def _check_pool(settings: Settings, plugins: PluginManager, spec: ModelSpec, pat
         choose_dtype(settings.model.dtype, choose_device(settings.engine.device)),
         choose_page_size(settings, spec),
     )
-    lengths = draft_length(settings)
-    proposer = plugins.registry("proposers").require(settings.speculative.method, spec) if lengths is not None else None
-    own = draft_memory(proposer, DraftTarget(settings, spec, dtype.itemsize, path))
+    lengths, proposer = draft_length(settings), choose_proposer(settings, spec, plugins)
+    own = proposer.memory(DraftTarget(settings, spec, dtype.itemsize, path)) if proposer is not None else DraftMemory()
     size = page_bytes(spec.kv, own, page_size, choose_kv_dtype(settings, dtype))
     least = pages_of(max_model_len(settings, spec), lengths.max_k if lengths is not None else 0, page_size)
     plan_pages(settings.kv.memory, Room(0), size, page_size, wanted=least, least=least)
