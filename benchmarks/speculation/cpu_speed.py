@@ -37,13 +37,13 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "eagle, k 2": {"speculative.method": "eagle", "speculative.k": 2, "speculative.max_k": 2},
     "eagle, k 3": {"speculative.method": "eagle", "speculative.k": 3, "speculative.max_k": 3},
     "eagle, auto": {"speculative.method": "eagle"},
-    "eagle, k 3, 2.2": {
+    "eagle, k 3, SYNTHETIC 2.2": {
         "speculative.method": "eagle",
         "speculative.k": 3,
         "speculative.max_k": 3,
         "speculative.synthetic_acceptance": 2.2,
     },
-    "eagle, auto, 1.0": {"speculative.method": "eagle", "speculative.synthetic_acceptance": 1.0},
+    "eagle, auto, SYNTHETIC 1.0": {"speculative.method": "eagle", "speculative.synthetic_acceptance": 1.0},
 }
 """`again none` is the control: how far two processes are apart that do the same. The last two accept drafts by a coin, and
 their answers mean nothing: 2.2 tokens a step on average, the length aimed at, and no draft at all, so that one sees what the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..core.types import ModelSpec
     from ..kernels.native.library import Library
 
+log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KV_DTYPES = {name: getattr(torch, kept) for name, kept in KV_FORMATS.items()}
 DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
@@ -77,7 +79,10 @@ def synthetic_share(settings: Settings, max_drafts: int) -> float | None:
 
 def speculative_info(settings: Settings, max_drafts: int) -> SpeculativeInfo:
     chosen = settings.speculative
-    return SpeculativeInfo(method=chosen.method, k=chosen.k, max_k=max_drafts, synthetic_acceptance=chosen.synthetic_acceptance)
+    info = SpeculativeInfo(method=chosen.method, k=chosen.k, max_k=max_drafts, synthetic_acceptance=chosen.synthetic_acceptance)
+    if info.synthetic is not None:
+        log.warning("%s", info.synthetic)
+    return info
 
 
 def positions_ahead(settings: Settings) -> int:

@@ -26,6 +26,8 @@ class Sample:
     chunks: list[float] = field(default_factory=list)
     tokens: int = 0
     error: str | None = None
+    synthetic: str | None = None
+    """What the answer says of itself, if drafts were accepted at random."""
 
     @property
     def ttft(self) -> float:
@@ -90,6 +92,7 @@ def summary(samples: list[Sample], seconds: float, load: Load) -> dict[str, Any]
         "failed": len(samples) - len(done),
         "errors": sorted({s.error for s in samples if s.error})[:5],
         "s": seconds,
+        "synthetic": next((s.synthetic for s in samples if s.synthetic), None),
         "out_tokens": tokens,
         "tok_s": tokens / seconds,
         "requests_s": len(done) / seconds,
@@ -157,6 +160,7 @@ async def _one(client: httpx.AsyncClient, body: dict[str, Any]) -> Sample:
                 event = json.loads(line[6:])
                 if "error" in event:
                     sample.error = str(event["error"])
+                sample.synthetic = sample.synthetic or event.get("synthetic")
                 if event.get("choices"):
                     sample.chunks.append(time.perf_counter())
                 if event.get("usage"):

@@ -1,4 +1,4 @@
-"""What every benchmark's JSON holds beside its figures: versions, device, command, date."""
+"""What every benchmark's JSON holds beside its figures: versions, device, command, date, and whether it means anything."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from typing import Any
 from ..packages import installed_version
 
 
-def environment() -> dict[str, Any]:
+def environment(synthetic: str | None = None) -> dict[str, Any]:
+    """`synthetic`: of the engine that was measured (`ModelInfo.synthetic`)."""
     packages = ("fluentllm", "torch", "triton", "transformers", "numpy")
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": " ".join(["fluent", *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **{name: v for name in packages if (v := installed_version(name))}},
         "device": device(),
+        "synthetic": synthetic,
     }
 
 

@@ -136,6 +136,7 @@ def serve(
         api_key=options.load(config, {"server.api_key": api_key}, sets).settings.server.api_key,
     )
     figures = asyncio.run(online.measure(load))
+    output.mark(figures["synthetic"])
     for name in ("ttft_ms", "tpot_ms", "itl_ms"):
         typer.echo(f"{name:8} " + "  ".join(f"{k} {v:8.1f}" for k, v in figures[name].items()))
     typer.echo(
@@ -144,7 +145,7 @@ def serve(
     )
     for error in figures["errors"]:
         typer.echo(f"failed: {error}", err=True)
-    report.write(json, {"url": url, "serve": figures, **report.environment()})
+    report.write(json, {"url": url, "serve": figures, **report.environment(figures["synthetic"])})
 
 
 def _offline(settings: Settings, measure: Callable[[LocalEngine, Drafts], dict[str, Any]], json: Path | None) -> None:
@@ -165,8 +166,8 @@ def _offline(settings: Settings, measure: Callable[[LocalEngine, Drafts], dict[s
         for line in lines(stages):
             typer.echo(f"start of the {line}")
         info = local.engine.info.speculative
-        if info is not None and info.synthetic_acceptance is not None:
-            typer.echo(f"SYNTHETIC: drafts are accepted at random, {info.synthetic_acceptance} tokens a step.")
+        synthetic = local.engine.info.synthetic
+        output.mark(synthetic)
         figures = {
             "model": settings.model.name,
             "startup_s": startup_s,
@@ -176,7 +177,7 @@ def _offline(settings: Settings, measure: Callable[[LocalEngine, Drafts], dict[s
         figures["speculative"] = drafts.report(info) if info is not None else None
         if info is not None:
             typer.echo(f"in all: {drafts.line(info)}")
-    report.write(json, {**figures, **report.environment()})
+    report.write(json, {**figures, **report.environment(synthetic)})
 
 
 def _positive(option: str, text: str) -> int:

@@ -35,6 +35,8 @@ def step(
 
         figures = steps_of.measure(local, batch, ctx, steps)
         typer.echo(f"{local.model_name} on {local.engine.info.device}, batch {batch}, ctx {ctx}, one decode step:")
+        synthetic = local.engine.info.synthetic
+        output.mark(synthetic)
         for line in steps_of.lines(figures):
             typer.echo(line)
-    report.write(json, {"model": settings.model.name, "step": figures, **report.environment()})
+    report.write(json, {"model": settings.model.name, "step": figures, **report.environment(synthetic)})

@@ -13,6 +13,7 @@ import typer
 
 from ..core.errors import FluentError
 from . import options
+from .output import mark
 from .server import ServerFailed, root
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ async def _print(pieces: AsyncIterator[str]) -> str:
 
 
 async def _from_engine(generation: Generation, messages: list[dict[str, str]], choices: Any) -> AsyncIterator[str]:
+    mark(generation.info.synthetic)
     job = generation.job([await generation.encode_chat(messages)], choices)
     async with aclosing(generation.stream(job)) as deltas:
         async for delta in deltas:
@@ -127,9 +129,14 @@ class _Server:
                     if response.status_code != 200:
                         await response.aread()
                         _checked(response)
+                    told = False
                     async for line in response.aiter_lines():
                         if line.startswith("data: {"):
-                            yield _text(json.loads(line[6:]))
+                            event = json.loads(line[6:])
+                            if not told:
+                                mark(event.get("synthetic"))
+                                told = True
+                            yield _text(event)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             message = f"{self.url} does not answer: {error or type(error).__name__}."
             raise ServerFailed(message, fix="Start `fluent serve`, or give another --url.") from None

@@ -35,6 +35,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def mark(synthetic: str | None) -> None:
+    """Say that what follows means nothing, where that is so (`ModelInfo.synthetic`)."""
+    if synthetic is not None:
+        typer.echo(synthetic)
+
+
 def text(value: Any) -> str:
     """A value as one would write it in a config file."""
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()

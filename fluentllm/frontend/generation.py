@@ -77,6 +77,8 @@ class Completion(Struct, kw_only=True):
     drafts: Verified = {}
     """Of all its steps that had drafts."""
     handoff: HandoffReport | None = None
+    synthetic: str | None = None
+    """Set where drafts are accepted at random, for a benchmark: the text means nothing (`ModelInfo.synthetic`)."""
 
     @property
     def drafted(self) -> int:
@@ -283,7 +285,8 @@ class Generation:
 
     async def complete(self, job: Job) -> list[Completion]:
         """All choices, finished, in order."""
-        results = [Completion(index=i, text="", tokens=[], finish_reason="length") for i in range(len(job.prompts) * job.n)]
+        count, mark = len(job.prompts) * job.n, self.info.synthetic
+        results = [Completion(index=i, text="", tokens=[], finish_reason="length", synthetic=mark) for i in range(count)]
         pieces: list[list[str]] = [[] for _ in results]
         async with aclosing(self.stream(job)) as deltas:
             async for delta in deltas:

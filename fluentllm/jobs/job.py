@@ -57,6 +57,8 @@ class Result(Struct, kw_only=True, omit_defaults=True):
     choices: list[Choice] | None = None
     usage: dict[str, int] | None = None
     error: str | None = None
+    synthetic: str | None = None
+    """Set where drafts are accepted at random, for a benchmark: the text means nothing (`ModelInfo.synthetic`)."""
 
 
 def load_job(path: Path) -> tuple[Job, ConfigFile]:

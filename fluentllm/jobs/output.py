@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -105,10 +105,12 @@ def _index(line: bytes) -> int | None:
 
 
 def fingerprint(job: Job, settings: Settings) -> str:
-    """What results depend on: the input's bytes, the sampling, the model and how exactly it computes. What the machine can
-    bear (memory, threads, concurrency) may change between two runs of one job."""
+    """What results depend on: the input's bytes, the sampling, the model and how exactly it computes, whether drafts are
+    accepted at random. What the machine can bear (memory, threads, concurrency) may change between two runs of one job."""
     model = msgspec.structs.replace(settings.model, served_name=None)
-    about = [job.sampling, model, settings.engine.deterministic, settings.kv.dtype]
+    about: list[Any] = [job.sampling, model, settings.engine.deterministic, settings.kv.dtype]
+    if settings.speculative.synthetic_acceptance is not None:
+        about.append(settings.speculative.synthetic_acceptance)
     digest = hashlib.sha256(msgspec.json.encode(about, order="sorted"))
     with Path(job.input).open("rb") as file:
         while block := file.read(1 << 20):

@@ -108,7 +108,7 @@ async def _generate(index: int, line: Line, options: SamplingOptions, generation
     cached = completions[0].cached_tokens
     usage = {"prompt_tokens": len(prompt), "completion_tokens": new, "cached_tokens": cached}
     choices = [Choice(text=c.text, finish_reason=c.finish_reason) for c in completions]
-    return Result(index=index, id=line.id, choices=choices, usage=usage), new
+    return Result(index=index, id=line.id, choices=choices, usage=usage, synthetic=completions[0].synthetic), new
 
 
 async def _prompt(line: Line, generation: Generation) -> list[int]:

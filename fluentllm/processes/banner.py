@@ -58,9 +58,7 @@ def _kept_in(info: ModelInfo) -> str:
 def _drafts(info: SpeculativeInfo) -> str:
     count = f"0 to {info.max_k}" if info.k == "auto" else str(info.k)
     text = f"{info.method}, {count} a step"
-    if info.synthetic_acceptance is None:
-        return text
-    return f"{text}; SYNTHETIC: accepted at random, {info.synthetic_acceptance} tokens a step, so answers mean nothing"
+    return text if info.synthetic is None else f"{text}; {info.synthetic}"
 
 
 def curl(url: str, model: str, example: Example, *, needs_key: bool) -> str:

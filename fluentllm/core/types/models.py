@@ -53,6 +53,13 @@ class SpeculativeInfo(Struct, frozen=True, kw_only=True):
     synthetic_acceptance: float | None = None
     """Drafts are accepted at random, for benchmarks: the answers mean nothing."""
 
+    @property
+    def synthetic(self) -> str | None:
+        """The mark of synthetic acceptance, in words; None where drafts are accepted by the rules."""
+        if self.synthetic_acceptance is None:
+            return None
+        return f"SYNTHETIC: drafts are accepted at random, {self.synthetic_acceptance} tokens a step, so answers mean nothing"
+
 
 class Stage(Struct, frozen=True):
     """One stage of a start (`core/timeline.py`)."""
@@ -98,6 +105,11 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     """How this engine's start passed."""
     handoff: HandoffDoor | None = None
     """None for an engine that does all itself."""
+
+    @property
+    def synthetic(self) -> str | None:
+        """What every answer and every figure of this engine must have beside it, since it means nothing; None of most."""
+        return self.speculative.synthetic if self.speculative is not None else None
 
 
 class KVEvent(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -99,12 +99,20 @@ class ChatChoice(Struct, kw_only=True):
     logprobs: ChatLogprobs | None = None
 
 
-class ChatCompletion(Struct, kw_only=True):
-    """Answer of `POST /v1/chat/completions`."""
+class Head(Struct, kw_only=True):
+    """What every answer, whole or an event of a stream, says of where it comes from."""
 
     id: str
     created: int
+    """Seconds since 1970."""
     model: str
+    synthetic: str | UnsetType = UNSET
+    """There where drafts are accepted at random, for a benchmark: the answer means nothing."""
+
+
+class ChatCompletion(Head, kw_only=True):
+    """Answer of `POST /v1/chat/completions`."""
+
     choices: list[ChatChoice]
     usage: UsageBody
     object: Literal["chat.completion"] = "chat.completion"
@@ -142,12 +150,9 @@ class ChunkChoice(Struct, kw_only=True):
     finish_reason: ChatFinishReason | None = None
 
 
-class ChatChunk(Struct, kw_only=True):
+class ChatChunk(Head, kw_only=True):
     """One event of a streamed chat completion. `chunks` splices these; this Struct is their schema."""
 
-    id: str
-    created: int
-    model: str
     choices: list[ChunkChoice]
     usage: UsageBody | None = None
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -168,12 +173,9 @@ class TextChoice(Struct, kw_only=True):
     logprobs: TextLogprobs | None = None
 
 
-class TextCompletion(Struct, kw_only=True):
+class TextCompletion(Head, kw_only=True):
     """Answer of `POST /v1/completions`, and each event of a streamed one."""
 
-    id: str
-    created: int
-    model: str
     choices: list[TextChoice]
     usage: UsageBody | None = None
     object: Literal["text_completion"] = "text_completion"

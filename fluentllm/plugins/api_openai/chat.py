@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,7 +15,7 @@ from ...frontend.messages import to_template
 from .answers import AnswerMessage, ChatChoice, ChatChunk, ChatCompletion
 from .bodies import check_model, read
 from .chunks import chat_splicer, usage_body
-from .common import check_common, services_of, wants_usage
+from .common import check_common, head_of, services_of, wants_usage
 from .handoff import handoff_of, transfer_params
 from .logprobs import chat_logprobs
 from .openapi import documented
@@ -137,9 +136,7 @@ async def _answer(body: ChatRequest, services: Services, calling: Calling | None
         )
     return json_response(
         ChatCompletion(
-            id=job.id,
-            created=int(time.time()),
-            model=services.model,
+            **msgspec.structs.asdict(head_of(job, services)),
             choices=choices,
             usage=usage_body(usage),
             kv_transfer_params=transfer_params(report) or UNSET,
@@ -152,7 +149,7 @@ async def _events(body: ChatRequest, services: Services, calling: Calling | None
     job, start = await _job(body, services, calling)
     usage = Usage(prompt_tokens=len(job.prompts[0]), speculative=generation.info.speculative)
     with_usage = wants_usage(body)
-    splicer = chat_splicer(id=job.id, created=int(time.time()), model=services.model, choices=job.n, with_usage=with_usage)
+    splicer = chat_splicer(head_of(job, services), choices=job.n, with_usage=with_usage)
     items, text_of, delta_of = generation.stream_parts(job)
     items = items if job.params[0].grammar is None else named(items, field)
     chunk = splicer.chunk

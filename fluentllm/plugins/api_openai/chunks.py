@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from fluentllm.frontend.generation import Usage
 
+    from .answers import Head
+
 _encode = msgspec.json.Encoder().encode
 _NULL = b"null"
 _REASONS = {None: b"null", "stop": b'"stop"', "length": b'"length"', "tool_calls": b'"tool_calls"'}
@@ -29,13 +31,10 @@ _REASONS = {None: b"null", "stop": b'"stop"', "length": b'"length"', "tool_calls
 class Splicer:
     """Makes the events of one answer."""
 
-    def __init__(
-        self, *, kind: str, id: str, created: int, model: str, choices: int, text: tuple[bytes, bytes, bytes], with_usage: bool
-    ) -> None:
+    def __init__(self, head: Head, *, kind: str, choices: int, text: tuple[bytes, bytes, bytes], with_usage: bool) -> None:
         """`text`: what comes before the text in a choice's first chunk, in the others, and after it.
         `with_usage`: the answer will end in a chunk with usage, so the others say that theirs is null."""
-        head = _encode({"id": id, "object": kind, "created": created, "model": model})
-        self._open = b"data: " + head[:-1] + b',"choices":['
+        self._open = b"data: " + _encode(head)[:-1] + b',"object":"%b","choices":[' % kind.encode()
         first, later, self._text_end = text
         self._first = [self._open + b'{"index":%d,' % index + first for index in range(choices)]
         self._later: Sequence[bytes] = [self._open + b'{"index":%d,' % index + later for index in range(choices)]
@@ -66,18 +65,14 @@ class Splicer:
         return self._open + b'],"usage":' + _encode(usage_body(usage)) + b"}\n\n" + DONE
 
 
-def chat_splicer(*, id: str, created: int, model: str, choices: int, with_usage: bool) -> Splicer:
+def chat_splicer(head: Head, *, choices: int, with_usage: bool) -> Splicer:
     text = (b'"delta":{"role":"assistant","content":', b'"delta":{"content":', b"}")
-    return Splicer(
-        kind="chat.completion.chunk", id=id, created=created, model=model, choices=choices, text=text, with_usage=with_usage
-    )
+    return Splicer(head, kind="chat.completion.chunk", choices=choices, text=text, with_usage=with_usage)
 
 
-def text_splicer(*, id: str, created: int, model: str, choices: int, with_usage: bool) -> Splicer:
+def text_splicer(head: Head, *, choices: int, with_usage: bool) -> Splicer:
     text = (b'"text":', b'"text":', b"")
-    return Splicer(
-        kind="text_completion", id=id, created=created, model=model, choices=choices, text=text, with_usage=with_usage
-    )
+    return Splicer(head, kind="text_completion", choices=choices, text=text, with_usage=with_usage)
 
 
 def usage_body(usage: Usage) -> UsageBody:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
+
+from msgspec import UNSET
 
 from fluentllm.core.errors import InvalidRequest
 
+from .answers import Head
 from .schema import FIXED
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+    from fluentllm.frontend.generation import Job
     from fluentllm.frontend.services import Services
 
     from .schema import GenerationRequest
@@ -51,6 +56,11 @@ def check_common(body: GenerationRequest, prompts: int, services: Services) -> N
         if getattr(body, field) not in (None, value):
             seen = str(not value).lower()
             raise InvalidRequest(f"{field} = {seen} is not supported: {reason}.", fix="Leave it out.", param=field)
+
+
+def head_of(job: Job, services: Services) -> Head:
+    synthetic = services.generation.info.synthetic
+    return Head(id=job.id, created=int(time.time()), model=services.model, synthetic=synthetic or UNSET)
 
 
 def wants_usage(body: GenerationRequest) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,7 +14,7 @@ from fluentllm.frontend.responses import Events, EventStream, json_response, unl
 from .answers import TextChoice, TextCompletion
 from .bodies import check_model, read
 from .chunks import text_splicer, usage_body
-from .common import check_common, services_of, wants_usage
+from .common import check_common, head_of, services_of, wants_usage
 from .handoff import handoff_of, transfer_params
 from .logprobs import prompt_infos, text_logprobs
 from .openapi import documented
@@ -131,9 +130,7 @@ async def _answer(body: CompletionRequest, prompts: list[str | list[int]], servi
         choices.append(TextChoice(index=done.index, text=text, finish_reason=done.finish_reason, logprobs=logprobs))
     return json_response(
         TextCompletion(
-            id=job.id,
-            created=int(time.time()),
-            model=services.model,
+            **msgspec.structs.asdict(head_of(job, services)),
             choices=choices,
             usage=usage_body(usage),
             kv_transfer_params=transfer_params(report) or UNSET,
@@ -148,7 +145,7 @@ async def _events(body: CompletionRequest, prompts: list[str | list[int]], servi
     usage = Usage(prompt_tokens=sum(map(len, job.prompts)), speculative=generation.info.speculative)
     with_usage = wants_usage(body)
     choices = len(job.prompts) * job.n
-    splicer = text_splicer(id=job.id, created=int(time.time()), model=services.model, choices=choices, with_usage=with_usage)
+    splicer = text_splicer(head_of(job, services), choices=choices, with_usage=with_usage)
     unwritten = set(range(choices))
 
     def encode(delta: Delta) -> bytes:
