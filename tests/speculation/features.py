@@ -29,13 +29,29 @@ FEATURES: dict[str, list[dict[str, Any]]] = {
     "repetition_penalty": [{"repetition_penalty": 1.3}, {**SAMPLED, "repetition_penalty": 1.3}],
     "presence_penalty, frequency_penalty": [{"presence_penalty": 0.8, "frequency_penalty": 0.4}],
     "logit_bias": [{"logit_bias": {9: 3.0, 12: 2.0}}],
+    "logit_bias of -100": [{"logit_bias": dict.fromkeys(range(3, 90), -100.0)}],
     "logprobs": [{"logprobs": 3}, {**SAMPLED, "logprobs": 0}],
     "prompt_logprobs": [{"prompt_logprobs": 2}],
     "min_tokens": [{"min_tokens": 7, "stop": 3}],
     "stop id inside a draft": [{"stop": 3}, {**SAMPLED, "stop": 6}],
+    "end of sequence": [{**SAMPLED, "ignore_eos": False, "logit_bias": {2: 6.0}}],
     "max_tokens inside a draft": [{"max_tokens": 5}, {**SAMPLED, "max_tokens": 2}],
     "grammar": [{"grammar": WORDS}, {**SAMPLED, "grammar": PAIRS}],
     "grammar with a matcher on the host": [{"grammar": BRACKETS}, {**SAMPLED, "grammar": BRACKETS}],
+    "all of sampling at once": [
+        {
+            "temperature": 0.8,
+            "top_k": 30,
+            "top_p": 0.95,
+            "min_p": 0.01,
+            "repetition_penalty": 1.2,
+            "presence_penalty": 0.5,
+            "frequency_penalty": 0.3,
+            "logit_bias": {9: 2.0, 11: -100.0},
+            "logprobs": 2,
+            "min_tokens": 4,
+        }
+    ],
     "priority": [{"priority": -1}, {"priority": 3}],
 }
 """Feature → requests that use it. `stop`: the token at this place of the answer without it becomes a stop id."""

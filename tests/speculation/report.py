@@ -19,7 +19,10 @@ was run. By default a covering set of K, overlap depth, batch and situation is r
 Proposers: `pld`, `mtp` (a DeepSeek-V3 with an MTP layer), `eagle` (on grouped heads) and `eagle3` (on MLA), each on a tiny
 random model. Each is run with its own drafts, which are compared with those of a reference that recomputes everything from
 scratch, and with drafts in their place that are all right, all wrong, wrong at a varying place, or one token again and again;
-accepted counts are checked step by step. `tests/speculation/test_lossless_trained.py` does the same on models that were
+accepted counts are checked step by step. Answers of the API come from the same models behind a tokenizer and a chat template,
+each whole and streamed, all at once; structured outputs and calls of tools by `grammar_xgrammar`. There is no list of bad
+words: a `logit_bias` of -100 forbids tokens. Requests that one engine computes and another continues are compared in
+`tests/disaggregation/test_speculation.py`. `tests/speculation/test_lossless_trained.py` does the same on models that were
 trained: `longcat-nano` and `longcat-nano-ngram` with their MTP layers, SmolLM2 with its EAGLE-3 head, prompt lookup on two.
 """
 

@@ -11,10 +11,14 @@ or, in pieces that go on where the last one stopped, by `python -m speculation.m
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 import pytest
+from structured.conftest import needs_xgrammar
 
+from . import answers
+from .answers import ANSWERS, Answer
 from .features import FEATURES, Asked, asked, differences, plugins_with
 from .lossless import ALL, METHODS, STRATEGIES, Cell, Strategy, Subject, check, covering, subject
 from .report import PAGE, Report
@@ -23,15 +27,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COVERING = sorted(covering(), key=lambda cell: (-cell.k, -cell.batch))
-ROWS = {
-    "Features of a request": list(FEATURES),
+AXES = {
     "Drafts a step": [f"K = {k}" for k in (1, 2, 3, 4, 5)],
     "Steps launched ahead": [f"overlap depth {depth}" for depth in (0, 1, 2)],
     "Requests at once": [f"batch {batch}" for batch in (1, 7, 32)],
     "Situations": ["plain", "prefix hit", "preempted", "chunked prefill"],
 }
+ROWS = {"Features of a request": list(FEATURES), "Answers of the API": list(ANSWERS), **AXES}
 made: dict[str, Subject] = {}
 requests_of: dict[str, list[Asked]] = {}
+answers_of: dict[str, tuple[list[Answer], list[list[int]]]] = {}
 report = Report()
 
 
@@ -45,7 +50,7 @@ def tested(method: str, tmp_path: Path) -> Subject:
 
 def note(method: str, cell: Cell, equal: bool) -> None:
     values = (f"K = {cell.k}", f"overlap depth {cell.depth}", f"batch {cell.batch}", cell.situation)
-    for section, value in zip(list(ROWS)[1:], values, strict=True):
+    for section, value in zip(AXES, values, strict=True):
         report.saw(section, value, method, equal)
 
 
@@ -125,6 +130,54 @@ def test_the_requests_use_their_features() -> None:
         stop = late.params["stop_token_ids"][0]
         assert stop == late.text[len(late.prompt) + 3]
         assert stop not in [token for output in late.found for token in output.tokens][:7]
+        assert ends["end of sequence"] == "stop"
+        forbidden = by["logit_bias of -100"]
+        assert not forbidden.params["logit_bias"].keys() & set(forbidden.text[len(forbidden.prompt) :])
+
+
+# ------------------------------------------------------------------------------------------------------------------- answers
+@needs_xgrammar
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("method", METHODS)
+async def test_answers(tested: Subject, method: str, depth: int) -> None:
+    """All at once, whole and streamed, behind the API."""
+    if method not in answers_of:
+        answers_of[method] = await answers.answered(tested)
+    made_of, texts = answers_of[method]
+    wrong: dict[str, list[str]] = {name: [] for name in ANSWERS}
+    for strategy in (("right",), ("own",), ("right", "wrong at j"))[depth]:
+        for feature, what in (await answers.differences(tested, made_of, Strategy(strategy, 4, texts), depth)).items():
+            wrong[feature] += [f"{strategy}: {one}" for one in what]
+    for feature, found_wrong in wrong.items():
+        report.saw("Answers of the API", feature, method, not found_wrong)
+    assert not {feature: what for feature, what in wrong.items() if what}
+
+
+def test_the_answers_use_their_features() -> None:
+    """Stop strings end them, choices differ, texts are what they must be, calls are made."""
+    if not answers_of:
+        pytest.skip("the tests of answers were not run")
+    for made_of, _ in answers_of.values():
+        by = {feature: [each for each in made_of if each.feature == feature] for feature in ANSWERS}
+        for each in by["stop strings"]:
+            assert each.reasons == ["stop"]
+            assert each.whole["usage"]["completion_tokens"] > 1
+        [late] = by["stop strings, min_tokens"]
+        assert late.whole["usage"]["completion_tokens"] >= 9
+        assert any(stop in late.texts[0] for stop in late.body["stop"])
+        for each, count in zip(by["n above 1"], (3, 1, 2), strict=True):
+            assert len(set(each.texts)) == count
+        assert len(set(by["several prompts"][0].texts)) == 4
+        assert all(each.texts[0].startswith(answers.TEXT) for each in by["echo"])
+        assert by["echo"][2].texts[0] == answers.TEXT
+        for name, pattern in answers.PATTERNS.items():
+            ends = [(text, reason) for each in by[name] for text, reason in zip(each.texts, each.reasons, strict=True)]
+            texts = [text for text, reason in ends if reason == "stop"]
+            assert texts or name == "structured outputs: JSON object", name  # which need not come to an end
+            assert all(re.fullmatch(pattern, text) for text in texts)
+        for name in ("tools: a call is required", "tools: a named call", "tools: one call at most"):
+            assert any("tool_calls" in choice["message"] for each in by[name] for choice in each.whole["choices"])
+        assert by["reasoning"][0].whole["choices"][0]["message"]["reasoning_content"]
 
 
 def test_the_page_says_what_was_found() -> None:
