@@ -6,6 +6,7 @@ those that it starts. Tests that want one name it (`allow=[...]`, or the variabl
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -80,20 +81,33 @@ def make_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeDi
 
 @pytest.fixture(scope="module")
 def third_party_plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`tests/third_party_plugin`, installed by pip while a module's tests run, for them alone → the plugin's name.
+    """`tests/third_party_plugin`, installed while a module's tests run → the plugin's name."""
+    with _installed("third_party_plugin", "fluent_shortest_first", tmp_path_factory.mktemp("third_party")):
+        yield "shortest_first"
+
+
+@pytest.fixture(scope="module")
+def third_party_proposer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`tests/third_party_proposer`, likewise."""
+    with _installed("third_party_proposer", "fluent_bigram", tmp_path_factory.mktemp("third_party")):
+        yield "bigram"
+
+
+@contextlib.contextmanager
+def _installed(distribution: str, package: str, folder: Path) -> Iterator[None]:
+    """A distribution beside this file, installed by pip.
 
     It lies in a folder of its own on `sys.path` and `PYTHONPATH`. In this environment's `site-packages` the other workers of
     pytest-xdist would see it too, and see it half there while pip is at work.
     """
-    folder = tmp_path_factory.mktemp("third_party")
     source, site = folder / "source", folder / "site"
-    shutil.copytree(Path(__file__).parent / "third_party_plugin", source)  # building leaves files behind
+    shutil.copytree(Path(__file__).parent / distribution, source)  # building leaves files behind
     _pip_install("--quiet", "--no-build-isolation", "--no-deps", "--target", str(site), str(source))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(site))
         patch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
-        yield "shortest_first"
-    for module in [name for name in sys.modules if name.split(".")[0] == "fluent_shortest_first"]:
+        yield
+    for module in [name for name in sys.modules if name.split(".")[0] == package]:
         del sys.modules[module]
 
 
