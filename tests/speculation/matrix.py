@@ -1,9 +1,13 @@
 """The whole lossless matrix, in pieces: runs cells that the record does not have yet, until its time is up.
 
-    PYTHONPATH=tests python -m speculation.matrix --record FILE --seconds 280     # again and again, until it says "all"
+    PYTHONPATH=tests python -m speculation.matrix --models trained --record FILE --seconds 280
 
-A line of the record is a cell of a proposer, with what was wrong, or nothing. Cells with the most drafts and requests come
-last, so that what is wrong shows early.
+again and again, until it says "all"; then once more with `--publish`, which writes what the record says to docs/losslessness.md
+and to `matrix.json` here, from which the test that writes the rest of that page takes it. `--models`: `random`, tiny random
+models with each proposer, `trained`, or `trained-gpu`, the same on a GPU in captured programs.
+
+The record begins with the machine and the versions; then a line is a cell of a proposer, with what was wrong, or nothing. Cells
+with the most drafts and requests come last, so that what is wrong shows early.
 """
 
 from __future__ import annotations
@@ -14,51 +18,99 @@ import json
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Coroutine
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from fluentllm.bench.report import environment
+
+from . import trained
 from .lossless import ALL, METHODS, STRATEGIES, Cell, Subject, check, subject
+from .report import MATRIX, PAGE, with_matrix
+
+NAMES = {"random": METHODS, "trained": trained.SUBJECTS, "trained-gpu": trained.SUBJECTS}
 
 
-def run(made: dict[str, Subject], method: str, cell: Cell) -> str:
+@cache
+def made(models: str, name: str) -> Subject:
+    if models == "random":
+        return subject(Path(tempfile.mkdtemp()), name)
+    return trained.subject(name) if models == "trained" else trained.subject_on_gpu(name)
+
+
+def run(models: str, name: str, cell: Cell) -> str:
     """What was wrong with a cell; nothing if all is as it should be."""
-    if method not in made:
-        made[method] = subject(Path(tempfile.mkdtemp()), method)
+    tested = made(models, name)
+    if models == "trained-gpu":
+        return _wrong(lambda: trained.check_on_gpu(tested, cell))
     for strategy in STRATEGIES:
-        try:
-            asyncio.run(check(made[method], cell, strategy))
-        except Exception:
-            return f"{strategy}: {traceback.format_exc(limit=-3)}"
+        if wrong := _wrong(lambda strategy=strategy: check(tested, cell, strategy)):
+            return f"{strategy}: {wrong}"
     return ""
+
+
+def _wrong(test: Callable[[], Coroutine[Any, Any, Any]]) -> str:
+    try:
+        asyncio.run(test())
+    except Exception:
+        return traceback.format_exc(limit=-3)
+    return ""
+
+
+def summary(about: dict[str, Any], lines: list[dict[str, Any]], models: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """What `matrix.json` holds of these models."""
+    cells = {name: [line for line in lines if line["method"] == name] for name in names}
+    return {
+        "first": min(line["date"] for line in lines),
+        "last": max(line["date"] for line in lines),
+        "command": f"PYTHONPATH=tests python -m speculation.matrix --models {models} --record FILE",
+        "cells": len(ALL),
+        "strategies": list(STRATEGIES),
+        **about,
+        "rows": {name: {"run": len(of), "equal": sum(not line["wrong"] for line in of)} for name, of in cells.items()},
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", type=Path, required=True)
+    parser.add_argument("--models", choices=NAMES, default="random")
     parser.add_argument("--seconds", type=float, default=280)
-    parser.add_argument("--method", choices=METHODS, help="this one alone")
+    parser.add_argument("--method", help="this one alone")
+    parser.add_argument("--publish", action="store_true", help="write the page, and run nothing")
     args = parser.parse_args()
+    names = NAMES[args.models]
+    if args.method is not None and args.method not in names:
+        parser.error(f"--method is {args.method!r}; it may be {', '.join(names)}")
     started = time.monotonic()
-    args.record.touch()
-    lines = [json.loads(line) for line in args.record.read_text().splitlines()]
+    if not args.record.exists():
+        about = {key: value for key, value in environment().items() if key in ("versions", "device")}
+        args.record.write_text(json.dumps(about) + "\n")
+    about, *lines = [json.loads(line) for line in args.record.read_text().splitlines()]
+    if args.publish:
+        found = json.loads(MATRIX.read_text()) | {args.models: summary(about, lines, args.models, names)}
+        MATRIX.write_text(json.dumps(found, indent=2) + "\n")
+        PAGE.write_text(with_matrix(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+        return
     done = {(line["method"], line["cell"]) for line in lines}
     cells = sorted(ALL, key=lambda cell: (cell.batch, cell.k))
     # One proposer after the other for each batch: a model is made once a piece.
-    methods = [args.method] if args.method else METHODS
-    left = [(m, c) for batch in (1, 7, 32) for m in methods for c in cells if c.batch == batch and (m, str(c)) not in done]
-    made: dict[str, Subject] = {}
+    chosen = [args.method] if args.method else names
+    left = [(m, c) for batch in (1, 7, 32) for m in chosen for c in cells if c.batch == batch and (m, str(c)) not in done]
     longest = 0.0
     with args.record.open("a") as record:
-        for method, cell in left:
+        for name, cell in left:
             before = time.monotonic()
-            if before - started + longest > args.seconds:
+            if longest and before - started + longest > args.seconds:  # but a piece runs one at least
                 break
-            wrong = run(made, method, cell)
+            wrong = run(args.models, name, cell)
             longest = max(longest, time.monotonic() - before)
-            lines.append({"method": method, "cell": str(cell), "wrong": wrong})
+            lines.append({"method": name, "cell": str(cell), "wrong": wrong, "date": environment()["date"]})
             record.write(json.dumps(lines[-1]) + "\n")
             record.flush()
     wrong_cells = [line for line in lines if line["wrong"]]
-    of = len(methods) * len(ALL)
+    of = len(chosen) * len(ALL)
     print(f"{'all' if len(lines) >= of else len(lines)} of {of} cells, {len(wrong_cells)} wrong")
     for line in wrong_cells:
         print(line["method"], line["cell"], line["wrong"])

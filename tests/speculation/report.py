@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 PAGE = Path(__file__).parents[2] / "docs" / "losslessness.md"
+MATRIX = Path(__file__).with_name("matrix.json")
+"""What the last runs of `matrix.py` found, by hand."""
 COLUMNS = ("pld", "mtp", "eagle", "eagle3")
 
 HEAD = """# Losslessness, feature by feature
@@ -51,3 +54,29 @@ class Report:
                 out.append(f"| {name} | " + " | ".join("equal" if cell == {True} else "**differs**" for cell in found) + " |")
             out.append("")
         return "\n".join(out)
+
+
+HEADING = "## The whole matrix"
+ABOUT = """Every K × overlap depth × batch × situation with every kind of drafts, run by hand: trained models take a night.
+A row says what was so on that day: of so many *cells* so many were *run*, and so many of these *equal*. The tests run a part.
+"""
+
+
+def with_matrix(page: str, found: dict[str, Any]) -> str:
+    """The page with what `matrix.json` says in place of what it said before: the last part of it."""
+    out = [page.partition(HEADING)[0].rstrip() + f"\n\n{HEADING}\n"]
+    out.append(ABOUT)
+    for run in found.values():
+        first, last = run["first"][:10], run["last"][:10]
+        when = first if first == last else f"{first} to {last}"
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        device = f"{run['device']['cpu']}, {run['device']['cores']} cores, {run['device']['cpu_capability']}"
+        if "gpu" in run["device"]:
+            device += f", {run['device']['gpu']}"
+        out.append(f"`{run['command']}`, {when}; {device}; {versions}; drafts: {', '.join(run['strategies'])}.\n")
+        out.append("| | cells | run | equal |")
+        out.append("| --- | --- | --- | --- |")
+        for name, row in run["rows"].items():
+            out.append(f"| {name} | {run['cells']} | {row['run']} | {row['equal']} |")
+        out.append("")
+    return "\n".join(out)

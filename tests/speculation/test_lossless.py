@@ -10,6 +10,7 @@ or, in pieces that go on where the last one stopped, by `python -m speculation.m
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from . import answers
 from .answers import ANSWERS, Answer
 from .features import FEATURES, Asked, asked, differences, plugins_with
 from .lossless import ALL, METHODS, STRATEGIES, Cell, Strategy, Subject, check, covering, subject
-from .report import PAGE, Report
+from .report import MATRIX, PAGE, Report, with_matrix
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -184,7 +185,7 @@ def test_the_page_says_what_was_found() -> None:
     """Last: it needs the others' findings."""
     if not report.complete(ROWS):
         pytest.skip("only some of the tests were run")
-    text = report.text(ROWS)
+    text = with_matrix(report.text(ROWS), json.loads(MATRIX.read_text()))
     if os.environ.get("UPDATE_DOCS"):
         PAGE.write_text(text, encoding="utf-8")
     assert PAGE.read_text(encoding="utf-8") == text, "write it with UPDATE_DOCS=1"
