@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from engine.harness import TINY_LLAMA, Harness, write_tiny_llama
+from speculation import eagle, mtp
 
 from fluentllm.bench import costs, floor, offline
-from fluentllm.bench.floor import routing_of, weight_bytes
+from fluentllm.bench.floor import Floor, routing_of, weight_bytes
+from fluentllm.bench.offline import Drafts
 from fluentllm.core import config
 from fluentllm.core.errors import FluentError
 from fluentllm.core.kv.formats import token_bytes
-from fluentllm.core.protocols import BuildContext
+from fluentllm.core.protocols import BuildContext, DraftReads
+from fluentllm.core.types import RequestOutput
 from fluentllm.kernels.copies import COPIES
 from fluentllm.kernels.moe import Routing
 from fluentllm.kernels.native.pack import TiledWeight
@@ -26,6 +31,8 @@ from fluentllm.layers.module import Module
 from fluentllm.local import LocalEngine
 from fluentllm.plugins.model_deepseek import DeepseekFamily
 from fluentllm.plugins.model_longcat import plugin as longcat
+from fluentllm.plugins.spec_mtp.proposer import MTPChain
+from fluentllm.plugins.spec_pld.proposer import PromptLookup
 
 SHAPES = Path(__file__).parents[1] / "benchmarks" / "gpu" / "models"
 NANO: dict[str, Any] = {"model.load_format": "auto", "model.dtype": "float32"}
@@ -39,15 +46,17 @@ def load(folder: Path | str, **settings: Any) -> Any:
     return Harness(Path(folder), **settings).loaded.model
 
 
-def on_a_gpu(name: str) -> Any:
-    """The model of benchmarks/gpu/models, without memory, as a GPU has it in BF16, and without its draft layer."""
+def on_a_gpu(name: str, *, drafts: bool = False) -> Any:
+    """The model of benchmarks/gpu/models, without memory, as a GPU has it in BF16; `drafts`: with its MTP layer, whose
+    embedding and head are the target's."""
     shape = json.loads((SHAPES / name / "config.json").read_text())
     families: dict[str, Any] = {"DeepseekV3ForCausalLM": DeepseekFamily("DeepseekV3ForCausalLM")}
     longcat.fluent_models(families.__setitem__)
     context = BuildContext(torch.device("meta"), torch.bfloat16, TritonOps(), "bfloat16", max_positions=16)
     model = families[shape["architectures"][0]].build(shape, context)
+    borrowable = model.mtp.borrowable()
     for slot in model.weight_slots():
-        if not slot.optional:
+        if not slot.optional or (drafts and not slot.unused and slot.name not in borrowable):
             slot.load(torch.empty(slot.shape, dtype=torch.bfloat16, device="meta"))
     model.finalize()
     return model
@@ -76,6 +85,79 @@ def test_deepseek_by_hand(batch: int) -> None:
     expert, distinct = 3 * 1408 * 2048, 64 * (1 - (1 - 6 / 64) ** batch) + 2
     total = 2 * (27 * attention + 3 * 10944 * 2048 + 26 * distinct * expert + 102400 * 2048 + 2048 + batch * 2048)
     assert weight_bytes(model, batch) == pytest.approx(total + 26 * 4 * (64 * 2048 + 64), rel=1e-9)
+
+
+def floor_of(model: Any, reads: DraftReads, kv_dtype: str) -> Floor:
+    """At 3.0 TB/s."""
+    info: Any = SimpleNamespace(spec=model.spec, kv_dtype=kv_dtype)
+    return Floor(model, info, 3.0e12, reads)
+
+
+@pytest.mark.parametrize(
+    ("name", "floors"),
+    [
+        ("deepseek-v3-lite", {1: 1.50, 8: 3.72, 32: 4.11, 128: 4.53}),
+        ("longcat-flash-lite", {1: 1.85, 8: 4.31, 32: 4.89, 128: 5.30}),
+    ],
+)
+def test_the_floors_of_the_targets_with_drafts(name: str, floors: dict[int, float]) -> None:
+    """In ms a token with three drafts and an accepted length of 3.0, as above. DeepSeek's are the 1.5, 3.7, 4.1 and 4.5
+    that benchmarks/gpu/README.md has from elsewhere. LongCat's layer is dense: 33 M weights of attention, 57 M of a network,
+    19 M of eh_proj, beside the head's 403 M."""
+    model = on_a_gpu(name, drafts=True)
+    counted = floor_of(model, MTPChain(model.mtp, model.spec).reads, "bfloat16")
+    drafts = Drafts(decodes=Counter({3: 100}), decoded=300)
+    found = {batch: counted.seconds_a_token(batch, 1088, drafts) * 1e3 for batch in floors}
+    assert found == pytest.approx(floors, rel=0.01)
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+@pytest.mark.parametrize("k", [1, 3])
+def test_deepseek_with_drafts_by_hand(batch: int, k: int) -> None:
+    """Beside the target's pass, k of a layer with experts of its own for one token a sequence, with eh_proj, three norms, and
+    the target's head and embedding."""
+    model = on_a_gpu("deepseek-v3-lite", drafts=True)
+    attention = (1536 + 576) * 2048 + 16 * 192 * 1536 + 2 * 16 * 128 * 512 + 2048 * 2048 + 1536 + 512 + 2 * 2048
+    router, expert = 4 * (64 * 2048 + 64), 2 * 3 * 1408 * 2048
+
+    def layer(tokens: int) -> float:
+        return 2 * attention + router + expert * (64 * (1 - (1 - 6 / 64) ** tokens) + 2)
+
+    rows, head = batch * (k + 1), 2 * 102400 * 2048
+    target = 2 * (attention + 3 * 10944 * 2048) + 26 * layer(rows) + head + 2 * 2048 + rows * 2 * 2048
+    draft = layer(batch) + 2 * (2 * 2048 * 2048 + 3 * 2048) + head + batch * 2 * 2048
+    kv = batch * 1000 * 576 * 2
+    counted = floor_of(model, MTPChain(model.mtp, model.spec).reads, "bfloat16")
+    wanted = target + 27 * kv + k * (draft + kv)
+    assert counted.seconds(batch, 1000, k) * 3.0e12 == pytest.approx(wanted, rel=1e-9)
+    # A step without drafts reads nothing of the layer that makes them.
+    assert counted.seconds(batch, 1000, 0) * 3.0e12 == pytest.approx(weight_bytes(model, batch) + 27 * kv, rel=1e-9)
+
+
+async def test_eagle3_by_hand(tmp_path: Path) -> None:
+    """fc of three states once a step; for each draft a layer on [embedding ; state] with its own KV, a head of 70 tokens. The
+    embedding is the target's."""
+    model = eagle.harness(tmp_path, "eagle3", "mla")
+    async with model.engine() as running:
+        reads = running.engine.executor.programs.proposer.reads  # type: ignore[attr-defined]
+    counted = floor_of(model.loaded.model, reads, "float32")
+    plain = weight_bytes(model.loaded.model, 4 * 3) + 4 * 20 * 2 * token_bytes(model.loaded.model.spec.kv, "float32")
+    once = 64 * 3 * 64
+    each = (64 + 2 * 32) * 128 + 64 * 64 + 3 * 80 * 64 + 4 * 64 + 70 * 64
+    kv = 4 * 20 * 2 * 2 * 16
+    wanted = plain + 4 * (once + 2 * (each + kv))
+    assert counted.seconds(4, 20, 2) * 3.0e12 == pytest.approx(wanted, rel=1e-9)
+
+
+def test_steps_with_fewer_drafts_count_as_such() -> None:
+    """Two steps with a draft that brought three tokens, one without that brought one."""
+    model = load("longcat-nano", **NANO)
+    counted = floor_of(model, MTPChain(model.mtp, model.spec).reads, "float32")
+    drafts = Drafts()
+    for first, drafted, tokens in ((True, 0, 1), (False, 1, 2), (False, 1, 1), (False, 0, 1)):
+        drafts.add(RequestOutput(id="a", tokens=[5] * tokens, drafted=drafted, accepted=tokens - 1), first=first)
+    wanted = (2 * counted.seconds(3, 10, 1) + counted.seconds(3, 10)) / 4
+    assert counted.seconds_a_token(3, 10, drafts) == pytest.approx(wanted)
 
 
 def nano_layer(width: float, routed: float) -> float:
@@ -224,7 +306,33 @@ class TestLatency:
         assert all(0 < row["floor_ms"] < row["tpot_ms"] for row in rows)
         assert 1 < rows[1]["floor_ms"] / rows[0]["floor_ms"] < 3
 
-    def test_there_is_none_with_drafts(self, model: str) -> None:
+    def test_with_drafts_it_is_that_of_a_token(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of an MTP layer, accepted at random; by the tokens that steps brought."""
+        monkeypatch.setattr(floor, "copy_rate", lambda device: 1e9)
+        folder = str(write_tiny_llama(tmp_path / "mtp", base=mtp.CONFIGS["deepseek_v3"]))
+        wanted = {"model.dtype": "float32", "model.weight_precision": "float32", "kv.dtype": "float32"}
+        drafts = {"speculative.method": "mtp", "speculative.k": 2, "speculative.synthetic_acceptance": 2.0}
+        rows, said = self.measure(folder, **wanted, **drafts)
+        network = Harness(Path(folder), **wanted, **{"speculative.method": "mtp"}).loaded.model
+        info: Any = SimpleNamespace(spec=network.spec, kv_dtype="float32")
+        counted = Floor(network, info, 1e9, MTPChain(network.mtp, network.spec).reads)
+        for row in rows:
+            assert 1 < row["tokens_a_step"] <= 3
+            # Steps verify two drafts each, but those at the end of a budget.
+            least = counted.seconds(row["batch"], 32.5, 2) / row["tokens_a_step"]
+            assert row["floor_ms"] == pytest.approx(least * 1e3, rel=0.1)
+            assert row["share"] == pytest.approx(row["floor_ms"] / row["tpot_ms"])
+            assert f"floor {row['floor_ms']:.2f} ms ({row['share']:.0%}), {row['tokens_a_step']:.2f} tokens a step" in said
+
+    def test_prompt_lookup_reads_nothing_but_the_target(self, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(floor, "copy_rate", lambda device: 1e9)
+        rows, _ = self.measure(model, **{"speculative.method": "pld", "speculative.k": 2, "plugins.spec_pld.shortest": 1})
+        plain, _ = self.measure(model)
+        for row, other in zip(rows, plain, strict=True):
+            assert row["floor_ms"] * row["tokens_a_step"] == pytest.approx(other["floor_ms"], rel=0.05)
+
+    def test_there_is_none_of_a_proposer_that_says_nothing(self, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(PromptLookup, "reads")
         rows, said = self.measure(model, **{"speculative.method": "pld", "speculative.k": 2})
         assert [(row["floor_ms"], row["share"]) for row in rows] == [(None, None)] * 2
         assert "floor" not in said

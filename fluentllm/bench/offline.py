@@ -6,6 +6,7 @@ import asyncio
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +28,16 @@ class Drafts:
     """Steps of a sequence that verified drafts."""
     drafted: int = 0
     accepted: int = 0
+    decodes: Counter[int] = field(default_factory=Counter)
+    """Drafts verified → steps of a sequence that did, without its first token's."""
+    decoded: int = 0
+    """Tokens that these brought."""
 
-    def add(self, output: RequestOutput) -> None:
+    def add(self, output: RequestOutput, *, first: bool) -> None:
+        """`first`: of its request, from its prompt."""
+        if not first:
+            self.decodes[output.drafted] += 1
+            self.decoded += len(output.tokens)
         self.steps += 1
         self.verifications += output.drafted > 0
         self.drafted += output.drafted
@@ -39,6 +48,8 @@ class Drafts:
         self.verifications += other.verifications
         self.drafted += other.drafted
         self.accepted += other.accepted
+        self.decodes += other.decodes
+        self.decoded += other.decoded
 
     @property
     def length(self) -> float | None:
@@ -113,8 +124,8 @@ def latency(
 ) -> list[dict[str, Any]]:
     """For each batch: time a step takes, by (time of steps + 1 new tokens − time of 1) / steps; medians of `rounds` after a
     warm-up, and after what an idle engine captures for such batches. Every prompt is fresh, so nothing comes from the prefix
-    cache. Beside it the floor (`floor.py`) of the step in their middle, and its share of the time; both None with drafts, whose
-    verification and layers would have to be counted too.
+    cache. Beside it the floor (`floor.py`) of the step in their middle, with drafts by the tokens that steps brought, and its
+    share of the time; both None where it is not known what must be read.
 
     `beside`: the same of this engine, in turns, a round each, and by how many times deterministic mode is slower: one of the
     two engines must be in it.
@@ -144,7 +155,7 @@ def latency(
         row: dict[str, Any] = {"batch": batch, "ctx": context, **ours.figures(batch)}
         tpot = row["tpot_ms"] / 1e3
         # The first step reads the prompt's KV and that of its own token, the last that of `steps` tokens.
-        least = floor.seconds(batch, context + (steps + 1) / 2) if floor is not None else None
+        least = floor.seconds_a_token(batch, context + (steps + 1) / 2, own) if floor is not None else None
         row["floor_ms"] = least * 1e3 if least is not None else None
         row["share"] = least / tpot if least is not None else None
         if drafts is not None:
@@ -153,10 +164,12 @@ def latency(
             f"batch {batch:>3}  ctx {context}  prefill {row['prefill_s']:.3f} s  "
             f"TPOT {row['tpot_ms']:.2f} ms  {row['tok_s']:.1f} tok/s"
         )
+        info = local.engine.info.speculative
         if least is not None:
             line += f"  floor {row['floor_ms']:.2f} ms ({row['share']:.0%})"
-        info = local.engine.info.speculative
         if info is not None:
+            row["tokens_a_step"] = own.decoded / sum(own.decodes.values())
+            line += f", {row['tokens_a_step']:.2f} tokens a step" if least is not None else ""
             row["speculative"] = own.report(info)
             line += f"\n           {own.line(info)}"
         if beside is not None:
@@ -250,9 +263,9 @@ async def _run(
         request = Request(id=f"bench-{started}-{number}", prompt=prompt, params=params)
         tokens = 0
         async for output in client.submit(request):
-            tokens += len(output.tokens)
             if drafts is not None:
-                drafts.add(output)
+                drafts.add(output, first=not tokens)
+            tokens += len(output.tokens)
         return tokens
 
     started = time.perf_counter()

@@ -57,7 +57,8 @@ class MTP(Module):
         self.layer = layer
         self.norm = RMSNorm(ctx, names.norm, hidden, eps)
         self.head = Head(ctx, names.head, vocab, hidden) if names.head else None
-        self._target_head: Callable[[Tensor], Tensor] | None = None
+        # Held by a function: as a module it would count as the draft's.
+        self._target_head: Callable[[], Head] | None = None
 
     @property
     def kv_layer(self) -> int:
@@ -84,10 +85,15 @@ class MTP(Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] → [R, vocab] float32."""
-        head = self.head or self._target_head
+        return self.used_head(hidden)
+
+    @property
+    def used_head(self) -> Head:
+        """Its own, or the target's."""
+        head = self.head or (self._target_head and self._target_head())
         if head is None:
-            raise RuntimeError("logits of an MTP layer before DraftingModel.finalize")
-        return head(hidden)
+            raise RuntimeError("the head of an MTP layer before DraftingModel.finalize")
+        return head
 
     def share(self, embedding: Embedding, head: Head, arrived: set[str]) -> None:
         """Take the target's embedding and head where the checkpoint has none for the draft layer, or a mere copy."""
@@ -95,7 +101,7 @@ class MTP(Module):
             self.embedding = embedding
         if self.head is not None and (join(self.head.name, "weight") not in arrived or _same(self.head, head)):
             self.head = None
-        self._target_head = head
+        self._target_head = lambda: head
 
     def borrowable(self) -> set[str]:
         """Tensors that may be the target's."""

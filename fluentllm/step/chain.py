@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.batch import Batch
-    from ..core.protocols import AttentionBackend, ProposerContext
+    from ..core.protocols import AttentionBackend, DraftReads, ProposerContext
 
 
 class DraftLayer(Protocol):
@@ -33,6 +33,8 @@ class DraftLayer(Protocol):
     """Of a state."""
     first_key: int
     """0: its KV has an entry for a sequence's first token too, made from a state of zeros; 1: it has none."""
+    reads: DraftReads
+    """For each draft, all that `forward` and `logits` read."""
     vocabulary: Tensor | None
     """[D] int64, increasing: token of each of the D columns of its logits; None: column and token are the same."""
 
@@ -83,6 +85,10 @@ class ChainProposer:
     @property
     def page_states(self) -> tuple[Tensor, ...]:
         return (self._page_states,)
+
+    @property
+    def reads(self) -> DraftReads:
+        return self._layer.reads
 
     def resume(self, batch: Batch, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
         if self._backlog is not None:

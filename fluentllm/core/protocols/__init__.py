@@ -18,7 +18,17 @@ from .attention import (
     Phase,
     PlannedPrefill,
 )
-from .drafting import DraftContext, DraftMemory, DraftTarget, MovableProposer, Proposer, ProposerContext, ProposerFactory
+from .drafting import (
+    CountedProposer,
+    DraftContext,
+    DraftMemory,
+    DraftReads,
+    DraftTarget,
+    MovableProposer,
+    Proposer,
+    ProposerContext,
+    ProposerFactory,
+)
 from .grammars import GrammarCompiler, GrammarContext, GrammarMatcher, HostGrammar
 from .models import BuildContext, Checkpoint, Model, ModelFamily, PackedTensor, StreamingCheckpoint, WeightsContext, WeightSlot
 from .observers import RequestEvent
@@ -44,8 +54,10 @@ __all__ = [
     "BuildContext",
     "CallRules",
     "Checkpoint",
+    "CountedProposer",
     "DraftContext",
     "DraftMemory",
+    "DraftReads",
     "DraftTarget",
     "EngineCall",
     "FusedGQA",

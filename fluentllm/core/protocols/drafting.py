@@ -75,6 +75,19 @@ class ProposerContext:
     """What the factory's `load` gave."""
 
 
+@dataclass(frozen=True, slots=True)
+class DraftReads:
+    """What of weights and KV must be read to make drafts, for who compares times with that (`fluent bench latency`). Modules
+    are those of `layers`, with all below them; a tensor that is indexed counts by its rows."""
+
+    once: tuple[Any, ...] = ()
+    """Modules that a step reads once, for the rows that it verifies."""
+    each: tuple[Any, ...] = ()
+    """Modules that it reads again for each draft of a sequence, the head included."""
+    kv: KVSpec | None = None
+    """Of a sequence's KV, what it reads for each draft; None: nothing."""
+
+
 class ProposerFactory(Protocol):
     """What `fluent_proposers` registers: a callable. It is asked `supports(model spec)` before anything is loaded. `memory` and
     `load` may be missing: then it keeps nothing in the pool, and has no weights of its own; `speculative.model` is refused."""
@@ -103,6 +116,13 @@ class Proposer(Protocol):
         returns other shapes, types or layouts, is switched off for good.
         """
         ...
+
+
+class CountedProposer(Proposer, Protocol):
+    """A proposer that tells what it reads. Of others it is unknown how fast a step with them could be at best."""
+
+    @property
+    def reads(self) -> DraftReads: ...
 
 
 class MovableProposer(Proposer, Protocol):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fluentllm.core.errors import ConfigError
-from fluentllm.core.protocols import WeightSlot
+from fluentllm.core.protocols import DraftReads, WeightSlot
 from fluentllm.layers.attention import Attention, AttentionShape
 from fluentllm.layers.embedding import Embedding, Head
 from fluentllm.layers.linear import Linear
@@ -54,6 +54,12 @@ class DraftLayer(Module):
         self._embed: Callable[[Tensor], Tensor] = self.embedding.__call__
         self._with_states = self.embedding.with_states
         self._target_logits: Callable[[Tensor], Tensor] = target.logits
+        self._target_head: Callable[[], Any] = lambda: target.head
+
+    def _reads(self, once: tuple[Module, ...], head: Any) -> DraftReads:
+        parts = [value for value in vars(self).values() if isinstance(value, Module)]
+        # Of the target's embedding, if it is that, rows only: nothing beside the rest.
+        return DraftReads(once, (*(part for part in parts if part not in once), head), self._config.kv())
 
     def share_embedding(self, target: Any) -> None:
         """Take the target's: the checkpoint has none. Raises `ConfigError` if it is of another width."""
@@ -89,6 +95,10 @@ class Eagle(DraftLayer):
     def target_states(self, batch: Batch, hidden: Tensor) -> Tensor:
         return hidden
 
+    @property
+    def reads(self) -> DraftReads:
+        return self._reads((), self._target_head())
+
     def forward(self, states: Tensor, batch: Batch, attention: AttentionBackend, wanted: Tensor | None = None) -> Tensor:
         attention.begin(batch)
         x = self.fc(torch.cat((self._embed(batch.tokens), states), -1))
@@ -113,6 +123,10 @@ class Eagle3(DraftLayer):
         self.state_norm = RMSNorm(ctx, join(prefix, "hidden_norm"), config.hidden, config.eps)
         self.norm = RMSNorm(ctx, "norm", config.hidden, config.eps)
         self.head = Head(ctx, "lm_head", config.draft_vocab, config.hidden)
+
+    @property
+    def reads(self) -> DraftReads:
+        return self._reads((self.fc,), self.head)
 
     def target_states(self, batch: Batch, hidden: Tensor) -> Tensor:
         return self.fc(torch.cat(batch.layer_inputs, -1))

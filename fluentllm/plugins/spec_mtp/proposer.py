@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from ...core.errors import ConfigError
+from ...core.protocols import DraftReads
 from ...step.chain import ChainProposer
 
 if TYPE_CHECKING:
@@ -12,6 +15,7 @@ if TYPE_CHECKING:
 
     from ...core.batch import Batch
     from ...core.protocols import AttentionBackend, ProposerContext
+    from ...core.types import ModelSpec
     from ...layers.mtp import MTP
 
 
@@ -21,8 +25,9 @@ class MTPChain:
     first_key = 0
     vocabulary: Tensor | None = None
 
-    def __init__(self, mtp: MTP, width: int) -> None:
-        self.width = width
+    def __init__(self, mtp: MTP, spec: ModelSpec) -> None:
+        self.width = spec.hidden_size
+        self.reads = DraftReads(each=(mtp, mtp.used_head), kv=structs.replace(spec.kv, layers=spec.draft_kv_layers))
         self._mtp = mtp
 
     def target_states(self, batch: Batch, hidden: Tensor) -> Tensor:
@@ -44,4 +49,4 @@ def create(context: ProposerContext) -> ChainProposer:
             fix="Use speculative.method=pld, or none.",
             param="speculative.method",
         )
-    return ChainProposer(context, MTPChain(mtp, context.model.spec.hidden_size))
+    return ChainProposer(context, MTPChain(mtp, context.model.spec))

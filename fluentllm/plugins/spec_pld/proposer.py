@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...core.protocols import DraftReads
 from ...kernels import in_kernels
 from ...kernels.prompt_lookup import prompt_lookup_on_host
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class PromptLookup:
-    """Implements `core.protocols.Proposer`."""
+    """Implements `core.protocols.MovableProposer` and `CountedProposer`."""
+
+    reads = DraftReads()
 
     def __init__(self, tables: SlotTables, shortest: int, longest: int) -> None:
         self._tables = tables
