@@ -52,6 +52,9 @@ MARGIN = 1.01
 HOPE, LONG_REST = 1.5, 4096
 """A K whose last known rate is worse than the best by more rests so many steps: most likely it would be tried in vain, but what
 made it slow may have been another program."""
+HELD = 7
+"""Steps that a choice of no drafts and no look holds where nothing changes but time: to choose takes as long as 2 % of a small
+model's step on a CPU."""
 DROPPED_EAGER, DROPPED_CAPTURED = 1, 2
 """First runs of a program that tell nothing: on a GPU one compiles and the next is captured."""
 
@@ -113,6 +116,15 @@ class DraftLength:
         self._trial: Trial | None = None
         self._bucket = 0
         """Of the last launched step that decodes."""
+        self._held = (0, 0)
+        """Bucket, and how many of its steps still need no choice: no drafts."""
+        self._same: list[int] | None = None
+        """Slots of the last launched step, if another like it is quiet: nothing drafted, looked at, tried, or new."""
+        self._quiet: set[int] = set()
+        """Steps in flight that are."""
+        self._unread: list[tuple[int, float]] = []
+        """Buckets and seconds of quiet steps, learnt from when there is something to choose: in each step it would take ten
+        times as long, for a model's pass in between leaves nothing of it in a core's caches."""
         self._left: set[int] = set()
         """Slots that were left drafts by the last step that brought them tokens."""
         self._verifiable: dict[int, set[int]] = {}
@@ -140,26 +152,42 @@ class DraftLength:
         if not batch:
             self._decoding = set()
         if not self.times.measured:
+            self._read_quiet()
             return Choice(0)
         bucket = bucket_of(batch)
+        held, left = self._held
+        if left and held == bucket:
+            self._held = bucket, left - 1
+            return Choice(0)
+        self._read_quiet()
         best = self._best_of(bucket)
         trial = self._trial
         if trial is None or trial.bucket != bucket or (trial.unknown and self.times.known(bucket, trial.k, trial.k)):
             self._trial = self._next_trial(bucket, best)
         if self._trial is not None:
             return Choice(self._trial.k)
-        return Choice(best, look=self._may_look(bucket, best))
+        look = self._may_look(bucket, best)
+        # Where only its turn is missing, the next step looks.
+        self._held = bucket, 0 if best or look or self._steps[bucket] % LOOKS == 0 else HELD
+        return Choice(best, look=look)
 
     def planned(self, plan: StepPlan) -> None:
         """The engine launches it."""
         if self.fixed is not None:
+            return
+        if self._trial is None and plan.decode == self._same and _plain(plan):
+            self._steps[self._bucket] += 1
+            self._quiet.add(plan.step)
             return
         for init in plan.admit:
             self._classes[init.slot] = class_of(init.params)
             self._decoding.discard(init.slot)
         named = [*plan.decode, *(chunk.slot for chunk in plan.prefill if chunk.last)]
         self._decoding = set(named) if plan.decode else self._decoding.union(named)
-        self._mix = Counter(self._classes.get(slot) for slot in self._decoding)
+        mix = Counter(self._classes.get(slot) for slot in self._decoding)
+        if plan.admit or mix != self._mix:
+            self._held = 0, 0
+        self._mix = mix
         self._rates = {}
         for kind, new in Counter(self._classes[init.slot] for init in plan.admit).items():
             self.acceptance.renew(kind, new, self._mix[kind])
@@ -170,6 +198,8 @@ class DraftLength:
         self._left.difference_update(named)
         if plan.drafting.draft:
             self._left.update(named)
+        quiet = _plain(plan) and self._trial is None and not self._left_by_trial
+        self._same = plan.decode if quiet else None
 
     def _decodes(self, plan: StepPlan) -> None:
         """A step over prompts alone is none of its bucket, and none of a trial."""
@@ -184,12 +214,18 @@ class DraftLength:
 
     def collected(self, plan: StepPlan, result: StepResult) -> None:
         """Learn from a step."""
+        if plan.step in self._quiet:
+            self._quiet.discard(plan.step)
+            if all(slot.tokens and slot.finished is None for slot in result.slots):
+                self._unread.append((bucket_of(len(plan.decode)), result.seconds))
+                return
         decoded = result.slots[len(result.slots) - len(plan.decode) :]
         live = [slot for slot in decoded if slot.tokens]
         drafted = [slot for slot in live if slot.drafted]
         self.watch.saw(len(drafted), sum(slot.accepted > 0 for slot in drafted))
         if self.fixed is not None:
             return
+        self._read_quiet()
         self._rates = {}
         self._decoding.difference_update(slot.slot for slot in result.slots if slot.finished is not None)
         verifiable, of_trial = self._verifiable.pop(plan.step, set()), plan.step in self._trials
@@ -198,6 +234,14 @@ class DraftLength:
             self._learn(live, verifiable)
             self._account(plan, result, sum(len(slot.tokens) for slot in live) / len(live), of_trial)
         self._looks.expect(plan, result)
+
+    def _read_quiet(self) -> None:
+        for bucket, seconds in self._unread:
+            self.times.add(bucket, 0, 0, seconds)
+            if self.times.measured:
+                self._earn(bucket, self.times.leaving(bucket, 0, 0))
+        if self._unread:
+            self._unread, self._rates = [], {}
 
     # -------------------------------------------------------------------------------------------------------------- choice
     def _best_of(self, bucket: int) -> int:
@@ -313,6 +357,8 @@ class DraftLength:
             seen = self._looks.see(slot)
             if seen is not None:
                 looked.setdefault(kind, []).append(seen)
+        if verified or looked:
+            self._held = 0, 0
         for kind, rights in verified.items():
             self.acceptance.add(kind, rights)
         for kind, rights in looked.items():
@@ -330,9 +376,17 @@ class DraftLength:
         seconds = self.times.leaving(bucket, result.verified, drafting.draft)
         if not plan.prefill and self.times.known(bucket, result.verified, drafting.draft) is None:
             seconds = min(seconds, result.seconds)
-        for allowance in (self._for_looks, self._for_trials):
-            allowance.earn(seconds, self.times.expected(bucket, 0))
+        self._earn(bucket, seconds)
         if drafting.look:
             self._for_looks.spend(self._price_of_look(bucket, drafting.draft - 1))
         if of_trial:
             self._for_trials.spend(seconds - tokens / self._rate(bucket, self._best.get(bucket, 0)))
+
+    def _earn(self, bucket: int, seconds: float) -> None:
+        for allowance in (self._for_looks, self._for_trials):
+            allowance.earn(seconds, self.times.expected(bucket, 0))
+
+
+def _plain(plan: StepPlan) -> bool:
+    """Does the step do nothing but decode, without a draft?"""
+    return not (plan.admit or plan.prefill or plan.resume or plan.drafting.draft or plan.drafting.verify)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..core.protocols import FusedGQA
+from ..core.protocols import Appending, FusedGQA
 from .linear import Linear
 from .module import Module, join
 from .norm import RMSNorm
@@ -75,6 +75,11 @@ class Attention(Module):
         """The KV of all rows, and no more where the backend can do that alone."""
         if isinstance(backend, FusedGQA):
             backend.gqa_append(self.layer, self.qkv(x), self.shape.heads, rope, batch, **self._norms())
+        elif isinstance(backend, Appending):
+            qkv = self.qkv(x).view(-1, *self._heads)
+            k = qkv[:, self.shape.heads : self._first_v]
+            k = self._rotary(k if self.k_norm is None else self.k_norm(k), rope)
+            backend.append_gqa(self.layer, k, qkv[:, self._first_v :], batch)
         else:
             self(x, rope, batch, backend)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..core.protocols import FusedMLA, WeightSlot
+from ..core.protocols import Appending, FusedMLA, WeightSlot
 from .linear import Linear
 from .module import Module, join
 from .norm import RMSNorm
@@ -89,26 +89,33 @@ class MLA(Module):
             )  # fmt: skip
             return self.out.later(out.flatten(1))
         q_nope, q_rope = q.split([shape.nope, shape.rope], -1)
-        latent, k_rope = kv.split([shape.kv_lora, shape.rope], -1)
-        latent = self.latent_norm(latent)
-        if shape.latent_scale != 1.0:
-            latent = latent * shape.latent_scale
+        latent, k_rope = self._kept(kv, rows)
         q_rope = self.rotary(q_rope, rows)
-        k_rope = self.rotary(k_rope.unsqueeze(1), rows).squeeze(1)
         out = attention.mla(self.layer, q_nope, q_rope, latent, k_rope, self.up_k, self.up_v, batch, self.scale)
         return self.out.later(out.flatten(1))
 
     def append(self, x: Rows, rows: tuple[Tensor, Tensor], batch: Batch, attention: AttentionBackend) -> None:
         """The KV of all rows, and no more where the backend can do that alone."""
-        if not isinstance(attention, FusedMLA):
+        if not isinstance(attention, (FusedMLA, Appending)):
             self(x, rows, batch, attention)
             return
         shape = self.shape
         kv = self.down(x)[:, -(shape.kv_lora + shape.rope) :]
+        if isinstance(attention, Appending):
+            attention.append_mla(self.layer, *self._kept(kv, rows), batch)
+            return
         attention.mla_append(
             self.layer, kv, self.latent_norm.weight, rows, batch, eps=LATENT_EPS, latent_scale=shape.latent_scale,
             interleaved=self.rotary.interleaved,
         )  # fmt: skip
+
+    def _kept(self, kv: Tensor, rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """kv [T, C + R] → what the pool keeps of it: the latent [T, C], normed and scaled, and the key's rotary part [T, R]."""
+        latent, k_rope = kv.split([self.shape.kv_lora, self.shape.rope], -1)
+        latent = self.latent_norm(latent)
+        if self.shape.latent_scale != 1.0:
+            latent = latent * self.shape.latent_scale
+        return latent, self.rotary(k_rope.unsqueeze(1), rows).squeeze(1)
 
     def own_slots(self) -> Iterator[WeightSlot]:
         shape = self.shape

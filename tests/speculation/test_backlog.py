@@ -9,7 +9,7 @@ import pytest
 
 from fluentllm.core.draft_length import Choice
 
-from .eagle import Reference, harness
+from . import eagle, mtp
 from .watching import Drafted, unchanged, watched
 
 if TYPE_CHECKING:
@@ -20,16 +20,25 @@ if TYPE_CHECKING:
 K = 3
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Harness:
-    return harness(tmp_path_factory.mktemp("eagle3"), "eagle3", "llama")
+@pytest.fixture(scope="module", params=["eagle", "mtp"])
+def method(request: pytest.FixtureRequest) -> str:
+    """On grouped heads, and on MLA."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["deterministic", "fast"])
+def model(method: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Harness:
+    folder = tmp_path_factory.mktemp(method)
+    made = eagle.harness(folder, "eagle3", "llama") if method == "eagle" else mtp.harness(folder, "longcat")
+    made.overrides["engine.deterministic"] = request.param
+    return made
 
 
 async def drafts_of(model: Harness, choices: Iterator[int], requests: list[tuple[list[int], int]]) -> list[Drafted]:
     """One request after the other, (prompt, tokens); without a prompt: what the request before it has said in all."""
     record: list[Drafted] = []
     settings = {"speculative.method": "watched", "speculative.k": K, "engine.overlap_depth": 0}
-    async with model.engine(plugins=watched("eagle", record, unchanged), **settings) as running:
+    async with model.engine(plugins=watched(model.overrides["speculative.method"], record, unchanged), **settings) as running:
         lengths = running.engine.draft_length
         assert lengths is not None
         lengths.choose = lambda batch: Choice(next(choices))  # type: ignore[method-assign]
@@ -43,7 +52,9 @@ async def drafts_of(model: Harness, choices: Iterator[int], requests: list[tuple
 
 def compared(model: Harness, record: list[Drafted]) -> int:
     """Drafts that are the reference's."""
-    reference = Reference(model.loaded.model, "eagle3")
+    drafting = model.overrides["speculative.method"]
+    target = model.loaded.model
+    reference = eagle.Reference(target, "eagle3") if drafting == "eagle" else mtp.Reference(target)
     sure = sum(drafted.check(reference) for drafted in record)
     assert sure > 0.9 * sum(len(drafted.drafts) for drafted in record)
     return sure

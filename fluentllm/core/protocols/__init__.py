@@ -7,6 +7,7 @@ plain bound methods of what it returned.
 from .answers import AnswerFormat, AnswerParser, CallRules, Piece, PieceKind, Tool, Where
 from .attention import (
     PHASES,
+    Appending,
     AttentionBackend,
     AttentionContext,
     AttentionSpec,
@@ -48,6 +49,7 @@ __all__ = [
     "PHASES",
     "AnswerFormat",
     "AnswerParser",
+    "Appending",
     "AttentionBackend",
     "AttentionContext",
     "AttentionSpec",

@@ -129,6 +129,19 @@ class PlannedPrefill(AttentionBackend):
         ...
 
 
+class Appending(AttentionBackend):
+    """A backend that can write rows' KV where nobody asks what they attend to: a draft layer's, while nothing is drafted.
+    Derive from it to be asked. Fused backends have calls of their own for that."""
+
+    def append_gqa(self, layer: int, k: Tensor, v: Tensor, batch: Batch) -> None:
+        """What `gqa` writes."""
+        raise _lacks(self, "grouped heads")
+
+    def append_mla(self, layer: int, latent: Tensor, k_rope: Tensor, batch: Batch) -> None:
+        """What `mla` writes."""
+        raise _lacks(self, "MLA")
+
+
 class FusedGQA(AttentionBackend):
     """A backend that takes the QKV product as it comes; derive from it to be given it. Layers ask with `isinstance`."""
 

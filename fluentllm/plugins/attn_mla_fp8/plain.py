@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from fluentllm.core.protocols import AttentionBackend
+from fluentllm.core.protocols import Appending
 from fluentllm.kernels.attention_mla import mla_expanded
 from fluentllm.kernels.mla_decode import fp8_planes
 from fluentllm.kernels.mla_decode.reference import (
@@ -37,7 +37,7 @@ class Span(NamedTuple):
         return self.keys - (self.rows.stop - self.rows.start)
 
 
-class PlainMlaFp8(AttentionBackend):
+class PlainMlaFp8(Appending):
     """`core.protocols.AttentionBackend`. Decode is absorbed, with quantised queries; prefill is expanded, over its own tokens
     as they are and earlier ones out of the cache."""
 
@@ -57,6 +57,9 @@ class PlainMlaFp8(AttentionBackend):
             Span(slice(start, stop), number, keys) for number, (start, stop, keys) in enumerate(ranges) if stop > start
         ]
 
+    def append_mla(self, layer: int, latent: Tensor, k_rope: Tensor, batch: Batch) -> None:
+        append_reference(self._planes[layer], latent, k_rope, batch.kv_rows)
+
     def mla(
         self,
         layer: int,
@@ -69,7 +72,7 @@ class PlainMlaFp8(AttentionBackend):
         batch: Batch,
         scale: float,
     ) -> Tensor:
-        append_reference(self._planes[layer], latent, k_rope, batch.kv_rows)
+        self.append_mla(layer, latent, k_rope, batch)
         if batch.query_length is not None:
             return self._decode(layer, q_nope, q_rope, up_k, up_v, batch, scale)
         out = q_nope.new_empty(q_nope.shape[0], q_nope.shape[1], up_v.shape[1])

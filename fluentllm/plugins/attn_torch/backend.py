@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from fluentllm.core.protocols import Appending
 from fluentllm.kernels.attention_mla import mla_absorbed, mla_expanded
 from fluentllm.kernels.kv_fp8 import kept, write_rows
 from fluentllm.kernels.native.attention import PagedDecode
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from fluentllm.core.protocols import AttentionContext
 
 
-class TorchAttention:
+class TorchAttention(Appending):
     """`core.protocols.AttentionBackend`. MLA: absorbed in decode, expanded in prefill."""
 
     capturable = False
@@ -100,6 +101,14 @@ class TorchAttention:
                 enable_gqa=True,
             )[0].transpose(0, 1)
         return out
+
+    def append_gqa(self, layer: int, k: Tensor, v: Tensor, batch: Batch) -> None:
+        for rows, new in zip(self._rows[layer], (k, v), strict=True):
+            write_rows(rows, batch.kv_rows, kept(new, self._kv_dtype) if self._converts else new)
+
+    def append_mla(self, layer: int, latent: Tensor, k_rope: Tensor, batch: Batch) -> None:
+        (cache,) = self._rows[layer]
+        cache.index_copy_(0, batch.kv_rows, torch.cat((latent, k_rope), -1).to(self._kv_dtype))
 
     def _gqa_decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: float) -> Tensor:
         rows, heads, dim = q.shape

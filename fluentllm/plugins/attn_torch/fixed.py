@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fluentllm.core.protocols import Appending
 from fluentllm.kernels.attention_fixed import fixed_order_attention
 from fluentllm.kernels.attention_reference import gather_rows
 from fluentllm.kernels.fixed_order import FixedOrderOps
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fluentllm.core.protocols import AttentionContext
 
 
-class FixedOrderAttention:
+class FixedOrderAttention(Appending):
     """`core.protocols.AttentionBackend` for deterministic mode. MLA is absorbed everywhere."""
 
     capturable = False
@@ -35,9 +36,8 @@ class FixedOrderAttention:
         self._spans = list(zip(starts, starts[1:], batch.kv_lengths.tolist(), strict=False))
 
     def gqa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float) -> Tensor:
+        self.append_gqa(layer, k, v, batch)
         pool_k, pool_v = self._pool.k[layer], self._pool.v[layer]
-        for rows, new in zip(self._pool.rows(layer), (k, v), strict=True):
-            write_rows(rows, batch.kv_rows, kept(new, rows.dtype))
         parts = [
             fixed_order_attention(
                 q[span],
@@ -63,8 +63,7 @@ class FixedOrderAttention:
         batch: Batch,
         scale: float,
     ) -> Tensor:
-        (rows,) = self._pool.rows(layer)
-        rows.index_copy_(0, batch.kv_rows, torch.cat((latent, k_rope), -1).to(rows.dtype))
+        self.append_mla(layer, latent, k_rope, batch)
         absorbed = self._ops.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1)
         queries = torch.cat((absorbed, q_rope), -1)
         width = latent.shape[1]
@@ -76,6 +75,14 @@ class FixedOrderAttention:
         if not parts:
             return q_nope.new_empty(0, q_nope.shape[1], up_v.shape[1])
         return self._ops.bmm(torch.cat(parts).transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)
+
+    def append_gqa(self, layer: int, k: Tensor, v: Tensor, batch: Batch) -> None:
+        for rows, new in zip(self._pool.rows(layer), (k, v), strict=True):
+            write_rows(rows, batch.kv_rows, kept(new, rows.dtype))
+
+    def append_mla(self, layer: int, latent: Tensor, k_rope: Tensor, batch: Batch) -> None:
+        (rows,) = self._pool.rows(layer)
+        rows.index_copy_(0, batch.kv_rows, torch.cat((latent, k_rope), -1).to(rows.dtype))
 
     def _sequences(self, batch: Batch) -> Iterator[tuple[slice, Tensor, int]]:
         """(its rows, its pages, its keys) of each sequence that has rows."""
