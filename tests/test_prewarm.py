@@ -30,7 +30,15 @@ from fluentllm.prewarm import Prewarm, key_of, shortened
 
 MODELS = Path(__file__).parents[1] / "benchmarks" / "gpu" / "models"
 SMALL = {"num_hidden_layers": 2, "num_layers": 2, "n_routed_experts": 8, "vocab_size": 500}
-SOME = {"_embedding_kernel", "_rms_norm_kernel", "_commit_kernel", "_rows_kernel", "_draw_kernel", "_threshold_kernel"}
+SOME = {
+    "_embedding_kernel",
+    "_rms_norm_kernel",
+    "_commit_kernel",
+    "_publish_kernel",
+    "_rows_kernel",
+    "_draw_kernel",
+    "_threshold_kernel",
+}
 PREFILL = {"_prefill_kernel", "_merge_runs_kernel"}
 GROUPED, LATENT = PREFILL | {"_decode_kernel"}, PREFILL | {"decode_bf16"}
 

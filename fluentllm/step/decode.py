@@ -1,7 +1,7 @@
 """The decode program: one function from slots to their next tokens, the same for any number of drafts.
 
 gather slots → embed the last token and K drafts → target layers → logits at K+1 positions → processors → draw → verify →
-append to history, lengths and counts → draft for the next step
+append to history, lengths and counts → draft for the next step → results to the host's ring
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .commit import Committed, commit, leave_drafts
 from .grammar import advance, allowed_drafts, drop_unmasked, forbid_masked, forbid_tokens
 from .logprobs import Logprobs, logprobs_of
 from .processors import process_logits
+from .result_ring import ResultRing, results_of
 from .sample import draw
 from .synthetic import accept_at_random
 
@@ -94,6 +95,8 @@ class Target(Protocol):
     proposer: Proposer | None
     synthetic: float | None
     """Share of drafts that are accepted whatever they are (`step.synthetic`); None: those that are right."""
+    ring: ResultRing | None
+    """Takes the results of decode programs; None on a CPU, where the host reads them where they are."""
     rehearses: bool
     """Are these steps run to see what memory they take? Then running out of it is an answer, not the proposer's failure."""
 
@@ -113,6 +116,8 @@ def decode(slots: Tensor, drafting: Drafting, features: int, target: Target) -> 
     hidden = target.model.forward(batch, target.attention)
     committed, logprobs = draw_and_commit(target.model.logits(hidden), batch, features, target.tables, target.synthetic)
     draft(batch, hidden, slots, drafting.draft, target)
+    if target.ring is not None:
+        target.ring.publish(results_of(committed, logprobs), slots)
     return committed, logprobs
 
 

@@ -24,13 +24,14 @@ from ..core.protocols import AttentionBackend, Model, PlannedPrefill, Proposer
 from ..core.slots import SlotTables
 from ..core.staging import to_host, upload
 from ..core.types import Drafting, FinishReason, PrefillChunk, SlotResult, StepPlan, TokenLogprob
+from ..kernels import in_kernels
 from .commit import OUT_OF_BUDGET, RUNNING, STOPPED, Committed
 from .decode import decode
 from .left_drafts import LeftDrafts, with_drafts
 from .logprobs import Logprobs, keep_top
 from .padded_prefill import PaddedPrefill
 from .prefill import prefill, prefill_batch
-from .result_ring import Published, ResultRing
+from .result_ring import Published, ResultRing, from_results, results_of
 from .resume import resume
 
 log = logging.getLogger(__name__)
@@ -68,9 +69,9 @@ class StepPrograms:
         """Launch each kernel by itself though graphs could be had, for who looks at them one by one."""
         self._proposer_name = proposer_name
         self._graphs: Graphs[Any] | None = Graphs() if graphs else None
-        self._ring = None
-        if tables.device.type == "cuda":
-            self._ring = ResultRing(tables.slots, tables.max_drafts + 1, tables.vocab_size, tables.padding_slot, tables.device)
+        self.ring = None
+        if in_kernels(tables.ints):
+            self.ring = ResultRing(tables.slots, tables.max_drafts + 1, tables.vocab_size, tables.padding_slot, tables.device)
         self._padded_prefill = self._padding_prefill(attention)
         self._slots: dict[int, Tensor] = {}
         """Bucket → its static input."""
@@ -141,7 +142,7 @@ class StepPrograms:
         slots = self._static_slots([self.tables.padding_slot] * bucket)
         key = bucket, drafting.verify, drafting.draft, features
         if not self._graphs.ready(key):
-            self._graphs.run(key, lambda: self._decoded(slots, drafting, features))
+            self._graphs.run(key, lambda: decode(slots, drafting, features, self))
         return self._graphs.ready(key)
 
     def _told(self, plan: StepPlan) -> list[int]:
@@ -167,21 +168,14 @@ class StepPrograms:
             if drafting.verify and slots.device.type == "cpu" and not self.tables.drafted[slots].any():
                 # Here the host may look: rows for drafts that nobody has would be computed for nothing.
                 drafting, self.verified = structs.replace(drafting, verify=0), 0
-            committed, logprobs = self._decoded(slots, drafting, features)
+            committed, logprobs = decode(slots, drafting, features, self)
         else:
             slots = self._static_slots(plan.decode)
             key = slots.shape[0], drafting.verify, drafting.draft, features
-            committed, logprobs = self._graphs.run(key, lambda: self._decoded(slots, drafting, features))
-        if self._ring is None:
+            committed, logprobs = self._graphs.run(key, lambda: decode(slots, drafting, features, self))
+        if self.ring is None:
             return _DecodePending(plan.decode, committed, logprobs)
-        return _PublishedPending(plan.decode, self._ring.taken(_tensors(committed, logprobs)))
-
-    def _decoded(self, slots: Tensor, drafting: Drafting, features: int) -> tuple[Committed, Logprobs | None]:
-        """The decode program, with its results on their way to the host."""
-        committed, logprobs = decode(slots, drafting, features, self)
-        if self._ring is not None:
-            self._ring.publish(_tensors(committed, logprobs), slots)
-        return committed, logprobs
+        return _PublishedPending(plan.decode, self.ring.taken(results_of(committed, logprobs)))
 
     def _static_slots(self, wanted: list[int]) -> Tensor:
         """The bucket's input, holding `wanted` and the inert padding slot. Steps mostly run the same slots as the one before:
@@ -202,12 +196,6 @@ def _fetch(result: Result) -> Result:
     return type(result)(*(to_host(getattr(result, field.name)) for field in fields(result)))
 
 
-def _tensors(committed: Committed, logprobs: Logprobs | None) -> list[Tensor]:
-    """What a step brings to the host, in the order of `_PublishedPending`."""
-    columns = [getattr(logprobs, field.name) for field in fields(Logprobs)] if logprobs is not None else []
-    return [committed.packed, *columns]
-
-
 class _DecodePending:
     def __init__(self, slots: list[int], committed: Committed, logprobs: Logprobs | None) -> None:
         self.slots, self.committed, self.logprobs = slots, committed, logprobs
@@ -222,8 +210,7 @@ class _PublishedPending:
 
     def read(self, rows: SlotRows) -> list[SlotResult]:
         self.published.check()
-        packed, *columns = self.published.views
-        return _slot_results(self.slots, Committed(packed), Logprobs(*columns) if columns else None, rows)
+        return _slot_results(self.slots, *from_results(self.published.views), rows)
 
 
 class _PrefillPending:

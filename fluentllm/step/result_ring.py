@@ -7,7 +7,7 @@ the host counts along, and the row says whose it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +15,14 @@ import torch
 from ..core.buckets import bucket_of
 from ..core.types import MAX_LOGPROBS
 from ..kernels import in_kernels
+from .commit import Committed
+from .logprobs import Logprobs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
 
 ENTRIES = 8
 """Steps whose results the ring holds. The engine launches at most two beyond the one that it reads."""
@@ -34,6 +37,18 @@ def row_words(slots: int, rows: int, vocab_size: int) -> int:
     top = min(MAX_LOGPROBS, vocab_size)
     most = HEAD + 2 * slots * (rows + 4) + slots * rows * (5 + 3 * top) + 2 * 5
     return most + most % 2
+
+
+def results_of(committed: Committed, logprobs: Logprobs | None) -> list[Tensor]:
+    """What a step brings to the host, the smallest first."""
+    columns = [getattr(logprobs, field.name) for field in fields(Logprobs)] if logprobs is not None else []
+    return [committed.packed, *columns]
+
+
+def from_results(results: Sequence[Tensor]) -> tuple[Committed, Logprobs | None]:
+    """From what `results_of` gave."""
+    packed, *columns = results
+    return Committed(packed), Logprobs(*columns) if columns else None
 
 
 def publish_reference(
@@ -67,11 +82,12 @@ class Published:
 
 
 class ResultRing:
-    """A ring for steps of up to `slots` slots × `rows` rows on `device`."""
+    """A ring for steps of up to `slots` slots × `rows` rows on `device`; on `meta` only its launches are recorded."""
 
     def __init__(self, slots: int, rows: int, vocab_size: int, padding_slot: int, device: torch.device) -> None:
-        shape = ENTRIES, row_words(slots, rows, vocab_size)
-        self._ring = torch.full(shape, -1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        shape, pinned = (ENTRIES, row_words(slots, rows, vocab_size)), device.type == "cuda"
+        place = "cpu" if pinned else device
+        self._ring = torch.full(shape, -1, dtype=torch.int32, device=place, pin_memory=pinned)
         self._turns = torch.zeros(1, dtype=torch.int64, device=device)
         self._padding = padding_slot
         self._turn = 0

@@ -16,7 +16,7 @@ BLOCK = 1024
 """Words of a program."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padding", "count", "row_words", "offset"])
 def _publish_kernel(ring, turns, words, slots, padding, count, row_words, offset, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
                     LAST: tl.constexpr):  # fmt: skip
     turn = tl.load(turns)
