@@ -30,21 +30,21 @@ def read_decoder_config(
     """
     fields = Fields(config, str((config.get("architectures") or ["?"])[0]))
     fields.only("hidden_act", "silu", "swish")
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    kv_heads = fields.integer("num_key_value_heads", heads)
-    head_dim = fields.integer("head_dim", hidden // heads)
+    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    kv_heads = fields.size("num_key_value_heads", heads)
+    head_dim = fields.size("head_dim", hidden // heads)
     if heads % kv_heads:
         raise CheckpointError(f"config.json: {heads} heads cannot share {kv_heads} key-value heads evenly.")
     rope = rope_parameters(config)
     rotary_dim = int(head_dim * float(rope["partial_rotary_factor"]))
-    max_position = fields.integer("max_position_embeddings")
+    max_position = fields.size("max_position_embeddings")
     if sliding_window is not None:
         max_position = min(max_position, sliding_window)
-    layers = fields.integer("num_hidden_layers")
+    layers = fields.size("num_hidden_layers")
     eps = fields.number("rms_norm_eps", 1e-6)
     spec = ModelSpec(
         architecture=fields.architecture,
-        vocab_size=fields.integer("vocab_size"),
+        vocab_size=fields.size("vocab_size"),
         hidden_size=hidden,
         layers=layers,
         heads=heads,
@@ -56,7 +56,7 @@ def read_decoder_config(
     return DecoderConfig(
         spec=spec,
         attention=shape,
-        inner=fields.integer("intermediate_size"),
+        inner=fields.size("intermediate_size"),
         norm_eps=eps,
         tied=fields.flag("tie_word_embeddings", False),
         rope=config,

@@ -79,9 +79,9 @@ class LongcatConfig:
         f.only("num_nextn_predict_layers", 1, 0, None)
         f.only("mtp_num_layers", None, 1, 0)
         f.absent(*OTHER_FEATURES)
-        hidden, q_lora, kv_lora = f.integer("hidden_size"), f.integer("q_lora_rank"), f.integer("kv_lora_rank")
-        experts, zero = f.integer("n_routed_experts"), f.integer("zero_expert_num", 0)
-        top_k = f.integer("moe_topk")
+        hidden, q_lora, kv_lora = f.size("hidden_size"), f.size("q_lora_rank"), f.size("kv_lora_rank")
+        experts, zero = f.size("n_routed_experts"), f.integer("zero_expert_num", 0)
+        top_k = f.size("moe_topk")
         if not 0 < top_k <= experts + zero:
             raise CheckpointError(
                 f"{architecture} cannot choose moe_topk {top_k} of n_routed_experts {experts} + zero_expert_num {zero}.",
@@ -91,27 +91,27 @@ class LongcatConfig:
         return cls(
             architecture=architecture,
             raw=config,
-            vocab=f.integer("vocab_size"),
+            vocab=f.size("vocab_size"),
             hidden=hidden,
-            layers=f.integer("num_layers"),
-            heads=f.integer("num_attention_heads"),
-            intermediate=f.integer("ffn_hidden_size"),
-            expert_intermediate=f.integer("expert_ffn_hidden_size"),
+            layers=f.size("num_layers"),
+            heads=f.size("num_attention_heads"),
+            intermediate=f.size("ffn_hidden_size"),
+            expert_intermediate=f.size("expert_ffn_hidden_size"),
             experts=experts,
             zero_experts=zero,
             top_k=top_k,
             routed_scale=f.number("routed_scaling_factor", 1.0),
             q_lora=q_lora,
             kv_lora=kv_lora,
-            nope=f.integer("qk_nope_head_dim"),
-            rope=f.integer("qk_rope_head_dim"),
-            value=f.integer("v_head_dim"),
+            nope=f.size("qk_nope_head_dim"),
+            rope=f.size("qk_rope_head_dim"),
+            value=f.size("v_head_dim"),
             query_scale=(hidden / q_lora) ** 0.5 if f.flag("mla_scale_q_lora", True) else 1.0,
             latent_scale=(hidden / kv_lora) ** 0.5 if f.flag("mla_scale_kv_lora", True) else 1.0,
             eps=f.number("rms_norm_eps", 1e-5),
             bias=f.flag("attention_bias", False),
             tied=f.flag("tie_word_embeddings", False),
-            max_position=f.integer("max_position_embeddings"),
+            max_position=f.size("max_position_embeddings"),
             eos=eos,
             ngram=_ngram(f, architecture, hidden, eos[:1]),
         )
@@ -143,7 +143,7 @@ def _ngram(f: Fields, architecture: str, hidden: int, stops: tuple[int, ...]) ->
     if architecture != NGRAM:
         f.absent("ngram_vocab_size_ratio")
         return None
-    read = NgramConfig(f.number("ngram_vocab_size_ratio"), f.integer("emb_neighbor_num"), f.integer("emb_split_num"), stops)
+    read = NgramConfig(f.number("ngram_vocab_size_ratio"), f.size("emb_neighbor_num"), f.size("emb_split_num"), stops)
     tables = (read.neighbors - 1) * read.splits
     if read.neighbors < 2 or read.splits < 1 or hidden % tables or read.ratio <= 0:
         raise CheckpointError(

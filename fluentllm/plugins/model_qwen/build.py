@@ -28,17 +28,17 @@ def build(kind: str, config: Mapping[str, Any], ctx: BuildContext) -> Decoder:
 def _experts(config: Mapping[str, Any]) -> FeedForward:
     """Softmax over all experts, the best few, renormalised if `norm_topk_prob`."""
     fields = Fields({**config, "num_experts": expert_count(config)}, "Qwen3MoeForCausalLM")
-    hidden = fields.integer("hidden_size")
+    hidden = fields.size("hidden_size")
     routing = Routing(
-        experts=fields.integer("num_experts"),
-        top_k=fields.integer("num_experts_per_tok"),
+        experts=fields.size("num_experts"),
+        top_k=fields.size("num_experts_per_tok"),
         renormalise=fields.flag("norm_topk_prob", False),
     )
-    inner = fields.integer("moe_intermediate_size")
+    inner = fields.size("moe_intermediate_size")
 
     def feed_forward(ctx: BuildContext, prefix: str, layer: int) -> Block:
         if has_experts(config, layer):
             return SparseMoE(ctx, prefix, routing, hidden, inner)
-        return MLP(ctx, prefix, hidden, fields.integer("intermediate_size"))
+        return MLP(ctx, prefix, hidden, fields.size("intermediate_size"))
 
     return feed_forward
