@@ -48,6 +48,8 @@ def variants(shape: Shape) -> dict[str, tuple[str, ...]]:
         own = (SWAP,) if rows <= MOST_SWAPPED else (REGISTERS,)
     found: dict[str, tuple[str, ...]] = {"base": ()}
     found |= {{SWAP: "swap", REGISTERS: "registers"}[one]: (one,) for one in own}
+    if REGISTERS in own:
+        found["registers latent first"] = (*own, PAGES, MAPS, EARLY, LATENT_FIRST)
     found |= {"pages": (PAGES,), "maps": (MAPS,), "pages maps": (PAGES, MAPS), "early": (EARLY,)}
     found |= {"all apart": (*own, PAGES, MAPS, EARLY), "together": (TOGETHER,), "pages together": (PAGES, TOGETHER)}
     if shape.kv == "fp8" and rows > 64:

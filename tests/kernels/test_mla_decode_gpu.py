@@ -205,13 +205,14 @@ def test_values_of_heads(
 # some 14 bits below the largest addend, which is 1.7e-3 of the output in an emulation, and 6e-3 on top of large rotary parts.
 CLUSTERS: dict[str, dict[str, bool]] = {
     "few rows": {},
-    "through registers": {},
-    "many rows": {"CLUSTERS": False},
+    "through registers": {"LATENT_FIRST": False},
+    "through registers, latent first": {"LATENT_FIRST": True},
+    "many rows": {"CLUSTERS": False, "LATENT_FIRST": False},
     "clusters": {"CLUSTERS": True, "LATENT_FIRST": False},
     "clusters, latent first": {"CLUSTERS": True, "LATENT_FIRST": True},
 }
-HEADS = {"few rows": 16, "through registers": 32}
-SHARP = {"few rows": 3e-3, "clusters, latent first": 3e-3}
+HEADS = {"few rows": 16, "through registers": 32, "through registers, latent first": 32}
+SHARP = {"few rows": 3e-3, "through registers, latent first": 3e-3, "clusters, latent first": 3e-3}
 KINDS = [(way, HEADS.get(way, 128)) for way in CLUSTERS]
 
 

@@ -132,7 +132,7 @@ class MlaDecode:
             launch(
                 hopper_fp8_many.decode_fp8_many, (self.plan.parts * groups,),
                 _rows_descriptor(q_latent, LATENT, ROW_TILE, 128), _rows_descriptor(q_rope, ROPE), *rest, q_scale, *where,
-                GROUPS=groups, NUM_STAGES=hopper_fp8_many.STAGES, **shape,
+                GROUPS=groups, NUM_STAGES=hopper_fp8_many.STAGES, LATENT_FIRST=switches.LATENT_FIRST, **shape,
             )  # fmt: skip
         else:
             groups = -(-self.rows // ROW_TILE)

@@ -45,9 +45,17 @@ LAG: gl.constexpr = gl.constexpr(8.0)
 
 
 @gluon.jit
-def _raw_scores(queries, pages, stage, zeror, S8: gl.constexpr):
-    """Q K^T of one page, unscaled. FP8 and BF16 products have different types of layout, though the same registers: what the
-    rotary part gives, once it is there, is where the content's products begin."""
+def _raw_scores(queries, pages, stage, zeror, S8: gl.constexpr, SR: gl.constexpr, LATENT_FIRST: gl.constexpr):
+    """Q K^T of one page, unscaled. FP8 and BF16 products have different types of layout, though the same registers: what one
+    part gives, once it is there, is where the other's products begin. LATENT_FIRST: of `switches`."""
+    if LATENT_FIRST:
+        raw = gl.convert_layout(zeror, S8, assert_trivial=True)
+        for panel in gl.static_range(4):
+            keys = pages.content.index(stage * 4 + panel).reshape([64, 128]).permute((1, 0))
+            raw = warpgroup_mma(queries.content.index(panel), keys, raw, use_acc=panel > 0, is_async=True)
+        sr = gl.convert_layout(warpgroup_mma_wait(0, deps=[raw]), SR, assert_trivial=True)
+        sr = warpgroup_mma(queries.rope, pages.rope.index(stage).reshape([64, 64]).permute((1, 0)), sr, is_async=True)
+        return gl.convert_layout(warpgroup_mma_wait(0, deps=[sr]), S8, assert_trivial=True)
     sr = warpgroup_mma(
         queries.rope, pages.rope.index(stage).reshape([64, 64]).permute((1, 0)), zeror, use_acc=False, is_async=True
     )
@@ -81,7 +89,8 @@ def _softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total
 
 @gluon.jit
 def _scores(q_scale, lse, queries, pages, probabilities, sums, work, scale_log2, HEADS: gl.constexpr, ROWS: gl.constexpr,
-            GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+            GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr,
+            LATENT_FIRST: gl.constexpr):  # fmt: skip
     wait_for_inputs(EARLY)
     part, begin, end, high, first, last, keys = part_of(work, GROUPS)
     group = gl.program_id(0) % GROUPS
@@ -112,7 +121,7 @@ def _scores(q_scale, lse, queries, pages, probabilities, sums, work, scale_log2,
             for index in range(first, last):
                 stage = step % NUM_STAGES
                 mbarrier.wait(pages.full.index(stage), (step // NUM_STAGES) & 1)
-                raw = _raw_scores(queries, pages, stage, zeror, S8)
+                raw = _raw_scores(queries, pages, stage, zeror, S8, SR, LATENT_FIRST)
                 bits = pages.scale.index(stage).reshape([64]).load(gl.SliceLayout(0, S8)).to(gl.int32, bitcast=True)
                 mbarrier.arrive(pages.empty.index(stage), count=1)
                 top, total = _softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total,
@@ -255,9 +264,9 @@ def _values(results, pages, probabilities, sums, work, HALF: gl.constexpr, ROWS:
 def decode_fp8_many(q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, lse, page_table, lengths, starts, spans,
                     records, counters, count, parts, scale_log2, table_width, HEADS: gl.constexpr, ROWS: gl.constexpr,
                     GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, PDL: gl.constexpr, PAGES: gl.constexpr,
-                    EARLY: gl.constexpr, MAPS: gl.constexpr, MERGE: gl.constexpr):  # fmt: skip
+                    EARLY: gl.constexpr, MAPS: gl.constexpr, MERGE: gl.constexpr, LATENT_FIRST: gl.constexpr):  # fmt: skip
     """Grid: parts × groups programs, the groups of a part side by side so that they share its pages in L2. PAGES, EARLY, MAPS,
-    MERGE: of `switches`."""
+    MERGE, LATENT_FIRST: of `switches`."""
     q8 = gl.allocate_shared_memory(gl.float8e4nv, [4, 64, 128], q8_desc.layout)
     qr = gl.allocate_shared_memory(gl.bfloat16, [64, 64], qr_desc.layout)
     k8 = gl.allocate_shared_memory(gl.float8e4nv, [NUM_STAGES * 4, 1, 64, 128], k8_desc.layout)
@@ -281,7 +290,7 @@ def decode_fp8_many(q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, p
     gl.warp_specialize(
         [
             (_scores, (q_scale, lse, queries, pages, probabilities, sums, work, scale_log2, HEADS, ROWS, GROUPS, NUM_STAGES,
-                       PAGES, EARLY)),
+                       PAGES, EARLY, LATENT_FIRST)),
             (_values, (results, pages, probabilities, sums, work, 0, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
             (_values, (results, pages, probabilities, sums, work, 1, ROWS, GROUPS, NUM_STAGES, PAGES, EARLY, MERGE)),
             (loader, (q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, queries, pages, mapped, work, ROWS, GROUPS, 64, True, PAGES,
