@@ -203,7 +203,7 @@ def test_values_of_heads(
 
 # Each kernel over the FP8 cache. Heads, and the error that it may have where logits are sharp: FP8 products are added up to
 # some 14 bits below the largest addend, which is 1.7e-3 of the output in an emulation, and 6e-3 on top of large rotary parts.
-CLUSTERS: dict[str, dict[str, bool]] = {
+CHOICES: dict[str, dict[str, bool]] = {
     "few rows": {},
     "through registers": {"LATENT_FIRST": False},
     "through registers, latent first": {"LATENT_FIRST": True},
@@ -213,13 +213,13 @@ CLUSTERS: dict[str, dict[str, bool]] = {
 }
 HEADS = {"few rows": 16, "through registers": 32, "through registers, latent first": 32}
 SHARP = {"few rows": 3e-3, "through registers, latent first": 3e-3, "clusters, latent first": 3e-3}
-KINDS = [(way, HEADS.get(way, 128)) for way in CLUSTERS]
+KINDS = [(way, HEADS.get(way, 128)) for way in CHOICES]
 
 
 def choose(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fluentllm.kernels.mla_decode import switches
 
-    for name, value in CLUSTERS.get(way, {}).items():
+    for name, value in CHOICES.get(way, {}).items():
         monkeypatch.setattr(switches, name, value)
 
 
