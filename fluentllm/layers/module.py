@@ -105,6 +105,8 @@ def _items(value: Any) -> Iterable[Any]:
 
 def _place(tensor: torch.Tensor) -> int:
     """The same for views of one memory; unlike an address it also tells tensors on the device "meta" apart."""
+    if tensor.layout != torch.strided:
+        return id(tensor)  # a library's own layout, whose memory nobody is shown
     place: int = tensor.untyped_storage()._cdata
     return place
 

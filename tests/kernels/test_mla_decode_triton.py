@@ -75,7 +75,7 @@ def test_decode_compiles_for_hopper(
     from fluentllm.kernels.mla_decode import switches
     from fluentllm.kernels.triton.compile import compile_launch
 
-    for name in SWITCHES:
+    for name in (*SWITCHES, "CLUSTERS"):
         monkeypatch.setattr(switches, name, name in on)
     launches = launched(kv, heads, queries)
     names = [one.kernel.__name__ for one in launches]

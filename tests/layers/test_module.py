@@ -83,3 +83,14 @@ def test_matrices_are_those_of_every_row() -> None:
     for layer in model.layers:
         assert not matrices & {id(weight) for weight in layer.moe.experts._weights.values()}
         assert id(layer.moe.router._packed) in matrices
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a layout of that library")
+def test_a_layout_that_shows_no_memory_counts_too() -> None:
+    class Holding(Module):
+        def __init__(self) -> None:
+            self.weight = DenseWeight(torch.zeros(4, 8).to_mkldnn())
+            self.loose = torch.zeros(16).to_mkldnn()
+            self.again = self.loose
+
+    assert Holding().nbytes() == 4 * (4 * 8 + 16)

@@ -173,7 +173,7 @@ def test_fp8_experts(
     error = (out.cpu().float() - expected).norm() / expected.norm().clamp_min(1e-9)
     # What quantising the second product's activations costs, which the reference does not do; the interpreter's cast to E4M3
     # loses a carry now and then.
-    assert error < (0.15 if device.type == "cpu" else 0.05)
+    assert error < (0.25 if device.type == "cpu" else 0.05)
 
 
 def _blocks(count: int, rows: int, columns: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
