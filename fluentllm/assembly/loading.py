@@ -12,6 +12,7 @@ from ..core.protocols import BuildContext, DraftContext, DraftTarget, WeightsCon
 from ..core.timeline import Timeline
 from ..devices import choose_device
 from ..hub import load_config
+from ..hub.torch_files import PATTERN as TORCH_PATTERN
 from ..kernels import choose_ops, choose_precision
 from ..layers.loading import load_weights
 from ..memory import weights_too_large
@@ -113,7 +114,9 @@ def _reader_for(path: Path, plugins: PluginManager) -> Callable[[WeightsContext]
     supported = registry.supported(path)
     if not supported:
         reasons = "; ".join(f"{name}: {why}" for name, why in registry.why_not(path).items())
-        raise CheckpointError(f"No reader can open {path} ({reasons}).", fix="Give a folder with .safetensors, or a .gguf.")
+        raise CheckpointError(
+            f"No reader can open {path} ({reasons}).", fix="Give a folder with .safetensors or pytorch_model.bin, or a .gguf."
+        )
     return supported[0].factory
 
 
@@ -136,4 +139,4 @@ def load_draft_model(
 def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    return [file for pattern in ("*.safetensors", "*.gguf") for file in path.glob(pattern)]
+    return [file for pattern in ("*.safetensors", "*.gguf", TORCH_PATTERN) for file in path.glob(pattern)]

@@ -21,7 +21,9 @@ class ModelSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     revision: Annotated[str | None, _help("Branch, tag or commit of a Hugging Face id.")] = None
     load_format: Annotated[
         str,
-        _help("Checkpoint reader, by the name a plugin gave it: safetensors, gguf, or dummy for random weights; auto looks."),
+        _help(
+            "Checkpoint reader, by the name a plugin gave it: safetensors, gguf, torch, dummy for random weights; auto looks."
+        ),
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],

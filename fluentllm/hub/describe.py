@@ -12,6 +12,7 @@ from ..core.errors import CheckpointError
 from .config import architecture, load_config
 from .defaults import DEFAULTS, PackageSource
 from .gguf_file import read_header
+from .torch_files import torch_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +28,7 @@ class Description(Struct, kw_only=True):
     name: str
     path: str
     format: str
-    """`gguf`, `safetensors`, `config only`."""
+    """`gguf`, `safetensors`, `torch`, `config only`."""
     architecture: str
     layers: int | None
     hidden_size: int | None
@@ -99,11 +100,12 @@ def _describe_gguf(path: Path) -> dict[str, Any]:
 
 def _describe_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     files = weight_files(folder)
+    pickled = [] if files else torch_files(folder)
     quantization = config.get("quantization_config") or {}
     return {
-        "format": "safetensors" if files else "config only",
+        "format": "safetensors" if files else "torch" if pickled else "config only",
         "parameters": sum(_parameters(file) for file in files) if files else None,
-        "bytes": sum(file.stat().st_size for file in files),
+        "bytes": sum(file.stat().st_size for file in files or pickled),
         "quantization": quantization.get("quant_method"),
         "tokenizer": next((kind for name, kind in _TOKENIZER_FILES.items() if (folder / name).is_file()), None),
         "chat_template": _has_template(folder),

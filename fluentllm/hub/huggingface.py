@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import ModelNotFound
+from ..core.errors import CheckpointError, ModelNotFound
+from .torch_files import PATTERN, torch_files
 
 if TYPE_CHECKING:
     from .progress import Progress
 
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 WEIGHT_FILES = ["*.safetensors"]
+TORCH_FILES = [PATTERN]
+"""Asked for where a repository has no safetensors."""
 IGNORED = ["consolidated*", "original/*", "metal/*", "onnx/*"]
 """Second copies of the weights in other layouts."""
 
@@ -25,7 +28,10 @@ def fetch_snapshot(repo: str, revision: str | None, progress: Progress, *, weigh
     if not refresh and (folder := cached_snapshot(repo, revision, weights=weights)):
         return folder
     progress(f"Fetching {repo} from the Hugging Face hub.", 0, 0)
-    folder = Path(_ask(repo, snapshot_download, repo, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED))
+    options = {"revision": revision, "ignore_patterns": IGNORED}
+    folder = Path(_ask(repo, snapshot_download, repo, allow_patterns=patterns, **options))
+    if weights and not _complete(folder):
+        folder = Path(_ask(repo, snapshot_download, repo, allow_patterns=SMALL_FILES + TORCH_FILES, **options))
     if not (folder / "config.json").is_file():
         raise ModelNotFound(
             f"The Hugging Face repository {repo!r} has no config.json.",
@@ -33,7 +39,9 @@ def fetch_snapshot(repo: str, revision: str | None, progress: Progress, *, weigh
             param="model.name",
         )
     if weights and not _complete(folder):
-        raise ModelNotFound(f"The Hugging Face repository {repo!r} has no complete *.safetensors weights.", param="model.name")
+        raise ModelNotFound(
+            f"The Hugging Face repository {repo!r} has no complete *.safetensors or {PATTERN} weights.", param="model.name"
+        )
     return folder
 
 
@@ -67,7 +75,12 @@ def _complete(folder: Path) -> bool:
     if index.is_file():
         named = set(json.loads(index.read_bytes())["weight_map"].values())
         return all((folder / file).is_file() for file in named)
-    return any(folder.glob("*.safetensors"))
+    if any(folder.glob("*.safetensors")):
+        return True
+    try:
+        return bool(torch_files(folder))
+    except CheckpointError:
+        return False
 
 
 def _ask(repo: str, call: Any, *args: Any, **options: Any) -> Any:

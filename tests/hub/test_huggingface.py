@@ -182,6 +182,15 @@ def test_a_repository_whose_weights_are_incomplete(hub: Hub, tmp_path: Path) -> 
     assert "no complete *.safetensors" in resolved(url(hub), tmp_path, "org/tiny")["message"]
 
 
+def test_a_repository_with_pytorchs_own_files_alone(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {name: content for name, content in FILES.items() if "safetensors" not in name}
+    first = resolved(url(hub), tmp_path, "org/tiny")
+    assert first["files"] == ["chat_template.jinja", "config.json", "pytorch_model.bin", "tokenizer.json"]
+    hub.asked.clear()
+    assert resolved(url(hub), tmp_path, "org/tiny") == first
+    assert not hub.asked
+
+
 def test_unknown_and_gated_repositories(hub: Hub, tmp_path: Path) -> None:
     assert "There is no repository 'org/nothing'" in resolved(url(hub), tmp_path, "org/nothing")["message"]
     gated = resolved(url(hub), tmp_path, "org/gated")

@@ -117,14 +117,19 @@ async def test_random_weights(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- other layouts
-@pytest.mark.parametrize("rename", [("midlayer.", "layers.0."), ("", "model.")])
-async def test_names_that_other_tools_write(tmp_path: Path, rename: tuple[str, str]) -> None:
+@pytest.mark.parametrize("rename", [("midlayer.", "layers.0."), ("", "model."), "pytorch_model.bin"])
+async def test_names_that_other_tools_write(tmp_path: Path, rename: tuple[str, str] | str) -> None:
+    """Of tensors, or of the file: the papers' heads are pickled."""
     own = draft_tensors("eagle3")
+    file, rename = (rename, ("midlayer.", "layers.0.")) if isinstance(rename, str) else ("", rename)
     renamed = {name.replace(*rename, 1) if name not in ("d2t", "t2d", "lm_head.weight") else name: t for name, t in own.items()}
     assert renamed.keys() != own.keys()
     drafted = []
     for number, tensors in enumerate((own, renamed)):
         draft = write_draft(tmp_path / str(number), "eagle3", tensors)
+        if file and number:
+            (draft / "model.safetensors").unlink()
+            torch.save(tensors, draft / file)
         settings = {"speculative.method": "eagle", "speculative.model": str(draft)}
         model = Harness(write_tiny_llama(tmp_path / f"target{number}"), **settings)
         record: list[Drafted] = []
