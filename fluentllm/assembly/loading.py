@@ -12,7 +12,7 @@ from ..core.protocols import BuildContext, DraftContext, DraftTarget, WeightsCon
 from ..core.timeline import Timeline
 from ..devices import choose_device
 from ..hub import load_config
-from ..hub.torch_files import PATTERN as TORCH_PATTERN
+from ..hub.weight_files import PYTORCH, SAFETENSORS
 from ..kernels import choose_ops, choose_precision
 from ..layers.loading import load_weights
 from ..memory import weights_too_large
@@ -139,4 +139,4 @@ def load_draft_model(
 def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    return [file for pattern in ("*.safetensors", "*.gguf", TORCH_PATTERN) for file in path.glob(pattern)]
+    return [file for pattern in (SAFETENSORS.pattern, "*.gguf", PYTORCH.pattern) for file in path.glob(pattern)]

@@ -12,7 +12,7 @@ from ..core.errors import CheckpointError
 from .config import architecture, load_config
 from .defaults import DEFAULTS, PackageSource
 from .gguf_file import read_header
-from .torch_files import torch_files
+from .weight_files import PYTORCH, SAFETENSORS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,8 +99,8 @@ def _describe_gguf(path: Path) -> dict[str, Any]:
 
 
 def _describe_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    files = weight_files(folder)
-    pickled = [] if files else torch_files(folder)
+    files = SAFETENSORS.present(folder)
+    pickled = [] if files else PYTORCH.present(folder)
     quantization = config.get("quantization_config") or {}
     return {
         "format": "safetensors" if files else "torch" if pickled else "config only",
@@ -110,20 +110,6 @@ def _describe_folder(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "tokenizer": next((kind for name, kind in _TOKENIZER_FILES.items() if (folder / name).is_file()), None),
         "chat_template": _has_template(folder),
     }
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that make up the checkpoint: one file, the index's files, or all there are."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not an index of safetensors files ({error}).") from error
-        return [folder / name for name in sorted(names) if (folder / name).is_file()]
-    return sorted(folder.glob("*.safetensors"))
 
 
 def _parameters(file: Path) -> int:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import CheckpointError, ModelNotFound
-from .torch_files import PATTERN, torch_files
+from ..core.errors import ModelNotFound
+from .weight_files import PYTORCH, SAFETENSORS
 
 if TYPE_CHECKING:
     from .progress import Progress
 
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-WEIGHT_FILES = ["*.safetensors"]
-TORCH_FILES = [PATTERN]
+WEIGHT_FILES = [SAFETENSORS.pattern]
+TORCH_FILES = [PYTORCH.pattern]
 """Asked for where a repository has no safetensors."""
 IGNORED = ["consolidated*", "original/*", "metal/*", "onnx/*"]
 """Second copies of the weights in other layouts."""
@@ -40,7 +39,8 @@ def fetch_snapshot(repo: str, revision: str | None, progress: Progress, *, weigh
         )
     if weights and not _complete(folder):
         raise ModelNotFound(
-            f"The Hugging Face repository {repo!r} has no complete *.safetensors or {PATTERN} weights.", param="model.name"
+            f"The Hugging Face repository {repo!r} has no complete {SAFETENSORS.pattern} or {PYTORCH.pattern} weights.",
+            param="model.name",
         )
     return folder
 
@@ -69,18 +69,8 @@ def cached_snapshot(repo: str, revision: str | None, *, weights: bool = True) ->
 
 def _complete(folder: Path) -> bool:
     """Whether the weights are whole: one file, or every file that the index names."""
-    if (folder / "model.safetensors").is_file():
-        return True
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_bytes())["weight_map"].values())
-        return all((folder / file).is_file() for file in named)
-    if any(folder.glob("*.safetensors")):
-        return True
-    try:
-        return bool(torch_files(folder))
-    except CheckpointError:
-        return False
+    layout = SAFETENSORS if SAFETENSORS.read_index(folder) is not None or SAFETENSORS.present(folder) else PYTORCH
+    return layout.complete(folder)
 
 
 def _ask(repo: str, call: Any, *args: Any, **options: Any) -> Any:

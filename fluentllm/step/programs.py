@@ -69,7 +69,7 @@ class StepPrograms:
         """Launch each kernel by itself though graphs could be had, for who looks at them one by one."""
         self._proposer_name = proposer_name
         self._graphs: Graphs[Any] | None = Graphs() if graphs else None
-        self.ring = None
+        self.ring: ResultRing | None = None
         if in_kernels(tables.ints):
             self.ring = ResultRing(tables.slots, tables.max_drafts + 1, tables.vocab_size, tables.padding_slot, tables.device)
         self._padded_prefill = self._padding_prefill(attention)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-
 ENTRIES = 8
 """Steps whose results the ring holds. The engine launches at most two beyond the one that it reads."""
 HEAD = 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from fluentllm.core.errors import CheckpointError
 from fluentllm.core.protocols import PackedTensor
 from fluentllm.hub.config import config_at
+from fluentllm.hub.weight_files import SAFETENSORS
 
 from . import SafetensorsSettings
 from .blocks import SCALE_SUFFIX, dequantize_blocks, fp8_block
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 PACKED_BLOCK = (128, 128)
 """Blocks of `PackedTensor`'s kind `fp8_block`; others are dequantised."""
-
-INDEX = "model.safetensors.index.json"
 
 
 class SafetensorsCheckpoint:
@@ -42,8 +40,8 @@ class SafetensorsCheckpoint:
         self._places: dict[str, Path] = {}
         self._stored: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
-        files, index = _files_of(path)
-        for file in files:
+        index = SAFETENSORS.read_index(path)
+        for file in SAFETENSORS.files(path):
             self._open(file)
         _compare_with_index(path, index, self._places)
         self._scales = _pair_scales(self._dtypes, self._stored, self._block, path)
@@ -121,36 +119,13 @@ def _fp8_blocks(q: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
     return PackedTensor("fp8_block", (q.shape[0], q.shape[1]), {"q": q, "scale": scale.float()})
 
 
-def _files_of(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files that make up the checkpoint, and tensor → file where there is an index."""
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single], None
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-            names = list(dict.fromkeys(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not an index of safetensors files ({error}).") from error
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            listed = ", ".join(missing[:8])
-            raise CheckpointError(
-                f"{folder} lacks {len(missing)} of the {len(names)} files that its index names: {listed}.",
-                fix="Finish the download.",
-            )
-        return [folder / name for name in sorted(names)], weight_map
-    return sorted(folder.glob("*.safetensors")), None
-
-
 def _compare_with_index(folder: Path, index: dict[str, str] | None, places: Mapping[str, Path]) -> None:
     if index is None:
         return
     wrong = [name for name, file in index.items() if name not in places or places[name].name != file]
     if wrong:
         raise CheckpointError(
-            f"{folder / INDEX} names {len(wrong)} tensors that are not where it says: {', '.join(wrong[:8])}.",
+            f"{folder / SAFETENSORS.index} names {len(wrong)} tensors that are not where it says: {', '.join(wrong[:8])}.",
             fix="Index and files are of different downloads: fetch them again.",
         )
 

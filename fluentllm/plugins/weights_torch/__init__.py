@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fluentllm.core.errors import CheckpointError
 from fluentllm.core.hookspecs import hookimpl
-from fluentllm.hub.torch_files import torch_files
+from fluentllm.hub.weight_files import PYTORCH
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +23,7 @@ def supports(path: Path) -> str | None:
         return f"{path} has no config.json"
     if any(path.glob("*.safetensors")):
         return f"{path} has safetensors"
-    if not torch_files(path):
+    if not PYTORCH.present(path):
         return f"{path} has no pytorch_model.bin"
     return None
 

@@ -1,4 +1,5 @@
-"""A checkpoint in PyTorch's own files. Only tensors are unpickled (`weights_only`): no code of the file's runs."""
+"""A checkpoint in PyTorch's own files. Only tensors are unpickled (`weights_only`): no code of the file's runs. `pickle` is
+imported for the name of its error."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 
 from fluentllm.core.errors import CheckpointError
 from fluentllm.hub.config import config_at
-from fluentllm.hub.torch_files import torch_files
+from fluentllm.hub.weight_files import PYTORCH
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +27,7 @@ class TorchCheckpoint:
     def __init__(self, path: Path) -> None:
         self.config = config_at(path)
         self._tensors: dict[str, torch.Tensor] = {}
-        for file in torch_files(path):
+        for file in PYTORCH.files(path):
             for name, tensor in _tensors_of(file).items():
                 if name in self._tensors:
                     raise CheckpointError(f"The tensor {name!r} is in {file.name} of {path} and in a file before it.")
