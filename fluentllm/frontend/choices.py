@@ -124,7 +124,7 @@ class Choice:
         """`tokens`: how many of its tokens are part of the answer. Drafts behind them were right for nothing; the last of the
         tokens counts as the target's own, as where a stop id or the budget cuts."""
         if output.drafted:
-            key = output.drafted, min(output.accepted, tokens - 1)
+            key = output.drafted, max(0, min(output.accepted, tokens - 1))
             self._drafts[key] = self._drafts.get(key, 0) + 1
 
     def _take_drafts(self) -> Verified | None:
