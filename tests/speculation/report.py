@@ -69,14 +69,17 @@ def with_matrix(page: str, found: dict[str, Any]) -> str:
     for run in found.values():
         first, last = run["first"][:10], run["last"][:10]
         when = first if first == last else f"{first} to {last}"
-        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-        device = f"{run['device']['cpu']}, {run['device']['cores']} cores, {run['device']['cpu_capability']}"
-        if "gpu" in run["device"]:
-            device += f", {run['device']['gpu']}"
-        out.append(f"`{run['command']}`, {when}; {device}; {versions}; drafts: {', '.join(run['strategies'])}.\n")
+        machines = "; ".join(_machine(**machine) for machine in run["machines"])
+        out.append(f"`{run['command']}`, {when}; {machines}; drafts: {', '.join(run['strategies'])}.\n")
         out.append("| | cells | run | equal |")
         out.append("| --- | --- | --- | --- |")
         for name, row in run["rows"].items():
             out.append(f"| {name} | {run['cells']} | {row['run']} | {row['equal']} |")
         out.append("")
     return "\n".join(out)
+
+
+def _machine(versions: dict[str, str], device: dict[str, Any]) -> str:
+    gpu = f", {device['gpu']}" if "gpu" in device else ""
+    installed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{device['cpu']}, {device['cores']} cores, {device['cpu_capability']}{gpu}; {installed}"
