@@ -2,7 +2,7 @@
 
     Prewarm().start(steps, device, timeline)   …   wait()
 
-Triton compiles at a kernel's first launch, one after the other. Here several threads compile what a first prompt, the
+Triton compiles at a kernel's first launch, one after the other. Here several processes compile what a first prompt, the
 largest prompt and decode steps of every size will launch, into Triton's own caches. It is an optimisation: what is
 missed, or fails here, is compiled when it is launched.
 """
@@ -14,7 +14,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
@@ -38,7 +37,7 @@ log = logging.getLogger(__name__)
 META = torch.device("meta")
 FAR = 4096
 """Tokens in front of a chunk whose keys are shared by several programs."""
-MOST_THREADS = 16
+MOST_PROCESSES = 16
 
 
 class Prewarm:
@@ -49,6 +48,7 @@ class Prewarm:
         self.compiled = 0
         """Kernels that were asked for, each for one set of types and constants."""
         self._given_up = threading.Event()
+        self._compiler: Compiler | None = None
 
     def start(
         self,
@@ -68,8 +68,10 @@ class Prewarm:
             self._thread.join()
 
     def give_up(self) -> None:
-        """Nobody will launch them: end soon, and wait for that. A process that ends while a thread compiles may crash."""
+        """Nobody will launch them: end soon, and wait for that."""
         self._given_up.set()
+        if self._compiler is not None:
+            self._compiler.give_up()
         self.wait()
 
     def _run(
@@ -81,7 +83,8 @@ class Prewarm:
     ) -> None:
         started = time.time()
         try:
-            with Compiler(device) as compiler, timeline.stage("kernels listed"), torch.inference_mode():
+            self._compiler = Compiler(device)
+            with self._compiler as compiler, timeline.stage("kernels listed"), torch.inference_mode():
                 for launches in steps():
                     if self._given_up.is_set():
                         raise RuntimeError("loading failed")
@@ -180,40 +183,54 @@ def _prefill(lengths: list[int], features: int, largest: Largest, behind: int = 
 
 
 class Compiler:
-    """Compiles launches for a device on several threads, each kind once; leaving the `with` waits for all. One that fails is
+    """Compiles launches for a device in several processes, each kind once; leaving the `with` waits for all. One that fails is
     left to its first launch."""
 
-    def __init__(self, device: torch.device, threads: int | None = None) -> None:
+    def __init__(self, device: torch.device, processes: int | None = None) -> None:
+        from triton.runtime import driver
+
+        from .kernels.triton.compilers import Compilers
+
+        self._use_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else lambda: None
+        """Triton asks which one a thread uses."""
+        self._use_device()
         self.count = 0
         """Kinds so far."""
         self.failed = 0
-        """Kinds that were not compiled; from several threads, so good for no more than whether there are any."""
-        self._seen: set[tuple[Any, ...]] = set()
-        threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
-        use_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-        self._pool = ThreadPoolExecutor(threads, "fluent-compile", initializer=use_device)
+        """Kinds that were not compiled."""
+        self._launches: dict[tuple[Any, ...], Launch] = {}
+        self._asked: list[Launch] = []
+        processes = processes or min(MOST_PROCESSES, os.cpu_count() or 1)
+        self._compilers = Compilers(driver.active.get_current_target(), processes, self._done)
 
     def add(self, launches: Iterable[Launch]) -> None:
         for launch in launches:
-            key = key_of(launch)
-            if key not in self._seen:
-                self._seen.add(key)
+            if self._launches.setdefault(key_of(launch), launch) is launch:
+                self._asked.append(launch)
                 self.count += 1
-                self._pool.submit(self._compile, launch)
+                self._compilers.compile(self.count - 1, launch)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=error[0] is not None)
+        self._compilers.__exit__(*error)
 
-    def _compile(self, launch: Launch) -> None:
-        try:
-            launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
-        except Exception as error:
+    def give_up(self) -> None:
+        self._compilers.give_up()
+
+    def _done(self, number: int, error: str) -> None:
+        """It lies in a file now; this puts it where its first launch looks first."""
+        launch = self._asked[number]
+        if not error:
+            try:
+                self._use_device()
+                launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+            except Exception as failed:
+                error = f"{type(failed).__name__}: {failed}"
+        if error:
             self.failed += 1
-            log.info("%s is compiled when it is launched: %s: %s", launch.kernel.__name__, type(error).__name__, error)
-            log.debug("", exc_info=True)
+            log.info("%s is compiled when it is launched: %s", launch.kernel.__name__, error)
 
 
 def key_of(launch: Launch) -> tuple[Any, ...]:

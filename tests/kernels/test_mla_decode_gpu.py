@@ -212,7 +212,7 @@ CHOICES: dict[str, dict[str, bool]] = {
     "clusters, latent first": {"CLUSTERS": True, "LATENT_FIRST": True},
 }
 HEADS = {"few rows": 16, "through registers": 32, "through registers, latent first": 32}
-SHARP = {"few rows": 3e-3, "through registers, latent first": 3e-3, "clusters, latent first": 3e-3}
+SHARP = {"few rows": 2e-3, "through registers, latent first": 2e-3, "clusters, latent first": 2e-3}
 KINDS = [(way, HEADS.get(way, 128)) for way in CHOICES]
 
 

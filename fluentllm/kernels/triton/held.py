@@ -50,7 +50,8 @@ def held_tile(tokens: int, rows: int, depth: int, gated: bool, width: int = 2) -
         return None
     parts = 2 if gated else 1
     piece = min(1024, max(16, power_of_2(depth)))
-    while piece > 256 and depth % piece:
+    # Small pieces are spread over fewer threads than there are, and many take seconds to compile.
+    while piece > 256 and -depth % piece > depth // 8:
         piece //= 2
     warps = 4 if depth * parts * width <= 8192 else 8
     held = max(1, 32 * warps * HELD_BYTES // (depth * parts * width))
