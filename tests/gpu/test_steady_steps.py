@@ -21,7 +21,10 @@ STEPS = 20
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("method", DRAFTING)
-def test_a_step_is_one_graph_and_waits_for_nothing(method: str, depth: int, tmp_path: Path) -> None:
+def test_a_step_is_one_graph_and_waits_for_nothing(
+    method: str, depth: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "fluentllm.step.decode")  # where a proposer waits for the device
     folder = small("deepseek-v3-lite", tmp_path, num_nextn_predict_layers=1)
     with engine(folder, **{"engine.overlap_depth": depth, **DRAFTING[method]}) as local:
         watch(local, 3, 4)
