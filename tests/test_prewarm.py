@@ -43,7 +43,7 @@ SOME = {
     "_threshold_kernel",
 }
 PREFILL = {"_prefill_kernel", "_merge_runs_kernel"}
-GROUPED, LATENT = PREFILL | {"_decode_kernel"}, PREFILL | {"decode_bf16"}
+GROUPED, LATENT = PREFILL | {"_decode_kernel"}, PREFILL | {"decode_bf16_few"}
 
 
 def small(folder: Path, name: str, **changes: int) -> Path:
@@ -98,7 +98,7 @@ def test_few_layers_launch_what_all_do(tmp_path: Path, monkeypatch: pytest.Monke
     folder = small(tmp_path / name, name, num_hidden_layers=5, num_layers=4)
 
     def layers(launches: list) -> int:
-        return sum(launch.kernel.__name__ in {"_decode_kernel", "decode_bf16"} for launch in launches)
+        return sum(launch.kernel.__name__ in {"_decode_kernel", "decode_bf16_few"} for launch in launches)
 
     few = recorded(folder, monkeypatch)
     monkeypatch.setattr(prewarm, "thin", lambda model: None)
@@ -129,7 +129,7 @@ def test_an_fp8_cache_is_recorded_too(
     assert caplog.records == []
     names = {launch.kernel.__name__ for launch in latent}
     assert SOME | {"_append_norms", "_fetch", "_quantise_query", "decode_fp8_few"} | PREFILL <= names
-    assert "decode_bf16" not in names
+    assert not {"decode_bf16", "decode_bf16_few"} & names
     assert {launch.kernel.__name__ for launch in grouped} >= SOME | GROUPED
 
 

@@ -43,14 +43,15 @@ LIMIT = 5e-3
 def variants(shape: Shape) -> dict[str, tuple[str, ...]]:
     """Names and switches, the boldest last."""
     rows = shape.heads * shape.q_len
-    own: tuple[str, ...] = ()
-    if shape.kv == "fp8":
-        own = (SWAP,) if rows <= MOST_SWAPPED else (REGISTERS,)
+    own: tuple[str, ...] = (REGISTERS,) if shape.kv == "fp8" else ()
+    if rows <= MOST_SWAPPED[shape.kv]:
+        own = (SWAP,)
     found: dict[str, tuple[str, ...]] = {"base": ()}
     found |= {{SWAP: "swap", REGISTERS: "registers"}[one]: (one,) for one in own}
     if REGISTERS in own:
         found["registers latent first"] = (*own, PAGES, MAPS, EARLY, LATENT_FIRST)
     found |= {"pages": (PAGES,), "maps": (MAPS,), "pages maps": (PAGES, MAPS), "early": (EARLY,)}
+    found |= {"pages maps early": (PAGES, MAPS, EARLY)}
     found |= {"all apart": (*own, PAGES, MAPS, EARLY), "together": (TOGETHER,), "pages together": (PAGES, TOGETHER)}
     if shape.kv == "fp8" and rows > 64:
         found |= {"clusters": (CLUSTERS,), "clusters early": (CLUSTERS, EARLY)}

@@ -83,8 +83,8 @@ def test_a_layer_of_decode(
             assert layer(attention, number, batch).shape == (sequences * rows, HEADS, 128)
     # The last layer's: in the first one the pass is planned.
     names = [one.kernel.__name__ for one in launches[first:]]
-    size = "few" if HEADS * rows <= MOST_SWAPPED else "many"
-    decode = f"decode_fp8_{size}" if quantised else "decode_bf16"
+    few = HEADS * rows <= MOST_SWAPPED["fp8" if quantised else "bf16"]
+    decode = ("decode_bf16", "decode_bf16_few", "decode_fp8_many", "decode_fp8_few")[2 * quantised + few]
     assert names == [*before[quantised], decode, *behind]
 
 

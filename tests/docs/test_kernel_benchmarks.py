@@ -253,10 +253,20 @@ def test_mla_without_flashinfer(program: Program, monkeypatch: pytest.MonkeyPatc
     assert "FlashInfer is not installed (pip install 'fluentllm[cuda]')" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("heads", "own"), [(16, "swap"), (17, "registers"), (32, "registers"), (64, "registers")])
-def test_mla_variants_are_of_what_ships(program: Program, heads: int, own: str) -> None:
-    variants = program("mla_variants").variants(program("mla_decode").Shape(heads, 1, 32, 4096, "fp8"))
-    assert {"swap", "registers"} & set(variants) == {own}
+@pytest.mark.parametrize(
+    ("kv", "heads", "own"),
+    [
+        ("fp8", 16, {"swap"}),
+        ("fp8", 17, {"registers"}),
+        ("fp8", 32, {"registers"}),
+        ("fp8", 64, {"registers"}),
+        ("bf16", 32, {"swap"}),
+        ("bf16", 33, set()),
+    ],
+)
+def test_mla_variants_are_of_what_ships(program: Program, kv: str, heads: int, own: set[str]) -> None:
+    variants = program("mla_variants").variants(program("mla_decode").Shape(heads, 1, 32, 4096, kv))
+    assert {"swap", "registers"} & set(variants) == own
 
 
 # --------------------------------------------------------------------------------------------------------------- grouped_gemm

@@ -28,7 +28,15 @@ def test_plain_kernels_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-DECODE = {"plan_kernel", "decode_fp8", "decode_fp8_few", "decode_fp8_many", "decode_bf16", "combine_splits"}
+DECODE = {
+    "plan_kernel",
+    "decode_fp8",
+    "decode_fp8_few",
+    "decode_fp8_many",
+    "decode_bf16",
+    "decode_bf16_few",
+    "combine_splits",
+}
 CACHE = {"_append", "_fetch", "_quantise_query", "_append_norms", "_absorb_norms"}
 AROUND = {"_absorb_kernel", "combine_splits", "_merge_and_expand"}
 """What the tests below compile."""
@@ -67,20 +75,33 @@ def launched(kv: str, heads: int, queries: int) -> list[Launch]:
 
 @pytest.mark.parametrize("on", [(), ("SWAP_OPERANDS",), SWITCHES], ids=["plain", "swapped", "all"])
 @pytest.mark.parametrize(
-    ("kv", "heads", "queries"), [("fp8", 16, 1), ("fp8", 16, 4), ("fp8", 128, 1), ("bf16", 16, 1), ("bf16", 128, 1)]
+    ("kv", "heads", "queries"),
+    [
+        ("fp8", 16, 1),
+        ("fp8", 16, 4),
+        ("fp8", 128, 1),
+        ("bf16", 1, 1),
+        ("bf16", 16, 1),
+        ("bf16", 5, 4),
+        ("bf16", 16, 2),
+        ("bf16", 16, 4),
+        ("bf16", 128, 1),
+    ],
 )
 def test_decode_compiles_for_hopper(
     kv: str, heads: int, queries: int, on: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fluentllm.kernels.mla_decode import switches
+    from fluentllm.kernels.mla_decode.decode import MOST_SWAPPED
     from fluentllm.kernels.triton.compile import compile_launch
 
     for name in (*SWITCHES, "CLUSTERS"):
         monkeypatch.setattr(switches, name, name in on)
     launches = launched(kv, heads, queries)
     names = [one.kernel.__name__ for one in launches]
-    swapped = "SWAP_OPERANDS" in on and kv == "fp8" and heads * queries <= 32
-    registers = "VALUES_IN_REGISTERS" in on and kv == "fp8" and heads * queries > 32
+    rows = heads * queries
+    swapped = "SWAP_OPERANDS" in on and rows <= MOST_SWAPPED[kv]
+    registers = "VALUES_IN_REGISTERS" in on and kv == "fp8" and rows > 16
     decode = f"decode_{kv}" + "_few" * swapped + "_many" * registers
     assert {*names} <= DECODE
     assert names == ["plan_kernel", decode] + ["combine_splits"] * ("MERGE_TOGETHER" not in on)
@@ -89,12 +110,18 @@ def test_decode_compiles_for_hopper(
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
     assert ("f32.e4m3.e4m3" in ptx) == (kv == "fp8")
-    assert ("wgmma.mma_async.sync.aligned.m64n16k32" in ptx) == swapped
+    columns = {int(n) for n in re.findall(r"wgmma.mma_async.sync.aligned.m64n(\d+)k", ptx)}
+    assert (columns <= {16, 32}) == swapped
     # Values' products whose first operand is in registers: two warpgroups, four runs of keys, four times 64 columns.
     assert len(re.findall(r"m64n64k16\.f32\.f16\.f16 \{[^}]*\}, \{", ptx)) == 32 * registers
     assert compiled.metadata.shared <= 232_448
     if swapped:
+        assert columns == {16 if rows <= 16 else 32}
         assert stack_bytes(compiled, tmp_path) == 0
+        # Values are read as they lie: half a page for each of two partitions, four runs of keys, four times 64 columns.
+        assert len(re.findall(r"wgmma[^;]*, 1, 1, 1, 0;", ptx)) == 32
+        # A wait for each partition's products: ptxas adds others where it finds their sums touched while they run.
+        assert disassembled(compiled, tmp_path).count("WARPGROUP.DEPBAR") == 3
     # Four partitions, and each waits for the kernels in front.
     assert ptx.count("griddepcontrol.wait") == (4 if "LAUNCH_EARLY" in on else 0)
     if on == SWITCHES:
@@ -132,15 +159,37 @@ def test_what_fills_and_reads_the_cache_compiles_for_hopper() -> None:
         assert len(compile_launch(one).asm["cubin"]) > 0
 
 
-def stack_bytes(compiled: Any, folder: Path) -> int:
-    """Of a thread: registers that do not fit are kept there."""
+@pytest.mark.parametrize("name", ["hopper_bf16", "hopper_bf16_few"])
+def test_a_rotary_part_is_replaced_when_its_page_is_scored(name: str) -> None:
+    """It has no barrier of its own: the loader has awaited whoever had the place of its page's second half before."""
+    from fluentllm.kernels.mla_decode import hopper_bf16, hopper_bf16_few
+
+    halves = {"hopper_bf16": hopper_bf16, "hopper_bf16_few": hopper_bf16_few}[name].HALVES
+    place_of = hopper_bf16.place_of.fn
+    for step in range(halves, 50):
+        place, parity = place_of(step, 1, halves)
+        number = max(n for n in range(2 * step + 1) if place_of(n // 2, n % 2, halves)[0] == place)
+        assert place_of(number // 2, number % 2, halves) == (place, parity ^ 1)
+        assert number // 2 >= step - halves // 2
+
+
+def shown(tool: Any, compiled: Any, folder: Path, *options: str) -> str:
+    """What one of CUDA's tools prints of a cubin."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    tool = triton.knobs.nvidia.cuobjdump.path
-    shown = subprocess.run([tool, "-res-usage", str(cubin)], capture_output=True, text=True, check=True)
-    found = re.search(r"STACK:(\d+)", shown.stdout + shown.stderr)
+    done = subprocess.run([tool.path, *options, str(cubin)], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def stack_bytes(compiled: Any, folder: Path) -> int:
+    """Of a thread: registers that do not fit are kept there."""
+    found = re.search(r"STACK:(\d+)", shown(triton.knobs.nvidia.cuobjdump, compiled, folder, "-res-usage"))
     assert found is not None
     return int(found[1])
+
+
+def disassembled(compiled: Any, folder: Path) -> str:
+    return shown(triton.knobs.nvidia.nvdisasm, compiled, folder, "-c")
 
 
 @pytest.mark.parametrize("heads", [16, 32, 64])  # DeepSeek-V3-Lite's, LongCat-Flash-Lite's, LongCat's

@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..cuda.mla_decode_cluster import decode_by_clusters, takes
 from ..triton.launch import launch, multiprocessors, overlaps, programmatic
-from . import hopper_bf16, hopper_fp8, hopper_fp8_few, hopper_fp8_many, switches
+from . import hopper_bf16, hopper_bf16_few, hopper_fp8, hopper_fp8_few, hopper_fp8_many, switches
 from .combine import combine_splits
 from .expand import ALL, Shares, merge_and_expand, shares
 from .layout import LATENT, PAGE, ROPE, Fp8Planes
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 ROW_TILE = 64
 """Query rows (heads × query length) of one CTA."""
-MOST_SWAPPED = 16
-"""Rows up to which operands may be swapped; with more, values may go through registers. One H200, 32 rows at ctx 4,096: 41.8 µs
-at batch 32 and 113.5 at 128 through registers, 44.3 and 128.8 swapped; 16 rows are equal within 3 %."""
+MOST_SWAPPED = {"fp8": 16, "bf16": 32}
+"""Rows up to which operands may be swapped. FP8: with more, values may go through registers. One H200, 32 rows at ctx 4,096:
+41.8 µs at batch 32 and 113.5 at 128 through registers, 44.3 and 128.8 swapped; 16 rows are equal within 3 %. BF16: nothing is
+converted, so more rows have no such way, only `hopper_bf16`, whose products of a page take 2,176 cycles however few rows there
+are; swapped ones take 1,360 with 16 rows and 1,632 with 32, by what they read of shared memory. Counted, not measured."""
 MOST_EACH = 16
 """Rows that one program of the combine merges at most."""
 FEW_PROGRAMS = 512
@@ -121,13 +123,14 @@ class MlaDecode:
             )  # fmt: skip
             return self._finish(out, up_v, page_table, together=together)
         where, rest = self._where(out, page_table, scale, together=together), self._fp8_descriptors(cache)
-        if switches.SWAP_OPERANDS and self.rows <= MOST_SWAPPED:
+        tile = MOST_SWAPPED["fp8"]
+        if switches.SWAP_OPERANDS and self.rows <= tile:
             launch(
                 hopper_fp8_few.decode_fp8_few, (self.plan.parts,),
-                _rows_descriptor(q_latent, LATENT, MOST_SWAPPED, 128), _rows_descriptor(q_rope, ROPE, MOST_SWAPPED), *rest,
-                q_scale, *where, NUM_STAGES=hopper_fp8.STAGES, TILE=MOST_SWAPPED, **shape,
+                _rows_descriptor(q_latent, LATENT, tile, 128), _rows_descriptor(q_rope, ROPE, tile), *rest, q_scale, *where,
+                NUM_STAGES=hopper_fp8.STAGES, TILE=tile, **shape,
             )  # fmt: skip
-        elif switches.VALUES_IN_REGISTERS and self.rows > MOST_SWAPPED:
+        elif switches.VALUES_IN_REGISTERS and self.rows > tile:
             groups = -(-self.rows // ROW_TILE)
             launch(
                 hopper_fp8_many.decode_fp8_many, (self.plan.parts * groups,),
@@ -156,14 +159,23 @@ class MlaDecode:
         """q_latent [N, q, H, 512] and q_rope [N, q, H, 64], BF16, contiguous; cache BF16 [pages, 64, 576], latent first,
         pages contiguous inside; page_table int32 [N, P] → out [N, q, H, 512], BF16 or float32, contiguous. up_v: as for
         `fp8`."""
-        groups = -(-self.rows // ROW_TILE)
         together = self._together(up_v, out, page_table)
-        launch(
-            hopper_bf16.decode_bf16, (self.plan.parts * groups,),
-            _rows_descriptor(q_latent, LATENT), _rows_descriptor(q_rope, ROPE), *self._bf16_descriptors(cache),
-            *self._where(out, page_table, scale, together=together), GROUPS=groups, NUM_STAGES=hopper_bf16.STAGES,
-            **self._options(together=together),
-        )  # fmt: skip
+        where, rest = self._where(out, page_table, scale, together=together), self._bf16_descriptors(cache)
+        shape = self._options(together=together)
+        if switches.SWAP_OPERANDS and self.rows <= MOST_SWAPPED["bf16"]:
+            tile = next(tile for tile in hopper_bf16_few.TILES if tile >= self.rows)
+            launch(
+                hopper_bf16_few.decode_bf16_few, (self.plan.parts,),
+                _rows_descriptor(q_latent, LATENT, tile), _rows_descriptor(q_rope, ROPE, tile), *rest, *where,
+                HALVES=hopper_bf16_few.HALVES, TILE=tile, **shape,
+            )  # fmt: skip
+        else:
+            groups = -(-self.rows // ROW_TILE)
+            launch(
+                hopper_bf16.decode_bf16, (self.plan.parts * groups,),
+                _rows_descriptor(q_latent, LATENT), _rows_descriptor(q_rope, ROPE), *rest, *where, GROUPS=groups,
+                HALVES=hopper_bf16.HALVES, **shape,
+            )  # fmt: skip
         return self._finish(out, up_v, page_table, together=together)
 
     def _where(self, out: Tensor, page_table: Tensor, scale: float, *, together: bool) -> tuple[Any, ...]:

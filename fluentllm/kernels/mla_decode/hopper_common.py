@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ..triton.hopper_language import barrier
 
@@ -48,7 +48,7 @@ class Queries(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """The ring of pages: latent, rotary part, scales; there, and free again."""
+    """The ring of pages, or of their halves: latent, rotary part, scales; there, and free again."""
 
     content: Any
     rope: Any
@@ -89,25 +89,26 @@ class Piece(NamedTuple):
 
 
 @gluon.jit
-def handshakes(NUM_STAGES: gl.constexpr):
+def handshakes(PLACES: gl.constexpr, READERS: gl.constexpr):
     """Barriers between the partitions of a decode: the loader, the softmax, and the two that hold the output. → one for the
-    tensor maps' first use; two each, there and free again, for queries, reciprocal sums, and each stage's page."""
+    tensor maps' first use; two each, there and free again, for queries, reciprocal sums, and each place in the ring of pages,
+    which so many partitions read."""
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
     l_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
     l_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    k_full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BAR)
-    k_empty = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BAR)
+    k_full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], BAR)
+    k_empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], BAR)
     mapped = gl.allocate_shared_memory(gl.int64, [1], BAR)
     mbarrier.init(mapped, count=1)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=1)
     mbarrier.init(l_full, count=1)
     mbarrier.init(l_empty, count=2)
-    for i in gl.static_range(NUM_STAGES):
+    for i in gl.static_range(PLACES):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=3)
+        mbarrier.init(k_empty.index(i), count=READERS)
     return mapped, q_full, q_empty, l_full, l_empty, k_full, k_empty
 
 
@@ -129,12 +130,12 @@ def half_page_buffers():
 
 
 @gluon.jit
-def probability_handshakes():
-    """Barriers of the two buffers of probabilities: there, and free again."""
+def probability_handshakes(BUFFERS: gl.constexpr):
+    """Barriers of the buffers of probabilities: there, and free again."""
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    p_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    p_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    for i in gl.static_range(2):
+    p_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BAR)
+    p_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BAR)
+    for i in gl.static_range(BUFFERS):
         mbarrier.init(p_full.index(i), count=1)
         mbarrier.init(p_empty.index(i), count=2)
     return p_full, p_empty
@@ -191,6 +192,32 @@ def row_max(x):
 def row_sum(x):
     """Like `row_max`."""
     return gl.convert_layout(gl.sum(gl.sum(x.reshape([64, 8, 8]), 1), 1), gl.SliceLayout(1, x.type.layout))
+
+
+@gluon.jit
+def softmax_page(logits, reciprocal, top, total, probabilities, step, TILE: gl.constexpr, BUFFERS: gl.constexpr):
+    """Online softmax of a page's logits, [TILE rows, 64 keys] in log2 units. `reciprocal`: of the keys' scales, where their
+    logarithms are in the logits; None, where keys have none. → the rows' new maxima and sums."""
+    if TILE == 64:
+        new_top = gl.maximum(top, row_max(logits))
+    else:
+        new_top = gl.maximum(top, gl.max(logits, 1))
+    alpha = exp2(top - new_top)
+    prob = exp2(logits - new_top[:, None])
+    share = prob
+    if reciprocal is not None:
+        share = prob * reciprocal[None, :]
+    if TILE == 64:
+        total = total * alpha + row_sum(share)
+    else:
+        total = total * alpha + gl.sum(share, 1)
+    buffer = step % BUFFERS
+    mbarrier.wait(probabilities.empty.index(buffer), ((step // BUFFERS) & 1) ^ 1)
+    probabilities.p.index(buffer).slice(0, TILE, dim=0).store(prob.to(probabilities.p.dtype))
+    probabilities.alphas.index(buffer).slice(0, TILE, dim=0).store(alpha)
+    fence_async_shared()
+    mbarrier.arrive(probabilities.full.index(buffer), count=1)
+    return new_top, total
 
 
 @gluon.jit

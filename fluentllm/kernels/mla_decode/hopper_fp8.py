@@ -31,7 +31,6 @@ from .hopper_common import (
     Results,
     Sums,
     Work,
-    exp2,
     half_page_buffers,
     handshakes,
     next_piece,
@@ -39,8 +38,7 @@ from .hopper_common import (
     part_of,
     probability_handshakes,
     publish_sums,
-    row_max,
-    row_sum,
+    softmax_page,
     write_piece,
 )
 from .hopper_merge import clear_inert, count_piece, ends_of_part, merge_splits
@@ -143,29 +141,6 @@ def weighted_logits(raw, scale_bits, factor, hidden_from, visible, key):
 
 
 @gluon.jit
-def softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total, probabilities, step, TILE: gl.constexpr):
-    """Online softmax of a page."""
-    weighted, reciprocal = weighted_logits(raw, scale_bits, factor, hidden_from, visible, key)
-    if TILE == 64:
-        new_top = gl.maximum(top, row_max(weighted))
-    else:
-        new_top = gl.maximum(top, gl.max(weighted, 1))
-    alpha = exp2(top - new_top)
-    prob = exp2(weighted - new_top[:, None])
-    if TILE == 64:
-        total = total * alpha + row_sum(prob * reciprocal[None, :])
-    else:
-        total = total * alpha + gl.sum(prob * reciprocal[None, :], 1)
-    buffer = step % 2
-    mbarrier.wait(probabilities.empty.index(buffer), ((step // 2) & 1) ^ 1)
-    probabilities.p.index(buffer).slice(0, TILE, dim=0).store(prob.to(gl.float16))
-    probabilities.alphas.index(buffer).slice(0, TILE, dim=0).store(alpha)
-    fence_async_shared()
-    mbarrier.arrive(probabilities.full.index(buffer), count=1)
-    return new_top, total
-
-
-@gluon.jit
 def _scores(q8, q_scale, lse, queries, pages, spread, probabilities, sums, work, scale_log2, HEADS: gl.constexpr,
             ROWS: gl.constexpr, GROUPS: gl.constexpr, NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PAGES: gl.constexpr,
             EARLY: gl.constexpr):  # fmt: skip
@@ -211,8 +186,8 @@ def _scores(q8, q_scale, lse, queries, pages, spread, probabilities, sums, work,
                 if TILE < 64:
                     spread.store(raw)
                     raw = spread.slice(0, TILE, dim=0).load(SOFT)
-                top, total = softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total,
-                                          probabilities, step, TILE)  # fmt: skip
+                weighted, reciprocal = weighted_logits(raw, bits, factor, least - index * 64, visible - index * 64, key)
+                top, total = softmax_page(weighted, reciprocal, top, total, probabilities, step, TILE, 2)
                 step += 1
             mbarrier.arrive(queries.empty, count=1)
             here = Piece(part, sequence, first, last, keys, piece)
@@ -322,8 +297,8 @@ def decode_fp8(q8, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, partial, ls
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     alphas = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT)
     inverse = gl.allocate_shared_memory(gl.float32, [64], FLAT)
-    mapped, q_full, q_empty, l_full, l_empty, k_full, k_empty = handshakes(NUM_STAGES)
-    p_full, p_empty = probability_handshakes()
+    mapped, q_full, q_empty, l_full, l_empty, k_full, k_empty = handshakes(NUM_STAGES, 3)
+    p_full, p_empty = probability_handshakes(2)
     queries = Queries(qr, qr, q_full, q_empty)
     pages = Pages(k8, kr, ks, k_full, k_empty)
     probabilities = Probabilities(p, alphas, p_full, p_empty)

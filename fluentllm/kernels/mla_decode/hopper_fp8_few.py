@@ -1,8 +1,4 @@
-"""MLA decode over the FP8 cache on Hopper for up to 16 rows, operands swapped: keys, and columns of the output, on the MMA's M.
-
-An MMA's M is 64 rows whether they are used or not, its N any multiple of 8: S^T = K Q^T and O^T = V^T P^T take a quarter of the
-time of `hopper_fp8` for 16 rows, and the output is spread over all warps, so scaling and storing it does too. V needs no
-transpose here either: 16-bit WGMMA also takes its first operand as it lies, columns first. Queries come by TMA.
+"""MLA decode over the FP8 cache on Hopper for up to 16 rows, operands swapped (`hopper_swapped`).
 
 All of a page's V is converted before its probabilities are awaited: with few rows memory sets the pace, and the page is free
 again sooner, the last one's output ready earlier. Otherwise as `hopper_fp8`: its loader, softmax, conversion and order.
@@ -17,10 +13,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..triton.hopper_language import launch_dependents, wait_for_inputs
+from ..triton.hopper_language import launch_dependents
 from .hopper_common import (
     Pages,
-    Piece,
     Probabilities,
     Queries,
     Results,
@@ -28,138 +23,56 @@ from .hopper_common import (
     Work,
     half_page_buffers,
     handshakes,
-    next_piece,
-    part_of,
     probability_handshakes,
-    publish_sums,
-    store_columns,
+    softmax_page,
 )
-from .hopper_fp8 import convert, loader, softmax_page
-from .hopper_merge import clear_inert, count_piece, ends_of_part, merge_splits
+from .hopper_fp8 import convert, loader, weighted_logits
+from .hopper_swapped import by_rows, factors, new_spread, scores, values
 
 
 @gluon.jit
-def _raw_scores(queries, pages, stage, zero8, zeror):
-    """K Q^T of one page, [64 keys, rows], unscaled. Two accumulators: FP8 and BF16 products have different types of layout."""
-    s8 = zero8
+def _score_page(queries, pages, step, spread, factor, hidden_from, visible, key, top, total, probabilities,
+                STAGES: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
+    """Two accumulators: FP8 and BF16 products have different types of layout."""
+    S8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 32])
+    SR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    stage = step % STAGES
+    mbarrier.wait(pages.full.index(stage), (step // STAGES) & 1)
+    s8 = gl.zeros([64, TILE], gl.float32, S8)
     for panel in gl.static_range(4):
         keys = pages.content.index(stage * 4 + panel).reshape([64, 128])
         s8 = warpgroup_mma(keys, queries.content.index(panel).permute((1, 0)), s8, use_acc=panel > 0, is_async=True)
-    sr = warpgroup_mma(
-        pages.rope.index(stage).reshape([64, 64]), queries.rope.permute((1, 0)), zeror, use_acc=False, is_async=True
-    )
+    keys = pages.rope.index(stage).reshape([64, 64])
+    sr = gl.zeros([64, TILE], gl.float32, SR)
+    sr = warpgroup_mma(keys, queries.rope.permute((1, 0)), sr, use_acc=False, is_async=True)
     s8, sr = warpgroup_mma_wait(0, deps=[s8, sr])
-    return s8 + gl.convert_layout(sr, zero8.type.layout)
+    raw = s8 + gl.convert_layout(sr, S8)
+    bits = pages.scale.index(stage).reshape([64]).load(key.type.layout).to(gl.int32, bitcast=True)
+    mbarrier.arrive(pages.empty.index(stage), count=1)
+    weighted, reciprocal = weighted_logits(by_rows(raw, spread, key), bits, factor, hidden_from, visible, key)
+    return softmax_page(weighted, reciprocal, top, total, probabilities, step, TILE, 2)
 
 
 @gluon.jit
-def _scores(q_scale, lse, queries, pages, spread, probabilities, sums, work, scale_log2, HEADS: gl.constexpr,
-            ROWS: gl.constexpr, NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PAGES: gl.constexpr,
-            EARLY: gl.constexpr):  # fmt: skip
-    wait_for_inputs(EARLY)
-    part, begin, end, high, first, last, keys = part_of(work, 1)
-    S8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 32])
-    SR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    # Turned on the way through shared memory, so that a row's keys are in eight lanes of a warp.
-    SOFT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, TILE, gl.SliceLayout(1, SOFT))
-    key = gl.arange(0, 64, gl.SliceLayout(0, SOFT))
-    zero8 = gl.zeros([64, TILE], gl.float32, S8)
-    zeror = gl.zeros([64, TILE], gl.float32, SR)
-    step = 0
-    piece = 0
-    for sequence in range(begin, end):
-        next_first, next_last, next_keys = next_piece(work, sequence, end, high, PAGES > 0)
-        if first < last:
-            factor = gl.load(q_scale + sequence * ROWS + row, mask=row < ROWS, other=0.0) * scale_log2
-            least = keys - ROWS // HEADS + 1
-            visible = least + row // HEADS
-            top = gl.full([TILE], -1.0e30, gl.float32, gl.SliceLayout(1, SOFT))
-            total = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, SOFT))
-            mbarrier.wait(queries.full, piece & 1)
-            for index in range(first, last):
-                stage = step % NUM_STAGES
-                mbarrier.wait(pages.full.index(stage), (step // NUM_STAGES) & 1)
-                raw = _raw_scores(queries, pages, stage, zero8, zeror)
-                bits = pages.scale.index(stage).reshape([64]).load(gl.SliceLayout(0, SOFT)).to(gl.int32, bitcast=True)
-                mbarrier.arrive(pages.empty.index(stage), count=1)
-                spread.permute((1, 0)).store(raw)
-                raw = spread.load(SOFT)
-                top, total = softmax_page(raw, bits, factor, least - index * 64, visible - index * 64, key, top, total,
-                                          probabilities, step, TILE)  # fmt: skip
-                step += 1
-            mbarrier.arrive(queries.empty, count=1)
-            here = Piece(part, sequence, first, last, keys, piece)
-            publish_sums(sums, lse, top, total, here, row, ROWS, TILE)
-            piece += 1
-        first = next_first
-        last = next_last
-        keys = next_keys
-
-
-@gluon.jit
-def _write_columns(results, left, right, sums, piece, row, column, ROWS: gl.constexpr):
-    """As `hopper_common.write_piece`, of [columns, rows]."""
-    mbarrier.wait(sums.full, piece.number & 1)
-    factor = sums.inverse.slice(0, row.shape[0], dim=0).load(row.type.layout)[None, :]
-    mbarrier.arrive(sums.empty, count=1)
-    store_columns(results, left * factor, right * factor, piece, row, column, ROWS)
-
-
-@gluon.jit
-def _values(results, pages, v00, v01, v10, v11, probabilities, sums, work, HALF: gl.constexpr, ROWS: gl.constexpr,
-            NUM_STAGES: gl.constexpr, TILE: gl.constexpr, PAGES: gl.constexpr, EARLY: gl.constexpr,
-            MERGE: gl.constexpr):  # fmt: skip
-    wait_for_inputs(EARLY)
-    part, begin, end, high, first, last, keys = part_of(work, 1)
-    if MERGE:
-        ends = ends_of_part(work, begin, end)
-        clear_inert(results.out, work, 1, ROWS, HALF)
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    row = gl.arange(0, TILE, gl.SliceLayout(0, OUT))
-    column = HALF * 256 + gl.arange(0, 128, gl.SliceLayout(1, OUT))
-    step = 0
-    piece = 0
-    before_a = 0
-    before_b = 0
-    for sequence in range(begin, end):
-        next_first, next_last, next_keys = next_piece(work, sequence, end, high, PAGES > 0)
-        if first < last:
-            left = gl.zeros([128, TILE], gl.float32, OUT)
-            right = gl.zeros([128, TILE], gl.float32, OUT)
-            for _ in range(first, last):
-                stage = step % NUM_STAGES
-                buffer = step % 2
-                mbarrier.wait(pages.full.index(stage), (step // NUM_STAGES) & 1)
-                convert(pages, v00, v01, stage, HALF, 0)
-                convert(pages, v10, v11, stage, HALF, 1)
-                fence_async_shared()
-                mbarrier.arrive(pages.empty.index(stage), count=1)
-                mbarrier.wait(probabilities.full.index(buffer), (step // 2) & 1)
-                alpha = probabilities.alphas.index(buffer).slice(0, TILE, dim=0).load(gl.SliceLayout(0, OUT))
-                left = left * alpha[None, :]
-                right = right * alpha[None, :]
-                early = probabilities.p.index(buffer).slice(0, 32, dim=1).permute((1, 0))
-                late = probabilities.p.index(buffer).slice(32, 32, dim=1).permute((1, 0))
-                left = warpgroup_mma(v00.permute((1, 0)), early, left, is_async=True)
-                right = warpgroup_mma(v01.permute((1, 0)), early, right, is_async=True)
-                left = warpgroup_mma(v10.permute((1, 0)), late, left, is_async=True)
-                right = warpgroup_mma(v11.permute((1, 0)), late, right, is_async=True)
-                left, right = warpgroup_mma_wait(0, deps=[left, right])
-                mbarrier.arrive(probabilities.empty.index(buffer), count=1)
-                step += 1
-            here = Piece(part, sequence, first, last, keys, piece)
-            _write_columns(results, left, right, sums, here, row, column, ROWS)
-            if MERGE:
-                before_b = count_piece(work, here, 1, HALF)
-                if sequence == begin:
-                    before_a = before_b
-            piece += 1
-        first = next_first
-        last = next_last
-        keys = next_keys
-    if MERGE:
-        merge_splits(results, work, part, begin, end, ends, before_a, before_b, ROWS, 1, HALF)
+def _add_page(left, right, pages, wide, probabilities, step, HALF: gl.constexpr, STAGES: gl.constexpr):
+    stage = step % STAGES
+    buffer = step % 2
+    mbarrier.wait(pages.full.index(stage), (step // STAGES) & 1)
+    convert(pages, wide[0], wide[1], stage, HALF, 0)
+    convert(pages, wide[2], wide[3], stage, HALF, 1)
+    fence_async_shared()
+    mbarrier.arrive(pages.empty.index(stage), count=1)
+    mbarrier.wait(probabilities.full.index(buffer), (step // 2) & 1)
+    alpha = factors(probabilities, buffer, left)
+    left = left * alpha
+    right = right * alpha
+    for half in gl.static_range(2):
+        prob = probabilities.p.index(buffer).slice(32 * half, 32, dim=1).permute((1, 0))
+        left = warpgroup_mma(wide[2 * half].permute((1, 0)), prob, left, is_async=True)
+        right = warpgroup_mma(wide[2 * half + 1].permute((1, 0)), prob, right, is_async=True)
+    left, right = warpgroup_mma_wait(0, deps=[left, right])
+    mbarrier.arrive(probabilities.empty.index(buffer), count=1)
+    return left, right
 
 
 @gluon.jit(do_not_specialize=["count", "parts"])
@@ -176,29 +89,30 @@ def decode_fp8_few(q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, pa
     F16: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     v = half_page_buffers()
     p = gl.allocate_shared_memory(gl.float16, [2, TILE, 64], F16)
-    # Swizzled so that neither the MMA's columns nor the rows meet in a bank.
-    spread = gl.allocate_shared_memory(gl.float32, [TILE, 64], gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
+    spread = new_spread(TILE)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     alphas = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT)
     inverse = gl.allocate_shared_memory(gl.float32, [64], FLAT)
-    mapped, q_full, q_empty, l_full, l_empty, k_full, k_empty = handshakes(NUM_STAGES)
-    p_full, p_empty = probability_handshakes()
+    mapped, q_full, q_empty, l_full, l_empty, k_full, k_empty = handshakes(NUM_STAGES, 3)
+    p_full, p_empty = probability_handshakes(2)
     queries = Queries(q8, qr, q_full, q_empty)
     pages = Pages(k8, kr, ks, k_full, k_empty)
     probabilities = Probabilities(p, alphas, p_full, p_empty)
     sums = Sums(inverse, l_full, l_empty)
     results = Results(out, partial, lse)
     work = Work(records, starts, lengths, spans, counters, count, parts, page_table, table_width)
+    SCORE: gl.constexpr = _score_page
+    ADD: gl.constexpr = _add_page
     if PDL:
         launch_dependents()
     gl.warp_specialize(
         [
-            (_scores, (q_scale, lse, queries, pages, spread, probabilities, sums, work, scale_log2, HEADS, ROWS, NUM_STAGES,
-                       TILE, PAGES, EARLY)),
-            (_values, (results, pages, v[0], v[1], v[2], v[3], probabilities, sums, work, 0, ROWS, NUM_STAGES, TILE, PAGES,
-                       EARLY, MERGE)),
-            (_values, (results, pages, v[4], v[5], v[6], v[7], probabilities, sums, work, 1, ROWS, NUM_STAGES, TILE, PAGES,
-                       EARLY, MERGE)),
+            (scores, (SCORE, q_scale, lse, queries, pages, spread, probabilities, sums, work, scale_log2, HEADS, ROWS,
+                      NUM_STAGES, TILE, PAGES, EARLY)),
+            (values, (ADD, results, pages, (v[0], v[1], v[2], v[3]), probabilities, sums, work, 0, ROWS, NUM_STAGES, TILE,
+                      PAGES, EARLY, MERGE)),
+            (values, (ADD, results, pages, (v[4], v[5], v[6], v[7]), probabilities, sums, work, 1, ROWS, NUM_STAGES, TILE,
+                      PAGES, EARLY, MERGE)),
             (loader, (q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, queries, pages, mapped, work, ROWS, 1, TILE, True, PAGES,
                       EARLY, MAPS, NUM_STAGES)),
         ],

@@ -68,7 +68,7 @@ def _raw_scores(queries, pages, stage, zeror, S8: gl.constexpr, SR: gl.constexpr
 
 @gluon.jit
 def _softmax_page(raw, scale_bits, factor, hidden_from, visible, key, top, total, probabilities, step, SUMS: gl.constexpr):
-    """As `hopper_fp8.softmax_page`, with sums [64, 4]: those of a quad's lanes stay apart until the piece ends."""
+    """As `hopper_common.softmax_page`, with sums [64, 4]: those of a quad's lanes stay apart until the piece ends."""
     weighted, reciprocal = weighted_logits(raw, scale_bits, factor, hidden_from, visible, key)
     best = row_max(weighted)
     # A reference that lags serves as well, and the output need not be scaled for every small step: P stays below 2^LAG.
@@ -277,8 +277,8 @@ def decode_fp8_many(q8_desc, qr_desc, k8_desc, kr_desc, ks_desc, q_scale, out, p
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     alphas = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT)
     inverse = gl.allocate_shared_memory(gl.float32, [64], FLAT)
-    mapped, q_full, q_empty, l_full, l_empty, k_full, k_empty = handshakes(NUM_STAGES)
-    p_full, p_empty = probability_handshakes()
+    mapped, q_full, q_empty, l_full, l_empty, k_full, k_empty = handshakes(NUM_STAGES, 3)
+    p_full, p_empty = probability_handshakes(2)
     queries = Queries(q8, qr, q_full, q_empty)
     pages = Pages(k8, kr, ks, k_full, k_empty)
     probabilities = Probabilities(p, alphas, p_full, p_empty)

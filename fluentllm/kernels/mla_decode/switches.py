@@ -16,7 +16,7 @@ Not "the last to finish merges": one multiprocessor reads four splits of 16 rows
 combine takes; together they take a quarter each. And how many splits there are is known on the device alone, so a limit of
 eight would leave the combine's launch where it is."""
 SWAP_OPERANDS = True
-"""FP8 cache, up to 16 rows: keys and columns of the output on the MMA's M, rows on its N (`hopper_fp8_few`)."""
+"""Few rows (`decode.MOST_SWAPPED`): keys and columns of the output on the MMA's M, rows on its N (`hopper_swapped`)."""
 VALUES_IN_REGISTERS = True
 """FP8 cache, more than 16 rows: V^T is converted on its way to registers, and the reference of the softmax may lag
 (`hopper_fp8_many`)."""

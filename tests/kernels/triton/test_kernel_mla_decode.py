@@ -21,6 +21,7 @@ from fluentllm.core.slots import SlotTables
 from fluentllm.core.types import KVSpec, ModelSpec
 from fluentllm.kernels.mla_decode import decode, expand
 from fluentllm.kernels.mla_decode.hopper_bf16 import decode_bf16
+from fluentllm.kernels.mla_decode.hopper_bf16_few import decode_bf16_few
 from fluentllm.kernels.mla_decode.plan import DecodePlan
 from fluentllm.kernels.mla_decode.reference import gather_tokens
 from fluentllm.kernels.mla_decode.replay import pieces
@@ -39,7 +40,7 @@ HOPPER = not INTERPRETED and torch.cuda.get_device_capability() == (9, 0)
 
 def in_torch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """`launch`, but for the attention kernel."""
-    if kernel is not decode_bf16:
+    if kernel not in (decode_bf16, decode_bf16_few):
         launch(kernel, grid, *args, **options)
         return
     q, rope, cache, _, out, partial, lse, table, lengths, starts, spans, records, _, _, parts, scale_log2, _ = args
