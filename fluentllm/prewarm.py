@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
@@ -38,6 +38,8 @@ META = torch.device("meta")
 FAR = 4096
 """Tokens in front of a chunk whose keys are shared by several programs."""
 MOST_PROCESSES = 16
+LOADERS = 8
+"""Threads that load what was compiled: mostly they wait for a C compiler."""
 
 
 class Prewarm:
@@ -183,23 +185,23 @@ def _prefill(lengths: list[int], features: int, largest: Largest, behind: int = 
 
 
 class Compiler:
-    """Compiles launches for a device in several processes, each kind once; leaving the `with` waits for all. One that fails is
-    left to its first launch."""
+    """Compiles launches for a device in several processes, each kind once, and loads what they compiled; leaving the `with`
+    waits for all. One that fails is left to its first launch."""
 
     def __init__(self, device: torch.device, processes: int | None = None) -> None:
         from triton.runtime import driver
 
         from .kernels.triton.compilers import Compilers
 
-        self._use_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else lambda: None
-        """Triton asks which one a thread uses."""
+        self._device = device
         self._use_device()
         self.count = 0
         """Kinds so far."""
         self.failed = 0
-        """Kinds that were not compiled."""
+        """Kinds that were not compiled; from several threads, so good for no more than whether there are any."""
         self._launches: dict[tuple[Any, ...], Launch] = {}
         self._asked: list[Launch] = []
+        self._loaders = ThreadPoolExecutor(LOADERS, "fluent-load-kernel")
         processes = processes or min(MOST_PROCESSES, os.cpu_count() or 1)
         self._compilers = Compilers(driver.active.get_current_target(), processes, self._done)
 
@@ -215,22 +217,35 @@ class Compiler:
 
     def __exit__(self, *error: object) -> None:
         self._compilers.__exit__(*error)
+        self._loaders.shutdown(wait=True, cancel_futures=error[0] is not None)
 
     def give_up(self) -> None:
         self._compilers.give_up()
 
     def _done(self, number: int, error: str) -> None:
-        """It lies in a file now; this puts it where its first launch looks first."""
-        launch = self._asked[number]
+        self._loaders.submit(self._load, self._asked[number], error)
+
+    def _load(self, launch: Launch, error: str) -> None:
+        """It lies in a file now; this puts it where its first launch looks first, ready to be launched: Triton 3.6 has a C
+        compiler make what calls it."""
+        from .kernels.triton.launch import compile_ahead
+
         if not error:
             try:
                 self._use_device()
-                launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+                compiled = compile_ahead(launch)
+                if self._device.type == "cuda":
+                    getattr(compiled, "run", None)
+                return
             except Exception as failed:
                 error = f"{type(failed).__name__}: {failed}"
-        if error:
-            self.failed += 1
-            log.info("%s is compiled when it is launched: %s", launch.kernel.__name__, error)
+        self.failed += 1
+        log.info("%s is compiled when it is launched: %s", launch.kernel.__name__, error)
+
+    def _use_device(self) -> None:
+        """Triton asks which one a thread uses."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
 
 def key_of(launch: Launch) -> tuple[Any, ...]:

@@ -26,15 +26,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
+import triton
 from triton.runtime import driver
+
+from .launch import Launch, compile_ahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import IO
 
     from triton.backends.compiler import GPUTarget
-
-    from .launch import Launch
 
 
 class Compilers:
@@ -141,6 +142,11 @@ def portable(number: int, launch: Launch) -> Job:
 
 
 # ----------------------------------------------------------------------------------------------------------- the other process
+@triton.jit
+def _nothing():
+    """Compiled before the first fork: a compiler reads itself to know its version, which takes it half a second."""
+
+
 class _Told:
     """In place of Triton's driver, for code that compiles and launches nothing."""
 
@@ -163,6 +169,8 @@ def serve() -> None:
     os.dup2(2, 1)  # what compilers print
     target, processes = pickle.load(jobs)
     driver.set_active(_Told(target))
+    with contextlib.suppress(Exception):
+        compile_ahead(Launch(_nothing, (1,), (), {}))
     running: dict[int, int] = {}
     while job := _next(jobs):
         while len(running) >= processes:
@@ -189,7 +197,7 @@ def _compile(job: Job) -> str:
     try:
         found = import_module(job.module)
         kernel = CudaKernel(job.name, ()) if found.__name__ == CudaKernel.__module__ else getattr(found, job.name)
-        kernel.warmup(*job.args, grid=job.grid, **job.options)
+        compile_ahead(Launch(kernel, job.grid, job.args, job.options))
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -15,6 +15,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .cache_key import settle_key
 from .relaunch import relaunch
 
 if TYPE_CHECKING:
@@ -52,6 +53,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         recorded.append(Launch(kernel, grid, args, options))
     if 0 not in grid and (recorded is None or _recorder.run):
         relaunch(kernel, grid, args, options)
+
+
+def compile_ahead(launch: Launch) -> Any:
+    """What this launch would run, compiled or out of the cache, without launching it. Raises what the compiler raises."""
+    settle_key(launch.kernel)
+    return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
 
 
 @contextmanager

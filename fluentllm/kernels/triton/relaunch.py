@@ -20,6 +20,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .cache_key import settle_key
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -49,12 +51,14 @@ def relaunch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options:
     values = list(args)
     own = None if _watched(kernel) else key_of(values, options)
     if own is None:
+        settle_key(kernel)
         kernel[grid](*args, **options)
         return
     device = driver.active.get_current_device()
     key = (id(kernel), device, own)
     kind = _kinds.get(key)
     if kind is None:
+        settle_key(kernel)
         _remember(key, kernel, kernel[grid](*args, **options), args, options)
         return
     stream = driver.active.get_current_stream(device)

@@ -16,7 +16,7 @@ from fluentllm.kernels.cuda.compile import compiled, compiler_version
 from fluentllm.kernels.cuda.launch import CudaKernel
 from fluentllm.kernels.triton.compilers import Compilers
 from fluentllm.kernels.triton.examples import example_launches
-from fluentllm.kernels.triton.launch import Launch
+from fluentllm.kernels.triton.launch import Launch, compile_ahead
 from fluentllm.prewarm import key_of
 
 
@@ -51,7 +51,7 @@ def test_a_launch_finds_what_they_compiled(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **about: hits.append(about["cache_hit"]))
     for one in launches:
         one.kernel.device_caches.clear()
-        one.kernel.warmup(*one.args, grid=one.grid, **one.options)
+        compile_ahead(one)
     assert hits == [True] * len(launches)
 
 
