@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .language import dot
 from .launch import launch, multiprocessors, power_of_2, split_width
+from .tile_table import tile_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,10 +80,7 @@ def plan_prefill(
     """`query_lengths`: rows of each sequence, on the host."""
     step = tile_rows(value_dim)
     tiles = [(i, first) for i, count in enumerate(query_lengths) for first in range(0, count * group, step)]
-    table = torch.tensor(tiles, dtype=torch.int32).view(-1, 2).T.contiguous()
-    if lengths.device.type == "cuda":
-        table = table.pin_memory()
-    return FixedPlan(table.to(lengths.device, non_blocking=True), query_start, lengths, 1, span)
+    return FixedPlan(tile_table(tiles, 2, lengths.device), query_start, lengths, 1, span)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .launch import multiprocessors
+from .tile_table import tile_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +67,7 @@ class PrefillPlan:
         key = heads, kv_heads
         if key not in self._tiles:
             tiles, pack, splits = _divide(self._lengths, heads, kv_heads, self.rows, self._splits, self._device)
-            self._tiles[key] = PrefillTiles(_table(tiles, self._device), pack, splits)
+            self._tiles[key] = PrefillTiles(tile_table(tiles, 4, self._device), pack, splits)
         return self._tiles[key]
 
 
@@ -113,7 +114,7 @@ class PaddedPlans:
         tiles += [(0, 0, 0, 0)] * (size - len(tiles))
         if size not in self._tables:
             self._tables[size] = torch.zeros(4, size, dtype=torch.int32, device=self._device)
-        self._tables[size].copy_(_table(tiles, self._device))
+        self._tables[size].copy_(tile_table(tiles, 4, self._device))
         return PaddedPlan(self._rows, PrefillTiles(self._tables[size], pack, splits))
 
 
@@ -146,11 +147,3 @@ def _tiles(lengths: list[tuple[int, int]], each: int) -> list[Tile]:
             tiles.append((sequence, start + first, min(each, count - first), keys - count + first))
         start += count
     return tiles
-
-
-def _table(tiles: list[Tile], device: torch.device) -> Tensor:
-    """In stream order; nobody waits."""
-    table = torch.tensor(tiles, dtype=torch.int32).view(-1, 4).T.contiguous()
-    if device.type == "cuda":
-        table = table.pin_memory()
-    return table.to(device, non_blocking=True)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fluentllm.core.staging import to_device
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -69,7 +71,7 @@ class PagedPrefill:
         self._plan.renew(
             _ends(batch.query_lengths),
             _ends(pages),
-            batch.page_table.flatten()[_upload(flat, batch.page_table.device)],
+            batch.page_table.flatten()[to_device(flat, batch.page_table.device)],
             (lengths - 1) % batch.page_size + 1,
             heads.queries,
             heads.keys,
@@ -145,7 +147,7 @@ def key_rows(batch: Batch) -> Tensor:
     size = batch.page_size
     lengths = torch.tensor(batch.kv_lengths_host, dtype=torch.int64)
     flat = _ragged(batch.kv_lengths_host, batch.page_table.shape[1] * size)
-    flat = _upload(flat, batch.page_table.device)
+    flat = to_device(flat, batch.page_table.device)
     assert flat.shape[0] == int(lengths.sum())
     return batch.page_table.flatten()[flat // size].to(torch.int64) * size + flat % size
 
@@ -159,9 +161,3 @@ def _ragged(counts: Sequence[int], stride: int) -> Tensor:
 
 def _ends(counts: Sequence[int]) -> Tensor:
     return torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
-
-
-def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fluentllm.core.staging import to_device
 from fluentllm.kernels.pass_pages import pages_of_pass
 
 if TYPE_CHECKING:
@@ -67,12 +68,7 @@ def plan_workspace(batch: Batch) -> Workspace:
     owner = torch.repeat_interleave(torch.arange(len(starts)), torch.tensor(starts, dtype=torch.int64))
     entry = owner * batch.page_table.shape[1] + position // size
     table, fresh, cached_to, entry, offset = (
-        _to(tensor, batch.page_table.device) for tensor in (table, fresh, cached_to, entry, position % size)
+        to_device(tensor, batch.page_table.device) for tensor in (table, fresh, cached_to, entry, position % size)
     )
     cached = batch.page_table.flatten()[entry].to(torch.int64) * size + offset
     return Workspace(int(first_page[-1]), table, fresh, cached, cached_to)
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Without waiting: what is copied from pinned memory is copied in the order of the stream."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

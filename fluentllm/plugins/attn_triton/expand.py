@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fluentllm.core.staging import to_device
 from fluentllm.kernels.attention_mla import expanded_keys_and_values
 from fluentllm.kernels.pass_pages import pages_of_pass
 
@@ -41,16 +42,13 @@ def expand_pages(batch: Batch) -> ExpandedPages:
     counts = [-(-keys // batch.page_size) for keys in batch.kv_lengths_host]
     starts = [0, *accumulate(counts)]
     width = max(counts, default=0)
-    columns = torch.arange(width)
-    table = torch.tensor(starts[:-1], dtype=torch.int64).unsqueeze(1) + columns
+    columns = torch.arange(width, dtype=torch.int32)
+    table = torch.tensor(starts[:-1], dtype=torch.int32).unsqueeze(1) + columns
     present = columns < torch.tensor(counts).unsqueeze(1)
     # Where a sequence's pages lie in the flattened page table of the batch.
     flat = (torch.arange(len(counts)).unsqueeze(1) * batch.page_table.shape[1] + columns)[present]
-    device = batch.page_table.device
-    if device.type == "cuda":
-        flat, table = flat.pin_memory(), table.pin_memory()
-    sources = batch.page_table.flatten()[flat.to(device, non_blocking=True)].to(torch.int64)
-    return ExpandedPages(sources, table.to(device, torch.int32, non_blocking=True))
+    flat, table = (to_device(tensor, batch.page_table.device) for tensor in (flat, table))
+    return ExpandedPages(batch.page_table.flatten()[flat].to(torch.int64), table)
 
 
 def expand_on_device(batch: Batch, count: int) -> ExpandedPages:
