@@ -39,6 +39,7 @@ def latency(
     device: options.Device = None,
     load_format: options.LoadFormat = None,
     speculative: options.Speculative = None,
+    speculative_model: options.SpeculativeModel = None,
     k: options.SpeculativeK = None,
     synthetic_acceptance: options.SyntheticAcceptance = None,
     compare_deterministic: Annotated[
@@ -56,7 +57,7 @@ def latency(
     batches = [_positive("--batch", part) for part in batch.split(",")]
 
     flags = {"model.name": model, "engine.device": device, "model.load_format": load_format}
-    flags |= {"speculative.method": speculative, "speculative.k": k, "speculative.synthetic_acceptance": synthetic_acceptance}
+    flags |= options.speculation(speculative, speculative_model, k, synthetic_acceptance)
     settings = options.load(config, flags, sets).settings
     if compare_deterministic:
         settings, others = beside.pair(settings, max(batches))
@@ -84,6 +85,7 @@ def throughput(
     device: options.Device = None,
     load_format: options.LoadFormat = None,
     speculative: options.Speculative = None,
+    speculative_model: options.SpeculativeModel = None,
     k: options.SpeculativeK = None,
     synthetic_acceptance: options.SyntheticAcceptance = None,
 ) -> None:
@@ -100,7 +102,7 @@ def throughput(
         return {"throughput": figures}
 
     flags = {"model.name": model, "engine.device": device, "model.load_format": load_format}
-    flags |= {"speculative.method": speculative, "speculative.k": k, "speculative.synthetic_acceptance": synthetic_acceptance}
+    flags |= options.speculation(speculative, speculative_model, k, synthetic_acceptance)
     _offline(options.load(config, flags, sets).settings, measure, json)
 
 

@@ -92,6 +92,12 @@ Role = Annotated[str | None, flag("disaggregation.role", "--role")]
 LogLevel = Annotated[str | None, flag("log.level", "--log-level")]
 
 
+def speculation(method: str | None, model: str | None, k: str | None, synthetic: str | None = None) -> dict[str, Any]:
+    """What the flags of speculation got, as overrides for `load`."""
+    given = {"method": method, "model": model, "k": k, "synthetic_acceptance": synthetic}
+    return {f"speculative.{name}": value for name, value in given.items()}
+
+
 def load(
     config_file: Path | ConfigFile | None = None,
     overrides: Mapping[str, Any] | None = None,

@@ -55,9 +55,7 @@ def serve(
         "scheduler.policy": scheduler,
         "kv.dtype": kv_dtype,
         "kv.memory": kv_memory,
-        "speculative.method": speculative,
-        "speculative.model": speculative_model,
-        "speculative.k": speculative_k,
+        **options.speculation(speculative, speculative_model, speculative_k),
         "disaggregation.role": role,
         "log.level": log_level,
     }

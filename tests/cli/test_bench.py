@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from engine.harness import write_tiny_llama
 from processes.server import Server
+from speculation.eagle import write_draft
 
 from fluentllm.bench import offline
 from fluentllm.bench.beside import About, Ask, Beside, pair
@@ -160,6 +161,29 @@ def test_a_benchmark_with_speculation_says_so(fluent_process: Fluent, model: str
     found = json.loads(file.read_text())["speculative"]
     assert (found["method"], found["k"]) == ("pld", 2)
     assert 0 <= found["accepted"] <= found["drafted"]
+
+
+MEASURED = {
+    "latency": ("--batch", "2", "--ctx", "9", "--steps", "8", "--rounds", "1"),
+    "throughput": ("--requests", "2", "--input-len", "9", "--output-len", "8"),
+}
+
+
+@pytest.mark.parametrize("command", MEASURED)
+def test_a_draft_model_by_its_flag(fluent: Fluent, tmp_path: Path, command: str) -> None:
+    """Trained for another target, and random as it is: it drafts, which is what is asked here."""
+    target, draft = str(write_tiny_llama(tmp_path / "target")), write_draft(tmp_path / "draft", "eagle3")
+    file = tmp_path / "figures.json"
+    chosen = ("--speculative", "eagle", "--speculative-model", str(draft), "--speculative-k", "2")
+    printed = fluent("bench", command, target, *MEASURED[command], *chosen, "--json", str(file), *DUMMY).stdout
+    assert "eagle, k 2: " in printed
+    found = json.loads(file.read_text())["speculative"]
+    assert (found["method"], found["k"]) == ("eagle", 2)
+    assert found["drafted"] > 0
+    errors = fluent(
+        "bench", command, target, "--speculative=eagle", f"--speculative-model={tmp_path}/no", *DUMMY, code=2
+    ).stderr
+    assert f"speculative.model: There is no model at '{tmp_path}/no'" in errors
 
 
 @pytest.mark.parametrize(

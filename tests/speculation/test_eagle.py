@@ -240,7 +240,7 @@ def start(folder: Path, draft: Any, **settings: Any) -> None:
 
 
 def test_no_draft_model(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"needs a draft model that was trained for this target\. Add --speculative-model"):
+    with pytest.raises(ConfigError, match=r"needs a draft model that was trained for this target\. Set speculative\.model \("):
         start(tmp_path, None)
     with pytest.raises(FluentError, match=r"speculative\.model: There is no model at './nowhere'"):
         start(tmp_path, "./nowhere")

@@ -64,7 +64,7 @@ def draft_path(settings: Settings) -> Path:
     if files is None:
         raise ConfigError(
             "speculative.method is eagle, which needs a draft model that was trained for this target.",
-            fix="Add --speculative-model with its folder or Hugging Face id, or use another method, such as pld.",
+            fix="Set speculative.model (--speculative-model) to its folder or Hugging Face id, or use another method: pld.",
             param=PARAM,
         )
     return files.path
