@@ -7,11 +7,14 @@ On a GPU nothing is guessed: the pool is sized while the largest steps' memory i
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .core.errors import ConfigError, OutOfMemory
 from .core.kv.pool import free_memory
+from .core.settings import LEAST_CONTEXT
+from .core.slots import context_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,7 +32,9 @@ CPU_SHARE = 0.4
 """Of the free memory, after the weights are loaded."""
 MOST_SHARE = 0.97
 """Of a GPU's memory, that an error will advise: the driver wants some."""
-GIB = 2**30
+STEADY_SHARE = 0.9
+"""Of what is free now, that an error will advise: at the next start it is a little less."""
+MIB, GIB = 2**20, 2**30
 
 
 def parse_bytes(text: str) -> int:
@@ -47,49 +52,98 @@ class Room:
     free: int
     """Bytes that could be allocated while the largest steps run."""
     total: int = 0
-    """Bytes of the GPU; 0 on a CPU, where `free` is all that counts."""
+    """Bytes of the GPU; 0 on a CPU."""
     workspace: int = 0
     """Bytes that the largest steps take, graphs included."""
     share: float = 1.0
     """`engine.memory_share`."""
     smaller: str = ""
     """Settings with which smaller steps leave enough for one context, where these do not; empty: none are known."""
+    limit: int | None = None
+    """Most bytes for a pool that nobody asked for."""
 
     @property
     def usable(self) -> int:
-        """Bytes for the pool."""
-        return max(0, self.free - int((1 - self.share) * self.total))
+        """Bytes for a pool that nobody asked for."""
+        below = max(0, self.free - int((1 - self.share) * self.total))
+        return below if self.limit is None else min(below, self.limit)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolShape:
+    """What the pool is made of."""
+
+    page_bytes: int
+    """Of one page, over all pools and what a proposer keeps."""
+    page_size: int
+    """Tokens of one page."""
+    wanted: int
+    """Pages of all slots at full length."""
+    least: int
+    """Pages of one sequence at full length."""
+    drafts: int = 0
+    """Most drafts of a step: a sequence's pages hold them too."""
+
+    def fits(self, free: float) -> int:
+        """Pages that so many bytes are enough for, beside the scratch page."""
+        return max(0, int(free) // self.page_bytes - 1)
+
+    def setting(self, pages: int, most: int) -> str:
+        """`kv.memory` for so many pages or a few more, at most `most`: in whole MiB where that can be."""
+        whole = -(-pages * self.page_bytes // MIB)
+        return f"{whole}MiB" if whole * MIB // self.page_bytes <= most else str(pages * self.page_bytes)
+
+    def shorter(self, pages: int) -> list[str]:
+        """What to set so that one context needs no more than so many pages; empty: it would be none."""
+        context = context_of(pages, self.drafts, self.page_size)
+        return [f"model.max_model_len to {context} or less"] if context >= LEAST_CONTEXT else []
 
 
 def room_on_cpu(device: torch.device) -> Room:
-    free = free_memory(device) or CPU_POOL_LIMIT
-    return Room(min(int(free * CPU_SHARE), CPU_POOL_LIMIT))
+    free = free_memory(device)
+    limit = int(free * CPU_SHARE) if free is not None else CPU_POOL_LIMIT
+    return Room(free if free is not None else sys.maxsize, limit=min(limit, CPU_POOL_LIMIT))
 
 
-def plan_pages(setting: str | None, room: Room, page_bytes: int, page_size: int, *, wanted: int, least: int) -> int:
-    """Pages of the pool: what `kv.memory` holds, else what `room` has, never more than `wanted` (all slots at full length).
+def plan_pages(setting: str | None, room: Room, shape: PoolShape) -> int:
+    """Pages of the pool: what `kv.memory` holds, else what `room` has, never more than all slots need at full length.
 
-    Raises `OutOfMemory` where not even `least` pages (one sequence at full length) fit.
+    Raises `OutOfMemory` where not even one sequence at full length fits, or what is asked for does not.
     """
-    if setting is not None:
-        pages = parse_bytes(setting) // page_bytes
-        if pages < least:
-            raise OutOfMemory(
-                f"kv.memory {setting} holds {pages} pages of {page_bytes} bytes; one full context needs {least}.",
-                fix=f"Set kv.memory to {-(-least * page_bytes // 2**20)}MiB or more, or lower model.max_model_len.",
-                param="kv.memory",
-            )
-        return min(pages, wanted)
-    # The scratch page counts too.
-    pages = min(room.usable // page_bytes - 1, wanted)
-    if pages < least:
-        raise _too_small(room, page_bytes, page_size, max(0, pages), least)
+    if setting is None:
+        pages = min(shape.fits(room.usable), shape.wanted)
+        if pages < shape.least:
+            raise _too_little_room(room, shape, pages)
+        return pages
+    held = parse_bytes(setting) // shape.page_bytes
+    pages = min(held, shape.wanted)
+    if held < shape.least or pages > shape.fits(room.free):
+        raise _wrong_size(setting, held, room, shape)
     return pages
 
 
-def _too_small(room: Room, page_bytes: int, page_size: int, pages: int, least: int) -> OutOfMemory:
-    """For one full context."""
-    needed = (least + 1) * page_bytes
+def _wrong_size(setting: str, held: int, room: Room, shape: PoolShape) -> OutOfMemory:
+    """For a `kv.memory` that is too small for one context, or too large for the device."""
+    most, least = shape.fits(room.free), shape.least
+    message = f"kv.memory {setting} holds {held} pages of {shape.page_bytes} bytes; one full context needs {least}"
+    if max(held, least) > most:
+        message += f", and {_size(room.free)} are free, enough for {most} and the scratch page"
+    advised = shape.fits(room.free * STEADY_SHARE)
+    param = "kv.memory"
+    if held < least <= most:
+        fixes = [f"kv.memory to {shape.setting(least, most)} or more", *shape.shorter(held)]
+    elif least <= most:
+        fixes = [f"kv.memory to {shape.setting(max(least, advised), most)}"]
+    else:
+        fixes, param = shape.shorter(min(held, advised)), "model.max_model_len"
+        if held > most:
+            fixes = [f"{fix} and kv.memory to {shape.setting(advised, most)}" for fix in fixes]
+    return OutOfMemory(f"{message}.", fix=_advice(fixes), param=param)
+
+
+def _too_little_room(room: Room, shape: PoolShape, pages: int) -> OutOfMemory:
+    """For one full context, where nothing is asked for."""
+    needed = (shape.least + 1) * shape.page_bytes
     message = f"{_size(room.usable)} are free for the KV pool; one full context needs {_size(needed)}."
     fixes = []
     if room.total:
@@ -101,12 +155,16 @@ def _too_small(room: Room, page_bytes: int, page_size: int, pages: int, least: i
         share = 1 - (room.free - needed) / room.total
         if share <= MOST_SHARE:
             fixes.append(f"engine.memory_share to {-(-share * 1000 // 10) / 100:.2f}")
-    if pages:
-        fixes.append(f"model.max_model_len to {pages * page_size} or less")
+    elif shape.least <= (most := shape.fits(room.free * STEADY_SHARE)):
+        fixes.append(f"kv.memory to {shape.setting(shape.least, most)}")
+    fixes += shape.shorter(pages)
     if room.smaller:
         fixes.append(room.smaller)
-    fix = f"Set {', or '.join(fixes)}, or free memory." if fixes else "Free memory on the device, or choose a smaller model."
-    return OutOfMemory(message, fix=fix, param="model.max_model_len")
+    return OutOfMemory(message, fix=_advice(fixes), param="model.max_model_len")
+
+
+def _advice(fixes: list[str]) -> str:
+    return f"Set {', or '.join(fixes)}, or free memory." if fixes else "Free memory on the device, or choose a smaller model."
 
 
 def weights_too_large(
@@ -147,4 +205,4 @@ def weight_bytes(slots: Iterable[WeightSlot], dtype: torch.dtype) -> int:
 
 
 def _size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"

@@ -6,7 +6,8 @@ import asyncio
 import gc
 import random
 import re
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,9 @@ from fluentllm.assembly import assemble
 from fluentllm.core.errors import ConfigError, OutOfMemory
 from fluentllm.core.plugins import PluginManager
 from fluentllm.core.protocols import WeightSlot
+from fluentllm.core.slots import pages_of
 from fluentllm.core.types import Feature
-from fluentllm.memory import GIB, Room, parse_bytes, plan_pages, weight_bytes, weights_too_large
+from fluentllm.memory import GIB, PoolShape, Room, parse_bytes, plan_pages, weight_bytes, weights_too_large
 from fluentllm.rehearsal import Largest, measure, plans
 
 CUDA = torch.device("cuda", 0)
@@ -45,45 +47,87 @@ def test_the_pool_takes_what_is_left_below_the_share() -> None:
     """80 GiB, of which 60 are free while the largest step holds 3: at a share of 0.9 the pool gets 52."""
     room = Room(60 * GIB, 80 * GIB, 3 * GIB, 0.9)
     page = 2**20
-    pages = plan_pages(None, room, page, 64, wanted=10**9, least=10)
+    pages = plan_pages(None, room, PoolShape(page, 64, wanted=10**9, least=10))
     assert (pages + 1) * page == pytest.approx(52 * GIB, abs=2 * page)  # with the scratch page
-    assert plan_pages(None, room, page, 64, wanted=77, least=10) == 77
-    assert plan_pages("1GiB", room, page, 64, wanted=10**9, least=10) == 1024
+    assert plan_pages(None, room, PoolShape(page, 64, wanted=77, least=10)) == 77
+    assert plan_pages("1GiB", room, PoolShape(page, 64, wanted=10**9, least=10)) == 1024
+
+
+@dataclass
+class Start:
+    """What the memory plan depends on."""
+
+    setting: str | None
+    room: Room
+    context: int
+    page_bytes: int
+    page_size: int
+    drafts: int
+    slots: int
+
+    def plan(self) -> int:
+        least = pages_of(self.context, self.drafts, self.page_size)
+        shape = PoolShape(self.page_bytes, self.page_size, wanted=self.slots * least, least=least, drafts=self.drafts)
+        pages = plan_pages(self.setting, self.room, shape)
+        assert least <= pages <= shape.wanted
+        assert (pages + 1) * self.page_bytes <= self.room.free
+        return pages
+
+    def with_advice(self, settings: str) -> Start:
+        """`kv.memory to 3MiB or more and …`, taken by the letter."""
+        changed = replace(self)
+        for name, value in re.findall(r"([a-z_.]+) to (\S+)", settings):
+            match name:
+                case "kv.memory":
+                    changed.setting = value
+                case "model.max_model_len":
+                    assert 8 <= int(value) < self.context
+                    changed.context = int(value)
+                case "engine.memory_share":
+                    assert float(value) <= memory.MOST_SHARE + 0.01
+                    changed.room = replace(self.room, share=float(value))
+                case _:
+                    raise AssertionError(settings)
+        return changed
 
 
 def test_every_advice_fits() -> None:
-    """Whatever the error says to set, the plan made with it works."""
-    advised = set()
-    for _ in range(2000):
+    """Whatever the error says to set, the plan made with it works, for drafts and pages of any size."""
+    advised: Counter[str] = Counter()
+    for _ in range(5000):
         total = random.randint(8, 90) * GIB
         workspace = random.randint(0, 4) * GIB
-        room = Room(random.randint(0, total - workspace), total, workspace, random.uniform(0.2, 0.95))
-        page, least = random.choice((2**16, 2**21)), random.randint(1, 20_000)
-        if room.usable >= (least + 1) * page:
-            assert plan_pages(None, room, page, 64, wanted=10**9, least=least) >= least
-            continue
-        with pytest.raises(OutOfMemory) as raised:
-            plan_pages(None, room, page, 64, wanted=10**9, least=least)
-        fix = raised.value.fix or ""
-        if share := re.search(r"engine\.memory_share to ([\d.]+)", fix):
-            advised.add("share")
-            assert float(share[1]) <= memory.MOST_SHARE + 0.01
-            better = Room(room.free, room.total, room.workspace, float(share[1]))
-            assert plan_pages(None, better, page, 64, wanted=10**9, least=least) >= least
-        if length := re.search(r"model\.max_model_len to (\d+) or less", fix):
-            advised.add("length")
-            pages = int(length[1]) // 64
-            assert plan_pages(None, room, page, 64, wanted=10**9, least=pages) == pages
-    assert advised == {"share", "length"}
+        free = random.randint(0, random.choice((total - workspace, 2**28)))
+        gpu = Room(free, total, workspace, random.uniform(0.2, 0.95))
+        room = random.choice((gpu, Room(free, limit=min(int(free * 0.4), 4 * GIB))))
+        setting = random.choice((None, f"{random.randint(1, 90)}GiB", f"{random.randint(1, 400)}MiB"))
+        page_size, drafts = random.choice((1, 16, 64)), random.choice((0, 0, 3, 7))
+        page_bytes = random.choice((random.randint(2**10, 2**16), 2**16, 2**21, random.randint(2**21, 2**25)))
+        start = Start(setting, room, random.randint(8, 2**17), page_bytes, page_size, drafts, random.choice((1, 4, 256)))
+        try:
+            start.plan()
+        except OutOfMemory as error:
+            fix = error.fix or ""
+            if fix.startswith("Free memory on the device"):
+                room_for = room.usable if setting is None else min(parse_bytes(setting) + page_bytes, 0.9 * free)
+                assert (pages_of(8, drafts, page_size) + 1) * page_bytes > room_for  # not even the shortest context
+                continue
+            *alternatives, last = fix.removeprefix("Set ").split(", or ")
+            assert last == "free memory."
+            for settings in alternatives:
+                start.with_advice(settings).plan()
+                advised[" ".join(re.findall(r"([a-z_.]+) to", settings))] += 1
+    names = ["kv.memory", "model.max_model_len", "model.max_model_len kv.memory", "engine.memory_share"]
+    assert min(advised[name] for name in names) > 20, advised
 
 
 def test_a_cpu_pool_that_is_too_small() -> None:
     with pytest.raises(
         OutOfMemory, match=r"10 MiB are free .* one full context needs 101 MiB.*model\.max_model_len to 576 or less"
     ):
-        plan_pages(None, Room(10 * 2**20), 2**20, 64, wanted=1000, least=100)
+        plan_pages(None, Room(10 * 2**20), PoolShape(2**20, 64, wanted=1000, least=100))
     with pytest.raises(OutOfMemory, match=r"kv\.memory 3MiB holds 3 pages .* Set kv\.memory to 100MiB"):
-        plan_pages("3MiB", Room(GIB), 2**20, 64, wanted=1000, least=100)
+        plan_pages("3MiB", Room(GIB), PoolShape(2**20, 64, wanted=1000, least=100))
 
 
 def test_weights_that_do_not_fit_name_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,10 +269,10 @@ def test_steps_that_leave_no_room_for_a_context_name_settings_that_do(
     largest = Largest(prefill_tokens=256, sequences=16, context=80)
     room = measure(card.maker(tiny), largest, CUDA, 0.9, (least + 1) * page)
     with pytest.raises(OutOfMemory) as raised:
-        plan_pages(None, room, page, 16, wanted=10**6, least=least)
+        plan_pages(None, room, PoolShape(page, 16, wanted=10**6, least=least))
     assert f"or scheduler.{advice}, or free memory" in (raised.value.fix or "")
     better = measure(card.maker(tiny), advised(raised.value, largest), CUDA, 0.9, (least + 1) * page)
-    assert plan_pages(None, better, page, 16, wanted=10**6, least=least) >= least
+    assert plan_pages(None, better, PoolShape(page, 16, wanted=10**6, least=least)) >= least
 
 
 def test_steps_are_not_tried_where_smaller_ones_would_not_help(tiny: Harness, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from ..core.timeline import Timeline
 from ..core.transport import TransportSpec
 from ..core.types import ModelInfo
 from ..kernels.fixed_order import slowdown
-from ..memory import plan_pages, room_on_cpu
+from ..memory import PoolShape, plan_pages, room_on_cpu
 from ..rehearsal import Largest, measure
 from ..transfer.layout import memory_of
 from .choices import (
@@ -121,7 +121,8 @@ def assemble(
     else:
         room = room_on_cpu(device)
     with timeline.stage("pool"):
-        pages = plan_pages(settings.kv.memory, room, maker.page_bytes, maker.page_size, wanted=slots * least, least=least)
+        shape = PoolShape(maker.page_bytes, maker.page_size, wanted=slots * least, least=least, drafts=max_drafts)
+        pages = plan_pages(settings.kv.memory, room, shape)
         parts = maker.make(pages)
     handoffs = _handoffs(settings, loaded, plugins, parts, own.kv_layers)
     if handoffs is not None and handoffs.watcher is not None:

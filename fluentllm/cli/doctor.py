@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,26 +209,28 @@ def _model_choices(settings: Settings, plugins: PluginManager, spec: ModelSpec) 
 
 
 def _check_pool(settings: Settings, plugins: PluginManager, spec: ModelSpec, path: Path) -> None:
-    """Raises `OutOfMemory` for a `kv.memory` that does not hold one context. What fits without it only the start knows."""
+    """Raises `OutOfMemory` for a `kv.memory` that does not hold one context, on a CPU for one that is not free too. What fits
+    without it only the start knows."""
     from fluentllm.assembly import choose_device, choose_dtype, choose_kv_dtype, choose_page_size
-    from fluentllm.assembly.choices import draft_length, max_model_len
+    from fluentllm.assembly.choices import DEFAULT_SLOTS, draft_length, max_model_len
     from fluentllm.assembly.proposers import choose_proposer
     from fluentllm.assembly.step import page_bytes
     from fluentllm.core.protocols import DraftMemory, DraftTarget
     from fluentllm.core.slots import pages_of
-    from fluentllm.memory import Room, plan_pages
+    from fluentllm.memory import PoolShape, Room, plan_pages, room_on_cpu
 
     if settings.kv.memory is None:
         return
-    dtype, page_size = (
-        choose_dtype(settings.model.dtype, choose_device(settings.engine.device)),
-        choose_page_size(settings, spec),
-    )
+    device = choose_device(settings.engine.device)
+    dtype, page_size = choose_dtype(settings.model.dtype, device), choose_page_size(settings, spec)
     lengths, proposer = draft_length(settings), choose_proposer(settings, spec, plugins)
     own = proposer.memory(DraftTarget(settings, spec, dtype.itemsize, path)) if proposer is not None else DraftMemory()
     size = page_bytes(spec.kv, own, page_size, choose_kv_dtype(settings, dtype))
-    least = pages_of(max_model_len(settings, spec), lengths.max_k if lengths is not None else 0, page_size)
-    plan_pages(settings.kv.memory, Room(0), size, page_size, wanted=least, least=least)
+    drafts = lengths.max_k if lengths is not None else 0
+    least = pages_of(max_model_len(settings, spec), drafts, page_size)
+    slots = settings.scheduler.max_running or DEFAULT_SLOTS.get(device.type, 64)
+    room = room_on_cpu(device) if device.type == "cpu" else Room(sys.maxsize)
+    plan_pages(settings.kv.memory, room, PoolShape(size, page_size, wanted=slots * least, least=least, drafts=drafts))
 
 
 def _choice(setting: str, wanted: str, chosen: str, reason: str, always: bool = False) -> dict[str, str]:

@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
 
+LEAST_CONTEXT = 8
+"""Tokens that `model.max_model_len` is at least."""
+
 
 def _help(text: str, unit: str | None = None, **bounds: Any) -> Meta:
     return Meta(description=text, extra_json_schema={"unit": unit} if unit else None, **bounds)
@@ -37,7 +40,8 @@ class ModelSettings(Struct, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = "auto"
     max_model_len: Annotated[
-        Annotated[int, Meta(ge=8)] | None, _help("Longest context, prompt and answer; the checkpoint's if null.", "tokens")
+        Annotated[int, Meta(ge=LEAST_CONTEXT)] | None,
+        _help("Longest context, prompt and answer; the checkpoint's if null.", "tokens"),
     ] = None
     chat_template: Annotated[str | None, _help("Path of a Jinja chat template instead of the checkpoint's.")] = None
     answer_format: Annotated[

@@ -28,6 +28,11 @@ def pages_of(context: int, max_drafts: int, page_size: int) -> int:
     return -(-(context + 2 * max_drafts) // page_size)
 
 
+def context_of(pages: int, max_drafts: int, page_size: int) -> int:
+    """Tokens of the longest sequence that has room in so many pages."""
+    return pages * page_size - 2 * max_drafts
+
+
 class SlotTables:
     """Tables of `slots` + 1 rows on `device`.
 

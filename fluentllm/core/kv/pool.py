@@ -85,11 +85,11 @@ class KVPool:
         if free is None:
             return OutOfMemory(f"{message}, which could not be allocated.", fix="Set kv.memory to less.")
         message += f", where {_mib(free)} is free."
-        # A tenth is left for what is allocated beside the pool and cannot be seen from here.
-        fits = free * 9 // 10
-        if fits < 2 * page:
+        # Beside the scratch page. A tenth is left for what is allocated beside the pool and cannot be seen from here.
+        fits = free * 9 // 10 - page
+        if fits < page:
             return OutOfMemory(message, fix="Not even one page fits: free memory on the device, or choose a smaller model.")
-        return OutOfMemory(message, fix=f"Set kv.memory: {max(1, fits // MIB)}MiB or less.")
+        return OutOfMemory(message, fix=f"Set kv.memory to {f'{fits // MIB}MiB' if fits >= page + MIB else fits} or less.")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,5 +1,7 @@
 """The pool tensors: shapes, sizes, views, and what is said when they do not fit."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from fluentllm.core.errors import OutOfMemory
 from fluentllm.core.kv import pool as pool_module
 from fluentllm.core.kv.pool import KVPool, free_memory
 from fluentllm.core.types import KVSpec
+from fluentllm.memory import parse_bytes
 
 CPU = torch.device("cpu")
 GQA = KVSpec(kind="gqa", layers=3, heads=2, head_dim=8, v_head_dim=4)
@@ -70,12 +73,22 @@ def test_where_not_even_a_page_fits_no_setting_is_proposed(monkeypatch: pytest.M
         KVPool(GQA, pages=4, page_size=16, dtype=torch.float32, device=CPU)
 
 
-def test_the_proposed_size_fits(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pool_module, "free_memory", lambda device: 10 * 2**20)
-    with pytest.raises(OutOfMemory, match=r"Set kv\.memory: 9MiB"):
-        KVPool(GQA, pages=10**6, page_size=16, dtype=torch.float32, device=CPU)
-    page = KVPool.bytes_per_page(GQA, 16, torch.float32)
-    KVPool(GQA, pages=9 * 2**20 // page, page_size=16, dtype=torch.float32, device=CPU)
+@pytest.mark.parametrize("page_size", [16, 400, 5000])
+@pytest.mark.parametrize("free", [20_000, 3 * 2**20, 10 * 2**20 + 1])
+def test_the_proposed_size_fits(monkeypatch: pytest.MonkeyPatch, page_size: int, free: int):
+    """Pages of 5 kB, 112 kB and 1.4 MB."""
+    monkeypatch.setattr(pool_module, "free_memory", lambda device: free)
+    page = KVPool.bytes_per_page(GQA, page_size, torch.float32)
+    with pytest.raises(OutOfMemory) as raised:
+        KVPool(GQA, pages=10**6, page_size=page_size, dtype=torch.float32, device=CPU)
+    if 2.3 * page > free:
+        assert "Not even one page fits" in (raised.value.fix or "")
+        return
+    said = re.fullmatch(r"Set kv\.memory to (\w+) or less\.", raised.value.fix or "")
+    assert said is not None
+    pages = parse_bytes(said[1]) // page
+    assert 0.6 * free < (pages + 1) * page <= 0.9 * free
+    KVPool(GQA, pages, page_size, torch.float32, CPU)
 
 
 def test_free_memory_respects_a_container(tmp_path):
