@@ -18,6 +18,7 @@ import uvicorn
 import uvloop
 
 from fluentllm.core.errors import EngineUnavailable
+from fluentllm.core.plugins.burden import LateTorch
 from fluentllm.frontend.app import create_app
 from fluentllm.frontend.client import SocketEngineClient
 from fluentllm.frontend.http import HttpProtocol
@@ -121,7 +122,9 @@ async def _report_link(client: SocketEngineClient, child: Child) -> None:
 
 
 def main(child: Child) -> None:
-    uvloop.run(serve(child, child.load_plugins({"frontend"})))
+    plugins = child.load_plugins({"frontend"})
+    LateTorch(plugins.infos).install()
+    uvloop.run(serve(child, plugins))
 
 
 if __name__ == "__main__":
