@@ -6,7 +6,8 @@ it find the best where they are right?
 One engine without speculation, then one for each mean accepted length (SYNTHETIC: drafts are accepted at random), in which
 `auto` runs first, by batch, and then each K. Milliseconds a token and sequence, by (time of steps + 1 tokens − time of 1) /
 steps. `auto` is given by round: the first rounds of a batch find out what is best. `latency` has programs captured before.
-Rows: {acceptance, batch, none, fixed: {K: ms}, auto: [ms by round], over_none, over_best}; the last two by the last round.
+Rows: {synthetic_acceptance, batch, none, fixed: {K: ms}, auto: [ms by round], over_none, over_best}; the last two by the last
+round.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def engine(args: argparse.Namespace, **speculative: Any) -> LocalEngine:
 def compared(acceptance: float, batch: int, none: float, fixed: dict[int, float], auto: list[float]) -> dict[str, Any]:
     best = min(none, *fixed.values())
     ratios = {"over_none": round(auto[-1] / none, 3), "over_best": round(auto[-1] / best, 3)}
-    return {"acceptance": acceptance, "batch": batch, "none": none, "fixed": fixed, "auto": auto} | ratios
+    return {"synthetic_acceptance": acceptance, "batch": batch, "none": none, "fixed": fixed, "auto": auto} | ratios
 
 
 def main() -> None:

@@ -8,12 +8,18 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING, Any
 
+from msgspec import to_builtins
+
 from ..core.errors import InvalidRequest
 from ..core.types import GrammarSpec, Handoff, HandoffReport, Request, RequestOutput, SamplingParams
 from ..frontend import structured
+from ..frontend.choices import Delta, verification
+from ..plugins.api_openai.chunks import usage_body
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from ..frontend.generation import Usage
 
 GRAMMARS: dict[str, Callable[[Any], GrammarSpec]] = {
     "json": structured.json_schema,
@@ -94,9 +100,12 @@ def transfer_params(report: HandoffReport, body: dict[str, Any]) -> dict[str, An
     return {"kv_transfer_params": told}
 
 
-def chunk_of(output: RequestOutput) -> dict[str, Any]:
-    """Without usage and the end's own fields."""
+def chunk_of(output: RequestOutput, synthetic: str | None) -> dict[str, Any]:
+    """Without usage and the end's own fields. `synthetic`: of the engine (`ModelInfo.synthetic`)."""
     chunk: dict[str, Any] = {"token_ids": output.tokens, "index": 0}
+    if synthetic is not None:
+        # The one field of words that Dynamo hands on, to clients that ask for it: as `nvext.engine_data`.
+        chunk["engine_data"] = {"synthetic": synthetic}
     if output.logprobs is not None:
         chunk["log_probs"] = [logprob.logprob for logprob in output.logprobs]
         chunk["top_logprobs"] = [
@@ -109,12 +118,15 @@ def chunk_of(output: RequestOutput) -> dict[str, Any]:
     return chunk
 
 
-def ended(output: RequestOutput, prompt: int, tokens: int, cached: int) -> dict[str, Any]:
-    """What the last chunk says besides."""
-    usage = {
-        "prompt_tokens": prompt,
-        "completion_tokens": tokens,
-        "total_tokens": prompt + tokens,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
-    return {"finish_reason": FINISH.get(output.finish_reason or "", "error"), "completion_usage": usage}
+def count(usage: Usage, output: RequestOutput) -> None:
+    """Add what one step brought."""
+    tokens = len(output.tokens)
+    drafts = {verification(output, tokens): 1} if output.drafted else None
+    cached, handoff = output.cached_tokens, output.handoff
+    usage.add(Delta(0, "", output.tokens, new_tokens=tokens, cached_tokens=cached, drafts=drafts, handoff=handoff), n=1)
+
+
+def ended(output: RequestOutput, usage: Usage) -> dict[str, Any]:
+    """What the last chunk says besides; the usage as in answers of `fluent serve`, of which Dynamo hands on OpenAI's fields."""
+    reason = FINISH.get(output.finish_reason or "", "error")
+    return {"finish_reason": reason, "completion_usage": to_builtins(usage_body(usage))}

@@ -16,9 +16,10 @@ from dynamo.common.constants import DisaggregationMode
 from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
 
 from ..core.errors import EngineDied, EngineUnavailable, InvalidRequest
+from ..frontend.generation import Usage
 from ..local import LocalEngine
 from ..plugins.metrics_prometheus import CALL
-from .requests import chunk_of, ended, request_of, transfer_params
+from .requests import chunk_of, count, ended, request_of, transfer_params
 
 if TYPE_CHECKING:
     from ..core.settings import Settings
@@ -73,18 +74,17 @@ class FluentWorker(LLMEngine):  # type: ignore[misc]
         role = "both" if is_probe(request) else self._role
         name = context.id()
         leaving = self._leaving[name] = asyncio.Event()
-        tokens = cached = 0
         try:
             asked = request_of(request, name, max_model_len=info.max_model_len, role=role)
+            usage = Usage(prompt_tokens=len(asked.prompt), speculative=info.speculative)
             async with contextlib.aclosing(self._client.submit(asked)) as outputs:
                 async for output in _until(leaving, outputs):
-                    tokens += len(output.tokens)
-                    cached += output.cached_tokens
-                    chunk = chunk_of(output)
+                    count(usage, output)
+                    chunk = chunk_of(output, info.synthetic)
                     if output.handoff is not None and role == "prefill":
                         chunk["disaggregated_params"] = transfer_params(output.handoff, request)
                     if output.finish_reason is not None:
-                        chunk |= ended(output, len(asked.prompt), tokens, cached)
+                        chunk |= ended(output, usage)
                     yield chunk
         except InvalidRequest as error:
             raise InvalidArgument(str(error)) from error

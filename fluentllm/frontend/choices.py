@@ -38,6 +38,12 @@ Verified = dict[tuple[int, int], int]
 """(drafts verified, drafts of these that are tokens of the answer) → how many steps."""
 
 
+def verification(output: RequestOutput, tokens: int) -> tuple[int, int]:
+    """A key of `Verified`. `tokens`: how many of its tokens are part of the answer. Drafts behind them were right for nothing;
+    the last of the tokens counts as the target's own, as where a stop id or the budget cuts."""
+    return output.drafted, max(0, min(output.accepted, tokens - 1))
+
+
 class Delta(Struct, gc=False):
     """What one step brought one choice."""
 
@@ -121,10 +127,8 @@ class Choice:
         return self._push(tokens)
 
     def _verified(self, output: RequestOutput, tokens: int) -> None:
-        """`tokens`: how many of its tokens are part of the answer. Drafts behind them were right for nothing; the last of the
-        tokens counts as the target's own, as where a stop id or the budget cuts."""
         if output.drafted:
-            key = output.drafted, max(0, min(output.accepted, tokens - 1))
+            key = verification(output, tokens)
             self._drafts[key] = self._drafts.get(key, 0) + 1
 
     def _take_drafts(self) -> Verified | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +22,8 @@ BYTES = int(TINY_LLAMA["num_hidden_layers"] * 2 * TINY_LLAMA["num_key_value_head
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Dynamo, dict[str, str]]]:
-    """Models: `whole` by one worker, `push` and `pull` by two each; metrics of the decode workers."""
+    """Models: `whole` by one worker, `random` likewise, whose drafts are accepted at random, `push` and `pull` by two each;
+    metrics of the decode workers, and of `random`."""
     with dynamo(tmp_path_factory.mktemp("dynamo")) as front:
         metrics = {}
         for name, options in (("push", ()), ("pull", ("--pull",))):
@@ -29,8 +31,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Dynamo, 
             front.worker(name, "prefill", "--set", f"plugins.kv_layerwise.port={port}", *options)
             metrics[name] = front.worker(name, "decode", "--set", f'plugins.kv_layerwise.peers=["127.0.0.1:{port}"]')
         front.worker("whole", "both")
-        front.wait_for("whole", "push", "pull")
+        metrics["random"] = front.worker("random", "both", *(f"--set={key}={value}" for key, value in SYNTHETIC.items()))
+        front.wait_for("whole", "random", "push", "pull")
         yield front, metrics
+
+
+SYNTHETIC = {
+    "speculative.method": "pld",
+    "speculative.k": 2,
+    "plugins.spec_pld.shortest": 1,
+    "speculative.synthetic_acceptance": 2.0,
+}
+MARK = "SYNTHETIC: drafts are accepted at random, 2.0 tokens a step, so answers mean nothing"
 
 
 def counters(url: str) -> dict[str, float]:
@@ -80,6 +92,33 @@ def test_a_client_that_leaves(cluster: tuple[Dynamo, dict[str, str]], name: str)
     deadline = time.monotonic() + START_TIMEOUT
     while not figure(metrics[name], 'fluent_requests_finished_total{finish_reason="abort"}') or counters(metrics[name])["open"]:
         assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_drafts_that_were_accepted_at_random(cluster: tuple[Dynamo, dict[str, str]], path: str) -> None:
+    """A client that asks for the engine's own data has the mark in every chunk that has tokens; the worker's log and metrics
+    have it, whoever asks."""
+    front, metrics = cluster
+    asked = {"messages": [{"role": "user", "content": "ab"}]} if path.startswith("chat") else {"prompt": "ababab"}
+    body = {
+        "model": "random",
+        "max_tokens": 96,
+        "temperature": 0,
+        "ignore_eos": True,
+        "nvext": {"extra_fields": ["engine_data"]},
+        **asked,
+    }
+    whole = front.client.post(f"/v1/{path}", json=body).json()
+    assert whole["nvext"]["engine_data"]["synthetic"] == MARK
+    drafts = whole["usage"]["completion_tokens_details"]
+    assert drafts["accepted_prediction_tokens"] + drafts["rejected_prediction_tokens"] > 0
+    text = front.client.post(f"/v1/{path}", json={**body, "stream": True}).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    marks = [event["nvext"]["engine_data"]["synthetic"] for event in events if event["choices"]]
+    assert len(marks) > 1
+    assert set(marks) == {MARK}
+    assert figure(metrics["random"], "fluent_spec_decode_synthetic") == 1
+    assert MARK in (front.folder / "random-both.log").read_text()
 
 
 def figure(url: str, name: str) -> float:

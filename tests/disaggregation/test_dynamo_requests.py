@@ -7,9 +7,18 @@ from typing import Any
 import pytest
 
 from fluentllm.core.errors import InvalidRequest
-from fluentllm.core.types import GrammarSpec, Handoff, HandoffReport, RequestOutput, SamplingParams, TokenLogprob
-from fluentllm.dynamo.requests import chunk_of, ended, request_of, transfer_params
+from fluentllm.core.types import (
+    GrammarSpec,
+    Handoff,
+    HandoffReport,
+    RequestOutput,
+    SamplingParams,
+    SpeculativeInfo,
+    TokenLogprob,
+)
+from fluentllm.dynamo.requests import chunk_of, count, ended, request_of, transfer_params
 from fluentllm.frontend import structured
+from fluentllm.frontend.generation import Usage
 
 BODY: dict[str, Any] = {
     "token_ids": [5, 6, 7],
@@ -88,10 +97,42 @@ def test_one_after_the_other() -> None:
 def test_answers() -> None:
     logprobs = [TokenLogprob(3, -0.5, 1, [(3, -0.5), (4, -1.5)])]
     output = RequestOutput(id="a", tokens=[3], logprobs=logprobs, finish_reason="length")
-    chunk = chunk_of(output)
+    chunk = chunk_of(output, None)
     assert (chunk["token_ids"], chunk["index"], chunk["log_probs"]) == ([3], 0, [-0.5])
     assert [(top["rank"], top["token_id"], top["logprob"]) for top in chunk["top_logprobs"][0]] == [(1, 3, -0.5), (2, 4, -1.5)]
-    last = ended(output, prompt=3, tokens=4, cached=2)
+    assert "engine_data" not in chunk
+    usage = Usage(prompt_tokens=3)
+    for step in (RequestOutput(id="a", tokens=[5, 6, 7], cached_tokens=2), output):
+        count(usage, step)
+    last = ended(output, usage)
     assert last["finish_reason"] == "length"
-    assert last["completion_usage"]["total_tokens"] == 7
-    assert last["completion_usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+    assert last["completion_usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+
+
+def test_answers_of_drafts() -> None:
+    """Counted as `fluent serve` counts them."""
+    usage = Usage(prompt_tokens=3, speculative=SpeculativeInfo(method="pld", k=2, max_k=2, synthetic_acceptance=2.0))
+    steps = [([5], 0, 0), ([6, 7, 8], 2, 2), ([9, 4], 2, 1), ([2], 2, 2)]
+    outputs = [RequestOutput(id="a", tokens=tokens, drafted=d, accepted=a) for tokens, d, a in steps]
+    for output in outputs:
+        count(usage, output)
+    assert ended(outputs[-1], usage)["completion_usage"]["completion_tokens_details"] == {
+        "accepted_prediction_tokens": 3,
+        "rejected_prediction_tokens": 3,
+        "proposer": "pld",
+        "verified_by_position": [3, 3],
+        "accepted_by_position": [2, 1],
+        "synthetic_acceptance": 2.0,
+    }
+
+
+def test_drafts_that_were_accepted_at_random_are_told_in_every_chunk() -> None:
+    mark = SpeculativeInfo(method="pld", k=2, max_k=2, synthetic_acceptance=2.0).synthetic
+    assert mark is not None
+    for output in (RequestOutput(id="a", tokens=[3]), RequestOutput(id="a", finish_reason="stop")):
+        assert chunk_of(output, mark)["engine_data"] == {"synthetic": mark}

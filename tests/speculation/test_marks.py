@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+import typer
 import yaml
 from engine.harness import write_tiny_llama
 from engine.test_every_model import LONGCAT
 from processes.server import Server
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from fluentllm import LLM, SamplingOptions
 from fluentllm.cli import create_app
+from fluentllm.core.plugins import PluginManager
 from fluentllm.core.types import KVSpec, ModelInfo, ModelSpec, SpeculativeInfo
+from fluentllm.plugins.kv_layerwise import router
 from fluentllm.processes.banner import banner
 
 from . import mtp
@@ -30,6 +35,59 @@ DRAFTS: dict[str, Any] = {"speculative.method": "pld", "speculative.k": 2, "plug
 SYNTHETIC = {**DRAFTS, "speculative.synthetic_acceptance": 2.0}
 MARK = "SYNTHETIC: drafts are accepted at random, 2.0 tokens a step, so answers mean nothing"
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+
+
+MARKED = {
+    "fluent serve": ["test_banner", "test_a_server"],
+    "fluent run": ["test_results_of_a_job"],
+    "fluent chat": ["test_a_chat"],
+    "fluent bench latency": ["test_bench_latency"],
+    "fluent bench throughput": ["test_bench"],
+    "fluent bench serve": ["test_bench_of_a_server"],
+    "fluent bench step": ["test_bench_step"],
+    "fluent proxy": ["test_answers_through_the_proxy"],
+    "fluent dynamo": [
+        "disaggregation.test_dynamo_requests.test_drafts_that_were_accepted_at_random_are_told_in_every_chunk",
+        "disaggregation.test_dynamo.test_drafts_that_were_accepted_at_random",
+    ],
+    "POST /v1/chat/completions": ["test_answers_of_the_api"],
+    "POST /v1/completions": ["test_answers_of_the_api"],
+    "GET /metrics": ["test_metrics"],
+    "LLM.generate": ["test_completions_of_an_llm"],
+    "LLM.chat": ["test_completions_of_an_llm"],
+}
+"""Whatever has answers of a model in it, or figures of one that runs → the tests that see the mark in it."""
+WITHOUT = {
+    *("fluent doctor", "fluent models list", "fluent models pull", "fluent models show"),
+    *("fluent plugins list", "fluent plugins show", "fluent plugins trace", "fluent plugins doctor"),
+    *("fluent config show", "fluent config schema", "fluent config explain"),
+    *("GET /v1/models", "GET /v1/models/{model:path}", "GET /health", "GET /live", "GET /version", "GET /openapi.json"),
+    *("GET /startup", "GET /plugins", "GET /handoff", "POST /tokenize", "POST /detokenize", "LLM.close"),
+}
+"""What is the same whether drafts are accepted at random or not."""
+
+
+def outputs() -> set[str]:
+    """Every command, every route, every method of `LLM`."""
+
+    def commands(group: Any, name: str) -> set[str]:
+        below = getattr(group, "commands", None)
+        return {name} if below is None else set().union(*(commands(one, f"{name} {part}") for part, one in below.items()))
+
+    routes = PluginManager.load({"frontend"}).routes()
+    found = commands(typer.main.get_command(create_app()), "fluent")
+    found |= {f"{method} {route.path}" for route in routes for method in route.methods}
+    return found | {f"LLM.{name}" for name in vars(LLM) if not name.startswith("_")}
+
+
+def test_no_output_is_forgotten() -> None:
+    """A new command, route or method is either marked, which a test sees, or has nothing to mark."""
+    assert not MARKED.keys() & WITHOUT
+    assert outputs() == MARKED.keys() | WITHOUT
+    for names in MARKED.values():
+        for name in names:
+            module, _, test = name.rpartition(".")
+            assert callable(getattr(importlib.import_module(module or __name__), test))
 
 
 def info(speculative: SpeculativeInfo | None) -> ModelInfo:
@@ -72,26 +130,55 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(folder: Path) -> Iterator[str]:
+def server(folder: Path) -> Iterator[Server]:
     template = f"--set=model.chat_template={folder / 'chat.jinja'}"
     server = Server(folder / "served", template, *flags(SYNTHETIC), temporary=folder)
-    assert MARK in server.output
-    yield server.url
+    yield server
     server.client.close()
     server.process.terminate()
     server.wait_end()
 
 
+@pytest.fixture(scope="module")
+def url(server: Server) -> str:
+    return server.url
+
+
+def test_a_server(server: Server) -> None:
+    """Its log and its start-up text."""
+    assert [MARK in line for line in server.lines].count(True) >= 2
+
+
+def test_metrics(url: str) -> None:
+    assert "\nfluent_spec_decode_synthetic 1.0\n" in httpx.get(f"{url}/metrics", timeout=60).text
+
+
+ASKED: dict[str, dict[str, Any]] = {
+    "chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "completions": {"prompt": "hi", "echo": True},
+}
+
+
 @pytest.mark.parametrize("usage", [{}, {"stream_options": {"include_usage": True}}])
-@pytest.mark.parametrize(
-    ("path", "asked"),
-    [("chat/completions", {"messages": [{"role": "user", "content": "hi"}]}), ("completions", {"prompt": "hi", "echo": True})],
-)
-def test_answers_of_the_api(url: str, path: str, asked: dict[str, Any], usage: dict[str, Any]) -> None:
+@pytest.mark.parametrize("path", ASKED)
+def test_answers_of_the_api(url: str, path: str, usage: dict[str, Any]) -> None:
     """Whole ones, and each chunk of a stream, with usage or without."""
-    body = {"model": "served", "max_tokens": 6, "n": 2, "ignore_eos": True, **asked}
-    assert httpx.post(f"{url}/v1/{path}", json=body, timeout=60).json()["synthetic"] == MARK
-    text = httpx.post(f"{url}/v1/{path}", json={**body, "stream": True, **usage}, timeout=60).text
+    with httpx.Client(base_url=url, timeout=60) as client:
+        check_answers(client, path, usage)
+
+
+@pytest.mark.parametrize("path", ASKED)
+def test_answers_through_the_proxy(url: str, path: str) -> None:
+    """Of a decode engine, where no prefill engine is up."""
+    app = router.create_app(["http://127.0.0.1:9"], [url], api_key=None, pull=False)
+    with TestClient(app) as client:
+        check_answers(client, path, {})
+
+
+def check_answers(client: httpx.Client, path: str, usage: dict[str, Any]) -> None:
+    body = {"model": "served", "max_tokens": 6, "n": 2, "ignore_eos": True, **ASKED[path]}
+    assert client.post(f"/v1/{path}", json=body).json()["synthetic"] == MARK
+    text = client.post(f"/v1/{path}", json={**body, "stream": True, **usage}).text
     events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
     assert len(events) > 4
     assert {event["synthetic"] for event in events} == {MARK}
@@ -123,9 +210,10 @@ def test_a_chat(url: str, folder: Path) -> None:
 def test_completions_of_an_llm(folder: Path, drafts: dict[str, Any], mark: str | None) -> None:
     model = str(write_tiny_llama(folder / "offline", vocab_size=300))
     settings = {"model.load_format": "dummy", "engine.device": "cpu", "engine.threads": 1, **drafts}
-    with LLM(model, settings=settings) as llm:
-        found = llm.generate(["abcabc", "b"], SamplingOptions(max_tokens=4, n=2, ignore_eos=True))
-    assert [completion.synthetic for completion in found] == [mark] * 4
+    options = SamplingOptions(max_tokens=4, n=2, ignore_eos=True)
+    with LLM(model, settings={**settings, "model.chat_template": str(folder / "chat.jinja")}) as llm:
+        found = [*llm.generate(["abcabc", "b"], options), *llm.chat([{"role": "user", "content": "ab"}], options)]
+    assert [completion.synthetic for completion in found] == [mark] * 6
 
 
 @pytest.mark.parametrize(("drafts", "mark"), [(SYNTHETIC, MARK), (DRAFTS, None)])
