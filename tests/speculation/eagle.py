@@ -12,7 +12,7 @@ from engine.test_every_model import LONGCAT, MODELS
 from safetensors.torch import save_file
 
 from .mtp import write_checkpoint
-from .watching import WholeSequence, whole
+from .watching import Primed, WholeSequence, whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -107,7 +107,7 @@ def harness(folder: Path, kind: str, target: str, **overrides: Any) -> Harness:
     return Harness(write_checkpoint(folder / "target", TARGETS[target]), **{**settings, **overrides})
 
 
-class Reference:
+class Reference(Primed):
     """Scores of a draft model's drafts after a history, from nothing but the tokens: the pairs (state of position t, token at
     t + 1) are the inputs, at positions 0, 1, …, as in the papers' code."""
 
@@ -115,11 +115,11 @@ class Reference:
         self, model: Model, kind: str, weights: Mapping[str, Tensor] | None = None, config: Mapping[str, Any] | None = None
     ) -> None:
         """`weights`, `config`: of a draft that is not the tiny one."""
+        super().__init__()
         self._model: Any = model
         self._eagle3 = kind == "eagle3"
         self._weights = draft_tensors(kind) if weights is None else weights
         self._prefix = "midlayer" if self._eagle3 else "layers.0"
-        self._known: dict[tuple[int, ...], Tensor] = {}
         config = DRAFTS[kind] if config is None else config
         heads, layers = config["num_attention_heads"], model.spec.layers
         self._size = config.get("head_dim") or config["hidden_size"] // heads
@@ -129,7 +129,7 @@ class Reference:
 
     @torch.inference_mode()
     def scores(self, history: list[int], drafts: list[int]) -> Tensor:
-        states, tokens = self._states(tuple(history[:-1])), history[1:]
+        states, tokens = self.states(history[:-1]), history[1:]
         rows = []
         for draft in drafts:
             out = self._layer(states, tokens)[-1:]
@@ -137,21 +137,11 @@ class Reference:
             states, tokens = torch.cat((states, out)), [*tokens, draft]
         return torch.cat(rows)
 
-    def prime(self, text: list[int]) -> None:
-        """Compute the target's states of a text and all that it begins with at once: they depend on nothing behind."""
-        states = self._states(tuple(text))
-        self._known.update({tuple(text[:end]): states[:end] for end in range(1, len(text))})
-
-    @torch.inference_mode()
-    def _states(self, tokens: tuple[int, ...]) -> Tensor:
-        if tokens not in self._known:
-            batch = whole(list(tokens))
-            self._model.tap(self._taps if self._eagle3 else [])
-            hidden = self._model.forward(batch, WholeSequence())
-            if self._eagle3:
-                hidden = torch.cat(batch.layer_inputs, -1) @ self._weights["fc.weight"].T
-            self._known[tokens] = hidden
-        return self._known[tokens]
+    def compute(self, tokens: list[int]) -> Tensor:
+        batch = whole(tokens)
+        self._model.tap(self._taps if self._eagle3 else [])
+        hidden: Tensor = self._model.forward(batch, WholeSequence())
+        return torch.cat(batch.layer_inputs, -1) @ self._weights["fc.weight"].T if self._eagle3 else hidden
 
     def _layer(self, states: Tensor, tokens: list[int]) -> Tensor:
         if self._eagle3:

@@ -20,7 +20,7 @@ from fluentllm.kernels.prompt_lookup import prompt_lookup_reference
 
 from . import eagle, mtp
 from .watching import CLOSE, Drafted, watched
-from .watching_on_device import Record, watched_on_device
+from .watching_on_device import OTHERS, Record, watched_on_device
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,6 +136,10 @@ class Subject:
             ids = [running.submit(tokens, **params) for tokens, params in self.work]
             return [await running.rest(i) for i in ids]
 
+    def drafted_for(self, cell: Cell) -> int:
+        """Tokens for which there may be drafts: all but the first of each answer."""
+        return sum(len(answer) - 1 for answer in self.answers[: cell.batch])
+
     def check(self, drafted: Drafted) -> int:
         """Drafts that were the only choice; raises for one that was no choice within rounding."""
         key = (tuple(drafted.history), drafted.seed if drafted.temperature else None)
@@ -168,7 +172,7 @@ class Strategy:
 
     def __init__(self, kind: str, k: int, texts: list[list[int]], vocab: int = VOCAB) -> None:
         self.given: dict[tuple[int, ...], list[int]] = {}
-        self._kind, self._k, self._texts, self._vocab = kind, k, texts, vocab
+        self.kind, self._k, self._texts, self._vocab = kind, k, texts, vocab
 
     def __call__(self, history: list[int], own: list[int]) -> list[int]:
         drafts = self._drafts(history, own)
@@ -176,16 +180,16 @@ class Strategy:
         return drafts
 
     def _drafts(self, history: list[int], own: list[int]) -> list[int]:
-        if self._kind == "own":
+        if self.kind == "own":
             return own
-        if self._kind == "repeat":
+        if self.kind == "repeat":
             return history[-1:] * self._k
         text = next((text for text in self._texts if text[: len(history)] == history), history)
         right = (text + [0] * self._k)[len(history) : len(history) + self._k]
         wrong = [(token + 1) % self._vocab for token in right]
-        if self._kind == "right":
+        if self.kind == "right":
             return right
-        if self._kind == "wrong":
+        if self.kind == "wrong":
             return wrong
         place = len(history) % self._k
         return [*right[:place], wrong[place], *right[place + 1 :]]
@@ -235,95 +239,76 @@ class Urgent:
         self._deliver(message)
         self._waiting -= {output.id for output in message.outputs}
         if not self._waiting and not self.ids:
-            self.ids = [self._running.submit([7, 8, 9 + i], priority=-1, max_tokens=2, ignore_eos=True) for i in range(3)]
+            self.ids = [self._running.submit([OTHERS, 8, 9 + i], priority=-1, max_tokens=2, ignore_eos=True) for i in range(3)]
 
 
-async def run(subject: Subject, cell: Cell, strategy: str) -> tuple[int, int]:
-    """One cell with one strategy → drafts accepted, and how many of the proposer's own were compared with the reference's."""
-    record: list[Drafted] = []
-    doctor = Strategy(strategy, cell.k, subject.texts, subject.vocab)
-    work = subject.work[: cell.batch]
-    async with subject.model.engine(plugins=watched(subject.method, record, doctor), **settings_of(cell)) as running:
-        if cell.situation == "prefix hit":
-            await running.tokens(work[0][0], max_tokens=1)
-        ids = [running.submit(tokens, **params) for tokens, params in work]
-        urgent = Urgent(running, ids) if cell.situation == "preempted" else None
-        outputs = [await running.outputs(i) for i in ids]
-        for other in urgent.ids if urgent is not None else []:
-            await running.outputs(other)
-        stats = running.engine.stats()
+async def ask(running: Running, cell: Cell, work: list[Asked]) -> list[list[RequestOutput]]:
+    """What each of the cell's requests gets, in its situation."""
+    if cell.situation == "prefix hit":
+        await running.tokens(work[0][0], max_tokens=1, seed=0)
+    ids = [running.submit(prompt, **params) for prompt, params in work]
+    urgent = Urgent(running, ids) if cell.situation == "preempted" else None
+    outputs = [await running.outputs(i) for i in ids]
+    for other in urgent.ids if urgent is not None else []:
+        await running.outputs(other)
+    return outputs
+
+
+def see(
+    subject: Subject, cell: Cell, doctor: Strategy, outputs: list[list[RequestOutput]], running: Running, preempted: int = 0
+) -> int:
+    """Answers are those of speculation off, each step accepted what it should, and the situation was what it is called → drafts
+    accepted. `preempted`: preemptions before."""
+    stats, page = running.engine.stats(), running.engine.info.page_size
+    assert stats.speculative is not None
+    assert stats.speculative.error is None
+    assert bool(stats.preemptions - preempted) == (cell.situation == "preempted")
     accepted = 0
-    for (prompt, _), answer, found in zip(work, subject.answers, outputs, strict=False):
+    for (prompt, _), answer, found in zip(subject.work, subject.answers, outputs, strict=False):
         assert [token for output in found for token in output.tokens] == answer
         accepted += doctor.check(prompt, answer, found)
         if cell.situation == "prefix hit":
-            assert found[0].cached_tokens >= 3 * PAGE
+            assert found[0].cached_tokens >= 3 * page
         elif cell.situation == "plain":
             assert found[0].cached_tokens == 0
-    assert bool(stats.preemptions) == (cell.situation == "preempted")
-    assert stats.speculative is not None
-    assert stats.speculative.error is None
-    return accepted, sum(subject.check(drafted) for drafted in record if drafted.history[:1] != [7])
+    if doctor.kind == "wrong":
+        assert accepted == 0
+    elif doctor.kind == "right":
+        assert accepted >= subject.drafted_for(cell) * cell.k // (cell.k + 1) - cell.batch
+    return accepted
 
 
 async def check(subject: Subject, cell: Cell, strategy: str) -> None:
     """Run one cell with one strategy, and see that it accepted and compared what it should."""
-    accepted, compared = await run(subject, cell, strategy)
-    tokens = sum(len(answer) - 1 for answer in subject.answers[: cell.batch])
-    if strategy == "wrong":
-        assert accepted == 0
-    elif strategy == "right":
-        assert accepted >= tokens * cell.k // (cell.k + 1) - cell.batch
+    record: list[Drafted] = []
+    doctor = Strategy(strategy, cell.k, subject.texts, subject.vocab)
+    async with subject.model.engine(plugins=watched(subject.method, record, doctor), **settings_of(cell)) as running:
+        outputs = await ask(running, cell, subject.work[: cell.batch])
+        accepted = see(subject, cell, doctor, outputs, running)
+    compared = sum(subject.check(drafted) for drafted in record if drafted.history[:1] != [OTHERS])
     if subject.method != "pld" and strategy in ("own", "wrong"):
-        assert compared > 0.7 * (tokens - accepted) * cell.k
+        assert compared > 0.7 * (subject.drafted_for(cell) - accepted) * cell.k
 
 
 async def check_captured(subject: Subject, cell: Cell, **settings: Any) -> int:
     """One cell with every strategy, in one engine whose programs may be captured → drafts that were compared."""
     device = torch.device(subject.model.overrides["engine.device"])
     record = Record(cell.k, subject.texts, subject.vocab, device)
-    work, answers = subject.work[: cell.batch], subject.answers[: cell.batch]
-    tokens = sum(len(answer) - 1 for answer in answers)
-    all_compared = preempted = 0
+    compared = preempted = 0
     plugins = watched_on_device(subject.method, record)
     async with subject.model.engine(plugins=plugins, **{**settings_of(cell), **settings}) as running:
-        page = running.engine.info.page_size
         for number, strategy in enumerate(STRATEGIES):
             doctor = Strategy(strategy, cell.k, subject.texts, subject.vocab)
             running.engine.executor.call(lambda number=number: record.begin(number)).result()
-            if cell.situation == "prefix hit":
-                await running.tokens(work[0][0], max_tokens=1, seed=0)
-            ids = [running.submit(prompt, **params) for prompt, params in work]
-            urgent = Urgent(running, ids) if cell.situation == "preempted" else None
-            outputs = [await running.outputs(i) for i in ids]
-            for other in urgent.ids if urgent is not None else []:
-                await running.outputs(other)
+            outputs = await ask(running, cell, subject.work[: cell.batch])
             while running.engine.has_work:
                 await asyncio.sleep(0.002)
-            entries = running.engine.executor.call(record.entries).result()
-            stats = running.engine.stats()
-            assert stats.speculative is not None
-            assert stats.speculative.error is None
-            assert bool(stats.preemptions - preempted) == (cell.situation == "preempted")
-            preempted = stats.preemptions
-            compared = 0
-            for entry in entries:
+            for entry in running.engine.executor.call(record.entries).result():
                 history = subject.texts[entry.number][: entry.length]
                 doctor.given[tuple(history)] = entry.given
-                params = work[entry.number][1]
+                params = subject.work[entry.number][1]
                 compared += subject.check(Drafted(history, entry.own, params["seed"], params["temperature"]))
-            accepted = 0
-            for (prompt, _), answer, found in zip(work, answers, outputs, strict=True):
-                assert [token for output in found for token in output.tokens] == answer
-                accepted += doctor.check(prompt, answer, found)
-                if cell.situation == "prefix hit":
-                    assert found[0].cached_tokens >= 3 * page
-                elif cell.situation == "plain":
-                    assert found[0].cached_tokens == 0
-            if strategy == "wrong":
-                assert accepted == 0
-            elif strategy == "right":
-                assert accepted >= tokens * cell.k // (cell.k + 1) - cell.batch
+            see(subject, cell, doctor, outputs, running, preempted)
+            preempted = running.engine.stats().preemptions
             running.engine.clear_cache()
-            all_compared += compared
-    return all_compared
+    return compared

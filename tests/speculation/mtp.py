@@ -13,7 +13,7 @@ from fluentllm.core.plugins import PluginManager
 from fluentllm.core.protocols import BuildContext
 from fluentllm.kernels import choose_ops
 
-from .watching import WholeSequence, whole
+from .watching import Primed, WholeSequence, whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,17 +52,17 @@ def harness(folder: Path, kind: str) -> Harness:
     return Harness(write_checkpoint(folder, CONFIGS[kind]), **overrides)
 
 
-class Reference:
+class Reference(Primed):
     """Scores of the MTP layer's drafts after a history, from nothing but the tokens."""
 
     def __init__(self, model: Model) -> None:
+        super().__init__()
         self.model: Any = model
-        self._known: dict[tuple[int, ...], Tensor] = {}
 
     @torch.inference_mode()
     def scores(self, history: list[int], drafts: list[int]) -> Tensor:
         """[drafts, vocab] float32: logits that each draft was to be drawn from, given the drafts before it."""
-        states = torch.cat((torch.zeros(1, self.model.spec.hidden_size), self._hidden(tuple(history[:-1]))))
+        states = torch.cat((torch.zeros(1, self.model.spec.hidden_size), self.states(history[:-1])))
         tokens = list(history)
         rows = []
         for draft in drafts:
@@ -71,13 +71,6 @@ class Reference:
             states, tokens = torch.cat((states, out[-1:])), [*tokens, draft]
         return torch.cat(rows)
 
-    def prime(self, text: list[int]) -> None:
-        """Compute the target's states of a text and all that it begins with at once: they depend on nothing behind."""
-        hidden = self._hidden(tuple(text))
-        self._known.update({tuple(text[:end]): hidden[:end] for end in range(1, len(text))})
-
-    @torch.inference_mode()
-    def _hidden(self, tokens: tuple[int, ...]) -> Tensor:
-        if tokens not in self._known:
-            self._known[tokens] = self.model.forward(whole(list(tokens)), WholeSequence())
-        return self._known[tokens]
+    def compute(self, tokens: list[int]) -> Tensor:
+        hidden: Tensor = self.model.forward(whole(tokens), WholeSequence())
+        return hidden

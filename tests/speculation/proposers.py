@@ -23,14 +23,14 @@ class Proposing:
 
 
 class Offering:
-    """Registers any factory as the proposer `test`."""
+    """Registers any factory as a proposer."""
 
-    def __init__(self, factory: Any) -> None:
-        self._factory = factory
+    def __init__(self, factory: Any, name: str = "test") -> None:
+        self._factory, self._name = factory, name
 
     @hookimpl
     def fluent_proposers(self, register: Register) -> None:
-        register("test", self._factory)
+        register(self._name, self._factory)
 
 
 class Plugin(Offering):
@@ -45,6 +45,6 @@ def plugins_with(draft: Draft) -> PluginManager:
     return PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects={"testing": Plugin(draft)})
 
 
-def plugins_offering(factory: Any) -> PluginManager:
-    """With the proposer `test` of the plugin `testing`, which this factory makes."""
-    return PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects={"testing": Offering(factory)})
+def plugins_offering(factory: Any, name: str = "test") -> PluginManager:
+    """With a proposer of the plugin `testing`, which this factory makes."""
+    return PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects={"testing": Offering(factory, name)})

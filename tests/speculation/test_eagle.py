@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,8 +14,8 @@ from fluentllm.core.kv.pool import KVPool
 from fluentllm.core.types import KVSpec
 
 from .eagle import DRAFT_VOCAB, HIDDEN, VOCAB, Reference, draft_tensors, harness, write_draft
-from .test_mtp import work
-from .watching import Drafted, anything, half_right, unchanged, watched
+from .pressure import Case, under_pressure, work
+from .watching import Drafted, unchanged, watched
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,21 +23,8 @@ if TYPE_CHECKING:
 KV = KVSpec(kind="gqa", layers=1, heads=2, head_dim=16, v_head_dim=16)
 
 
-class Case:
-    def __init__(self, folder: Path, kind: str, target: str) -> None:
-        self.model = harness(folder, kind, target)
-        self.answers = asyncio.run(self._alone())
-        self.reference = Reference(self.model.loaded.model, kind)
-        for (prompt, _), answer in zip(work(), self.answers, strict=True):
-            self.reference.prime([*prompt, *answer])
-
-    async def _alone(self) -> list[list[int]]:
-        plain = {"kv.prefix_cache": False, "engine.overlap_depth": 0, "speculative.method": "none"}
-        async with self.model.engine(**plain) as running:
-            return [await running.tokens(tokens, **params) for tokens, params in work()]
-
-    def page_bytes(self) -> int:
-        return self.model.page_bytes(8) + KVPool.bytes_per_page(KV, 8, torch.float32) + 4 * HIDDEN
+def page_bytes(model: Harness) -> int:
+    return model.page_bytes(8) + KVPool.bytes_per_page(KV, 8, torch.float32) + 4 * HIDDEN
 
 
 @pytest.fixture(
@@ -48,40 +33,14 @@ class Case:
     ids="-".join,
 )
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(tmp_path_factory.mktemp("-".join(request.param)), *request.param)
+    kind, target = request.param
+    model = harness(tmp_path_factory.mktemp(f"{kind}-{target}"), kind, target)
+    return Case(model, Reference(model.loaded.model, kind), page_bytes(model))
 
 
 @pytest.mark.parametrize(("k", "depth"), [(5, 1), (2, 2), (3, 0)])
 async def test_drafts_and_tokens_under_pressure(case: Case, k: int, depth: int) -> None:
-    """Chunks, prefix hits, preemptions and steps that draft fewer or nothing, all at once."""
-    texts = [[*prompt, *answer] for (prompt, _), answer in zip(work(), case.answers, strict=True)]
-    record: list[Drafted] = []
-    settings = {
-        "speculative.method": "watched",
-        "speculative.k": k,
-        "engine.overlap_depth": depth,
-        "scheduler.prefill_tokens": 21,
-        "scheduler.max_running": 6,
-        "model.max_model_len": 80,
-        "kv.memory": str(17 * case.page_bytes()),
-    }
-    async with case.model.engine(plugins=watched("eagle", record, half_right(texts)), **settings) as running:
-        lengths = running.engine.draft_length
-        assert lengths is not None
-        rng = random.Random(k)
-        lengths.choose = anything(rng, k)  # type: ignore[method-assign]
-        ids = [running.submit(tokens, **params) for tokens, params in work()]
-        outputs = [await running.outputs(i) for i in ids]
-        assert [[t for o in found for t in o.tokens] for found in outputs] == case.answers
-        assert running.engine.stats().preemptions > 0
-        again = await running.outputs(running.submit(work()[3][0], **work()[3][1]))
-        assert [t for o in again for t in o.tokens] == case.answers[3]
-        assert again[0].cached_tokens >= 32
-        assert max(o.accepted for found in outputs for o in found) == k
-    only = sum(drafted.check(case.reference) for drafted in record)
-    drafts = sum(len(drafted.drafts) for drafted in record)
-    assert only > 0.95 * drafts > 50
-    assert any(not drafted.drafts for drafted in record)
+    await under_pressure(case, "eagle", k, depth)
 
 
 async def test_fast_arithmetic_drafts_the_same(tmp_path: Path) -> None:
@@ -100,7 +59,7 @@ def test_the_pool_holds_the_draft_layer_only_where_it_drafts(case: Case) -> None
     engine = assemble(case.model.settings(), "tiny", case.model.loaded, case.model.plugins)
     engine.executor.close()
     size = engine.info.memory["kv_pool"] / (engine.info.kv_tokens + engine.info.page_size)
-    assert size == case.page_bytes() / 8
+    assert size == case.page_bytes / 8
 
 
 async def test_random_weights(tmp_path: Path) -> None:

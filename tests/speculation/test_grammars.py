@@ -20,6 +20,7 @@ from fluentllm.core.types import GrammarSpec, Request, SamplingParams
 from fluentllm.kernels.sampling import gumbel_noise
 
 from . import eagle, mtp
+from .pressure import all_and_again
 from .proposers import Plugin as ProposerPlugin
 from .watching import Drafted, WatchedPlugin, WholeSequence, unchanged, whole
 
@@ -157,17 +158,13 @@ async def test_tokens_are_the_best_that_are_allowed(tiny: Harness, expected: lis
         "grammar.states": 7,
     }
     async with tiny.engine(plugins=plugins, **settings) as running:
-        ids = [running.submit(prompt, **params) for prompt, params in work()]
-        outputs = [await running.outputs(i) for i in ids]
-        assert [[t for o in found for t in o.tokens] for found in outputs] == expected
-        assert running.engine.stats().preemptions > 0
-        again = await running.outputs(running.submit(work()[0][0], **work()[0][1]))
-        assert [t for o in again for t in o.tokens] == expected[0]
-        assert again[0].cached_tokens > 0
-    most = max(o.accepted for found in outputs for o in found)
+        outputs = await all_and_again(running, work(), expected, again=0, cached=1)
+    most = max(o.accepted for found in outputs.values() for o in found)
     assert most == {"none": 0, "right": 3, "wrong": 0, "half": 1}.get(kind, most)
     # What a grammar forbids is not even verified.
-    tried = max(o.drafted for (_, params), found in zip(work(), outputs, strict=True) if params["grammar"] for o in found)
+    tried = max(
+        o.drafted for (_, params), found in zip(work(), outputs.values(), strict=True) if params["grammar"] for o in found
+    )
     assert tried == {"none": 0, "right": 3, "wrong": 0, "half": 1}.get(kind, tried)
 
 

@@ -15,6 +15,7 @@ from fluentllm.core.plugins import PluginManager
 from fluentllm.core.types import GrammarSpec, Refused, Request, SamplingParams
 from fluentllm.kernels.sampling import gumbel_noise
 
+from .pressure import all_and_again
 from .proposers import Plugin as ProposerPlugin
 from .test_grammars import EOS, VOCAB, WORDS, ToyPlugin, allows as table_allows, drafting
 from .watching import WholeSequence, whole
@@ -204,16 +205,10 @@ async def test_tokens_are_the_best_that_are_allowed(
     }
     async with tiny.engine(plugins=plugins_with(ProposerPlugin(drafting(texts, kind))), **settings) as running:
         flights = Flights(running.engine)
-        ids = [running.submit(prompt, **params) for prompt, params in work()]
-        outputs = [await running.outputs(i) for i in ids]
-        assert [[t for o in found for t in o.tokens] for found in outputs] == expected
-        assert running.engine.stats().preemptions > 0
-        again = await running.outputs(running.submit(work()[0][0], **work()[0][1]))
-        assert [t for o in again for t in o.tokens] == expected[0]
-        assert again[0].cached_tokens > 0
-    on_host = {i for i, (_, params) in zip(ids, work(), strict=True) if params["grammar"] is BRACKETS}
-    assert flights.overlapped == (set(ids) - on_host if depth else set())
-    most = max(o.accepted for i, found in zip(ids, outputs, strict=True) if i in on_host for o in found)
+        outputs = await all_and_again(running, work(), expected, again=0, cached=1)
+    on_host = {i for i, (_, params) in zip(outputs, work(), strict=True) if params["grammar"] is BRACKETS}
+    assert flights.overlapped == (outputs.keys() - on_host if depth else set())
+    most = max(o.accepted for i in on_host for o in outputs[i])
     assert most == {"none": 0, "right": k, "wrong": 0, "half": 1}.get(kind, most)
 
 

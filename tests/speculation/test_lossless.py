@@ -21,7 +21,7 @@ from structured.conftest import needs_xgrammar
 from . import answers
 from .answers import ANSWERS, Answer
 from .features import FEATURES, Asked, asked, differences, plugins_with
-from .lossless import ALL, METHODS, STRATEGIES, Cell, Strategy, Subject, check, covering, subject
+from .lossless import ALL, METHODS, STRATEGIES, Cell, Strategy, Subject, check, check_captured, covering, subject
 from .report import MATRIX, PAGE, Report, with_matrix
 
 if TYPE_CHECKING:
@@ -75,6 +75,12 @@ async def test_every_cell(tested: Subject, cell: Cell) -> None:
         await check(tested, cell, strategy)
 
 
+@pytest.mark.parametrize("method", METHODS)
+async def test_drafts_that_are_recorded_inside_the_program(tested: Subject, method: str) -> None:
+    """As on a GPU, where programs are captured."""
+    assert await check_captured(tested, Cell(3, 1, 7, "preempted")) > 0
+
+
 def test_the_covering_set_covers() -> None:
     assert len(COVERING) < 30
     for axis in ("k", "depth", "batch", "situation"):
@@ -111,8 +117,13 @@ async def test_features(tested: Subject, method: str, depth: int) -> None:
             assert sum(stats.accepted) > 0.6 * sum(stats.drafted)
         for each, outputs in zip(work, found, strict=True):
             wrong[each.feature] += [f"{strategy}: {name}" for name in differences(each, outputs)]
-    for feature, found_wrong in wrong.items():
-        report.saw("Features of a request", feature, method, not found_wrong)
+    reported("Features of a request", method, wrong)
+
+
+def reported(table: str, method: str, wrong: dict[str, list[str]]) -> None:
+    """In the page's table, each feature with what was wrong with it; and nothing was."""
+    for feature, what in wrong.items():
+        report.saw(table, feature, method, not what)
     assert not {feature: what for feature, what in wrong.items() if what}
 
 
@@ -149,9 +160,7 @@ async def test_answers(tested: Subject, method: str, depth: int) -> None:
     for strategy in (("right",), ("own",), ("right", "wrong at j"))[depth]:
         for feature, what in (await answers.differences(tested, made_of, Strategy(strategy, 4, texts), depth)).items():
             wrong[feature] += [f"{strategy}: {one}" for one in what]
-    for feature, found_wrong in wrong.items():
-        report.saw("Answers of the API", feature, method, not found_wrong)
-    assert not {feature: what for feature, what in wrong.items() if what}
+    reported("Answers of the API", method, wrong)
 
 
 def test_the_answers_use_their_features() -> None:

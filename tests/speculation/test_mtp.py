@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from engine.harness import Harness, write_tiny_llama
@@ -13,48 +12,23 @@ from fluentllm.assembly import assemble
 from fluentllm.core.errors import ConfigError
 
 from .mtp import CONFIGS, Reference, harness
-from .watching import Drafted, anything, half_right, unchanged, watched
+from .pressure import Case, under_pressure, work
+from .watching import Drafted, unchanged, watched
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-Work = list[tuple[list[int], dict[str, Any]]]
 
-
-def work(count: int = 6) -> Work:
-    rng = random.Random(4)
-    shared = rng.choices(range(3, 160), k=40)
-    return [
-        (
-            [*shared[: (8, 16, 23, 40, 33, 40)[i]], *rng.choices(range(3, 160), k=rng.randint(1, 9))],
-            {"max_tokens": 18 + i, "ignore_eos": True, "temperature": (0, 0.8)[i % 2], "seed": i},
-        )
-        for i in range(count)
-    ]
-
-
-class Case:
-    """A model, its answers without speculation, and its drafts from scratch."""
-
-    def __init__(self, model: Harness) -> None:
-        self.model = model
-        self.answers = asyncio.run(self._alone())
-        self.reference = Reference(model.loaded.model)
-
-    async def _alone(self) -> list[list[int]]:
-        plain = {"kv.prefix_cache": False, "engine.overlap_depth": 0, "speculative.method": "none"}
-        async with self.model.engine(**plain) as running:
-            return [await running.tokens(tokens, **params) for tokens, params in work()]
-
-    def page_bytes(self) -> int:
-        spec = self.model.loaded.model.spec
-        layers = spec.kv.layers + spec.draft_kv_layers
-        return self.model.page_bytes(8) * layers // spec.kv.layers + spec.hidden_size * 4
+def page_bytes(model: Harness) -> int:
+    spec = model.loaded.model.spec
+    layers = spec.kv.layers + spec.draft_kv_layers
+    return model.page_bytes(8) * layers // spec.kv.layers + spec.hidden_size * 4
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(harness(tmp_path_factory.mktemp(request.param), request.param))
+    model = harness(tmp_path_factory.mktemp(request.param), request.param)
+    return Case(model, Reference(model.loaded.model), page_bytes(model))
 
 
 @pytest.mark.parametrize(
@@ -62,36 +36,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     [(5, 0, False), (5, 1, False), (5, 2, False), (1, 2, False), (2, 1, False), (3, 0, False), (3, 1, True), (4, 2, True)],
 )
 async def test_drafts_and_tokens_under_pressure(case: Case, k: int, depth: int, prefill_first: bool) -> None:
-    """Chunks, prefix hits, preemptions, steps that draft fewer or nothing, and slots that skip steps, all at once."""
-    texts = [[*prompt, *answer] for (prompt, _), answer in zip(work(), case.answers, strict=True)]
-    record: list[Drafted] = []
-    settings = {
-        "speculative.method": "watched",
-        "speculative.k": k,
-        "engine.overlap_depth": depth,
-        "scheduler.prefill_tokens": 21,
-        "scheduler.max_running": 6,
-        "scheduler.prefill_first": prefill_first,
-        "model.max_model_len": 80,
-        "kv.memory": str(17 * case.page_bytes()),
-    }
-    async with case.model.engine(plugins=watched("mtp", record, half_right(texts)), **settings) as running:
-        lengths = running.engine.draft_length
-        assert lengths is not None
-        rng = random.Random(k)
-        lengths.choose = anything(rng, k)  # type: ignore[method-assign]
-        ids = [running.submit(tokens, **params) for tokens, params in work()]
-        outputs = [await running.outputs(i) for i in ids]
-        assert [[t for o in found for t in o.tokens] for found in outputs] == case.answers
-        assert running.engine.stats().preemptions > 0
-        again = await running.outputs(running.submit(work()[3][0], **work()[3][1]))
-        assert [t for o in again for t in o.tokens] == case.answers[3]
-        assert again[0].cached_tokens >= 32
-        assert max(o.accepted for found in outputs for o in found) == k
-    only = sum(drafted.check(case.reference) for drafted in record)
-    drafts = sum(len(drafted.drafts) for drafted in record)
-    assert only > 0.95 * drafts > 50
-    assert any(not drafted.drafts for drafted in record)
+    await under_pressure(case, "mtp", k, depth, **{"scheduler.prefill_first": prefill_first})
 
 
 async def test_plain_decoding_drafts_the_same(case: Case) -> None:

@@ -10,14 +10,15 @@ import torch
 
 from fluentllm.core.batch import Batch
 from fluentllm.core.draft_length import Choice
-from fluentllm.core.hookspecs import hookimpl
 from fluentllm.core.plugins import PluginManager
 from fluentllm.kernels.sampling import gumbel_noise
+
+from .proposers import Offering, plugins_offering
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fluentllm.core.protocols import Proposer, ProposerContext, Register
+    from fluentllm.core.protocols import Proposer, ProposerContext
 
 CLOSE = 1e-4
 """Two tokens whose scores differ by less may change places by rounding."""
@@ -45,6 +46,29 @@ class Reference(Protocol):
     def scores(self, history: list[int], drafts: list[int]) -> Tensor:
         """[drafts, vocab] float32: logits that each draft was to be drawn from, given the drafts before it."""
         ...
+
+
+class Primed:
+    """For references: the target's states of a text, which depend on nothing behind, each computed once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], Tensor] = {}
+
+    def compute(self, tokens: list[int]) -> Tensor:
+        """[tokens, …]."""
+        raise NotImplementedError
+
+    def prime(self, text: list[int]) -> None:
+        """Of a text and all that it begins with at once."""
+        states = self.states(text)
+        self._known.update({tuple(text[:end]): states[:end] for end in range(1, len(text))})
+
+    @torch.inference_mode()
+    def states(self, tokens: list[int]) -> Tensor:
+        key = tuple(tokens)
+        if key not in self._known:
+            self._known[key] = self.compute(tokens)
+        return self._known[key]
 
 
 class WholeSequence:
@@ -148,34 +172,35 @@ class Watched:
         return drafts, valid
 
 
-class WatchedFactory:
-    """Around another factory, whose `memory` and `load` it has."""
+class Around:
+    """A factory around another, whose `memory` and `load` it has: `make(proposer, context)` is what it makes."""
 
-    def __init__(self, own: Any, record: list[Drafted], doctor: Doctor) -> None:
-        self._own, self._record, self._doctor = own, record, doctor
+    def __init__(self, own: Any, make: Callable[[Proposer, ProposerContext], Proposer]) -> None:
+        self._own, self._make = own, make
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own, name)
 
     def __call__(self, context: ProposerContext) -> Proposer:
-        return Watched(self._own(context), context, self._record, self._doctor)
+        return self._make(self._own(context), context)
 
 
-class WatchedPlugin:
+class WatchedPlugin(Offering):
+    """The proposer `watched`, around that which the factory `own` makes."""
+
     def __init__(self, own: Any, record: list[Drafted], doctor: Doctor) -> None:
-        self._factory = WatchedFactory(own, record, doctor)
+        super().__init__(Around(own, lambda made, context: Watched(made, context, record, doctor)), "watched")
 
-    @hookimpl
-    def fluent_proposers(self, register: Register) -> None:
-        register("watched", self._factory)
+
+def plugins_around(method: str, make: Callable[[Proposer, ProposerContext], Proposer]) -> PluginManager:
+    """Plugins with the proposer `watched`: that of `method`, with what `make` puts around it."""
+    own = PluginManager.load({"engine", "executor"}, allow=[], deny=[]).registry("proposers").get(method).factory
+    return plugins_offering(Around(own, make), "watched")
 
 
 def watched(method: str, record: list[Drafted], doctor: Doctor) -> PluginManager:
     """Plugins with the proposer `watched`, which is that of `method`."""
-    plugins = PluginManager.load({"engine", "executor"}, allow=[], deny=[])
-    own = plugins.registry("proposers").get(method).factory
-    objects = {"watched": WatchedPlugin(own, record, doctor)}
-    return PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects=objects)
+    return plugins_around(method, lambda made, context: Watched(made, context, record, doctor))
 
 
 def unchanged(history: list[int], own: list[int]) -> list[int]:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fluentllm.core.hookspecs import hookimpl
-from fluentllm.core.plugins import PluginManager
+from .watching import plugins_around
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fluentllm.core.batch import Batch
-    from fluentllm.core.protocols import Proposer, ProposerContext, Register
+    from fluentllm.core.plugins import PluginManager
+    from fluentllm.core.protocols import Proposer, ProposerContext
 
 MOST_RECORDS = 1 << 14
 OTHERS = 7
@@ -84,31 +84,6 @@ class _Watched:
         return self._record.doctored(drafts, valid, slots, self._tables)
 
 
-class _Factory:
-    """Around another factory, whose `memory` and `load` it has."""
-
-    def __init__(self, own: Any, record: Record) -> None:
-        self._own, self._record = own, record
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)
-
-    def __call__(self, context: ProposerContext) -> Proposer:
-        return _Watched(self._own(context), context, self._record)
-
-
-class _Plugin:
-    def __init__(self, factory: _Factory) -> None:
-        self._factory = factory
-
-    @hookimpl
-    def fluent_proposers(self, register: Register) -> None:
-        register("watched", self._factory)
-
-
 def watched_on_device(method: str, record: Record) -> PluginManager:
     """Plugins with the proposer `watched`, which is that of `method`."""
-    plugins = PluginManager.load({"engine", "executor"}, allow=[], deny=[])
-    own = plugins.registry("proposers").get(method).factory
-    objects = {"watched": _Plugin(_Factory(own, record))}
-    return PluginManager.load({"engine", "executor"}, allow=[], deny=[], objects=objects)
+    return plugins_around(method, lambda made, context: _Watched(made, context, record))
