@@ -51,11 +51,34 @@ class Routing:
     def total(self) -> int:
         return self.experts + self.zero_experts
 
+    @property
+    def nothing(self) -> int:
+        """The id of no expert, which who has none has in each place. Products leave out all ids behind those of experts with
+        weights."""
+        return self.total + self.shared
 
-def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+
+@dataclass(frozen=True, slots=True)
+class LiveRows:
+    """Which of T tokens somebody needs: not those of inert rows, whose KV goes to the scratch page (`core.batch.Batch`)."""
+
+    kv_rows: Tensor
+    """[R] int64, of a pass's rows."""
+    page_size: int
+    picked: Tensor | None = None
+    """[T] int64, the tokens' rows in the pass; None: token t is row t."""
+
+    def inert(self) -> Tensor:
+        """[T] bool."""
+        rows = self.kv_rows if self.picked is None else self.kv_rows[self.picked]
+        return rows < self.page_size
+
+
+def route(logits: Tensor, routing: Routing, bias: Tensor | None = None, live: LiveRows | None = None) -> tuple[Tensor, Tensor]:
     """Logits [T, total] float32, bias [total] float32 → weights [T, each] float32, ids [T, each] int64, shared experts last.
 
-    The bias takes part in the choice only; the weights are the unbiased scores.
+    The bias takes part in the choice only; the weights are the unbiased scores. Tokens that nobody needs have no experts,
+    shared ones neither: their ids are `routing.nothing`, their weights 0. `live` None: all are needed.
     """
     scores = logits.softmax(-1) if routing.scores == "softmax" else ordered_sigmoid(logits)
     choice = scores if bias is None else scores + bias
@@ -78,6 +101,9 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple
         everyone = torch.arange(routing.experts, routing.experts + routing.shared, device=ids.device).expand(ids.shape[0], -1)
         weights = torch.cat((weights, torch.ones(everyone.shape, device=weights.device)), -1)
         ids = torch.cat((ids, everyone), -1)
+    if live is not None:
+        inert = live.inert().unsqueeze(-1)
+        weights, ids = weights.masked_fill(inert, 0.0), ids.masked_fill(inert, routing.nothing)
     return weights, ids
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from .moe import Routing
+    from .moe import LiveRows, Routing
     from .ngram import NgramTables
     from .residual import ExpertSum, Rows
     from .weights import Weight
@@ -141,7 +141,9 @@ class Ops(Protocol):
         """x [T, hidden] of any dtype, weight [total, hidden] float32 → [T, total] float32."""
         ...
 
-    def route(self, logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def route(
+        self, logits: Tensor, routing: Routing, bias: Tensor | None, live: LiveRows | None = None
+    ) -> tuple[Tensor, Tensor]:
         """logits [T, total] float32, bias [total] float32 → weights [T, each] float32, ids [T, each] integers (`moe.route`)."""
         ...
 

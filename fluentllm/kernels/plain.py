@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from .moe import Routing
+    from .moe import LiveRows, Routing
     from .native.library import Library
     from .ngram import NgramTables
     from .ops import ExpertWeights
@@ -141,8 +141,10 @@ class PlainOps:
     def router_logits(self, x: Tensor, weight: Weight) -> Tensor:
         return self.linear(x.float(), weight)
 
-    def route(self, logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return route(logits, routing, bias)
+    def route(
+        self, logits: Tensor, routing: Routing, bias: Tensor | None, live: LiveRows | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return route(logits, routing, bias, live)
 
     def experts(
         self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, routing: Routing, shared: Tensor | None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..kernels.moe import LiveRows
 from .attention import Attention, AttentionShape
 from .embedding import Embedding, Head
 from .mlp import MLP
@@ -63,7 +64,7 @@ class DecoderLayer(Module):
     ) -> Addend:
         """`delta` is what the layer before left to be added to `residual` → what this one leaves."""
         attended = self.attention(self.input_norm.enter(delta, residual), rope, batch, backend)
-        return self.mlp.later(self.post_norm.enter(attended, residual))
+        return self.mlp.later(self.post_norm.enter(attended, residual), LiveRows(batch.kv_rows, batch.page_size))
 
 
 class Decoder(Trunk):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.protocols import Appending, FusedMLA, WeightSlot
+from ..kernels.moe import LiveRows
 from .linear import Linear
 from .module import Module, join
 from .norm import RMSNorm
@@ -147,7 +148,7 @@ class MLALayer(Module):
     ) -> Addend:
         """`delta` is what is still to be added to `residual` → what this layer leaves to be added. `residual` changes."""
         attended = self.attention(self.input_norm.enter(delta, residual), rows, batch, attention)
-        return self.feed_forward.later(self.post_norm.enter(attended, residual))
+        return self.feed_forward.later(self.post_norm.enter(attended, residual), LiveRows(batch.kv_rows, batch.page_size))
 
     def some_rows(
         self, residual: Tensor, rows: tuple[Tensor, Tensor], batch: Batch, attention: AttentionBackend, wanted: Tensor
@@ -156,7 +157,8 @@ class MLALayer(Module):
         what is left to be added and their residual, [W, hidden] each."""
         attended = self.attention(self.input_norm(residual), rows, batch, attention).of(wanted)
         residual = residual[wanted]
-        return self.feed_forward.later(self.post_norm.enter(attended, residual)), residual
+        live = LiveRows(batch.kv_rows, batch.page_size, wanted)
+        return self.feed_forward.later(self.post_norm.enter(attended, residual), live), residual
 
 
 def softmax_scale(rotary: Rotary, head: int) -> float:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.protocols import BuildContext
+    from ..kernels.moe import LiveRows
     from ..kernels.residual import Product, Rows
 
 
@@ -26,8 +27,9 @@ class MLP(Module):
     def __call__(self, x: Rows) -> Tensor:
         return self.down(self._inner(x))
 
-    def later(self, x: Rows) -> Product:
-        """The same, for the residual stream: the last product is computed by whoever adds it there."""
+    def later(self, x: Rows, live: LiveRows | None = None) -> Product:
+        """The same, for the residual stream: the last product is computed by whoever adds it there. Of all rows: they share the
+        matrices, so one more costs next to nothing."""
         return self.down.later(self._inner(x))
 
     def _inner(self, x: Rows) -> Tensor:

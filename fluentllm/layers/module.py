@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from ..core.protocols import WeightSlot
+    from ..kernels.moe import LiveRows
     from ..kernels.residual import Addend, Rows
     from ..kernels.weights import Weight
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 class Block(Protocol):
     """A feed-forward block."""
 
-    def later(self, x: Rows) -> Addend:
-        """x [T, hidden], normed → [T, hidden], for the residual stream."""
+    def later(self, x: Rows, live: LiveRows | None = None) -> Addend:
+        """x [T, hidden], normed → [T, hidden], for the residual stream. Of rows that are not `live` anything finite will do."""
         ...
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.protocols import BuildContext, PackedTensor
+    from ..kernels.moe import LiveRows
     from ..kernels.residual import Rows
     from ..kernels.weights import Weight
 
@@ -35,7 +36,7 @@ log = logging.getLogger("fluentllm.engine")
 
 
 class Router(Module):
-    """x [T, hidden] → weights [T, top_k] float32, ids [T, top_k]. Float32 throughout, whatever the model's dtype.
+    """x [T, hidden] → weights [T, each] float32, ids [T, each]. Float32 throughout, whatever the model's dtype.
 
     `weight_name` and `bias_name` are the checkpoint's; the bias takes part in the choice only.
     """
@@ -48,14 +49,14 @@ class Router(Module):
         self._ops = ctx.ops
         self._packed: Weight | None = None
 
-    def __call__(self, x: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, x: Rows, live: LiveRows | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Third: x as a tensor, for the experts."""
         assert self._packed is not None
         if isinstance(x, NormedRows):
             logits, x = x.router_logits(self._packed)
         else:
             logits = self._ops.router_logits(x, self._packed)
-        return *self._ops.route(logits, self.routing, self.bias), x
+        return *self._ops.route(logits, self.routing, self.bias, live), x
 
     def own_slots(self) -> Iterator[WeightSlot]:
         yield WeightSlot(self.weight_name, tuple(self.weight.shape), self.weight.copy_)
@@ -210,7 +211,8 @@ class Experts(Module):
 
 
 class SparseMoE(Module):
-    """x [T, hidden] → Σ weight · expert(x) (+ shared experts(x)), [T, hidden].
+    """x [T, hidden] → Σ weight · expert(x) (+ shared experts(x)), [T, hidden]. A token that is not `live` gets no experts: each
+    might have to be read for it alone. Without a word of which are, all are.
 
     Names below `prefix`: `<router>.weight`, `<bias>` if given, `experts.<e>.…`, `shared_experts.…` if `shared_inner`.
     """
@@ -236,11 +238,11 @@ class SparseMoE(Module):
         self.shared = MLP(ctx, shared, hidden, shared_inner) if shared_inner else None
         self._ops = ctx.ops
 
-    def __call__(self, x: Rows) -> Tensor:
-        return self.later(x).tensor()
+    def __call__(self, x: Rows, live: LiveRows | None = None) -> Tensor:
+        return self.later(x, live).tensor()
 
-    def later(self, x: Rows) -> ExpertSum:
-        weights, ids, x = self.router(x)
+    def later(self, x: Rows, live: LiveRows | None = None) -> ExpertSum:
+        weights, ids, x = self.router(x, live)
         shared = self.shared(x) if self.shared is not None else None
         return ExpertSum(self._ops, x, weights, ids, self.experts, self.routing, shared)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluentllm.kernels.moe import Routing, combine, combine_reference, ordered_sigmoid, route
+from fluentllm.kernels.moe import LiveRows, Routing, combine, combine_reference, ordered_sigmoid, route
 
 HIDDEN, INNER = 24, 20
 
@@ -136,6 +136,30 @@ def test_a_token_does_not_depend_on_its_batch(kind: str) -> None:
         assert torch.equal(part_weights, weights[start:stop])
         assert torch.equal(part_ids, ids[start:stop])
         assert torch.equal(combine(x[start:stop], part_weights, part_ids, row_by_row, routing), out[start:stop])
+
+
+@pytest.mark.parametrize("alive", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", [*KINDS, "shared"])
+@pytest.mark.parametrize("tokens", [0, 1, 33])
+def test_a_token_that_nobody_needs_has_no_experts(kind: str, alive: float, tokens: int) -> None:
+    """Nor is there a call for it; the choices of the others do not change. Tokens are rows of a pass, in any order."""
+    routing = KINDS[kind] if kind in KINDS else Routing(experts=14, top_k=4, shared=2)
+    count = routing.experts + routing.shared
+    kv_rows = torch.where(torch.rand(50) < alive, torch.randint(8, 400, (50,)), torch.randint(0, 8, (50,)))
+    picked = torch.randint(0, 50, (tokens,))
+    needed = kv_rows[picked] >= 8
+    logits, x, (gate_up, down) = torch.randn(tokens, routing.total), torch.randn(tokens, HIDDEN), weights_of(count)
+    everyone_weights, everyone = route(logits, routing)
+    weights, ids = route(logits, routing, None, LiveRows(kv_rows, 8, picked))
+    assert torch.equal(weights, everyone_weights.where(needed.unsqueeze(1), 0.0))
+    assert torch.equal(ids[needed], everyone[needed])
+    called: list[int] = []
+    out = combine(x, weights, ids, compute(gate_up, down, called), routing)
+    assert called == sorted({e for e in everyone[needed].flatten().tolist() if e < count})
+    assert not out[~needed].any()
+    torch.testing.assert_close(out, combine_reference(x, weights, ids, gate_up, down), rtol=1e-5, atol=1e-5)
+    alone = LiveRows(kv_rows[picked], 8)
+    assert torch.equal(route(logits, routing, None, alone)[1], ids)
 
 
 def test_routing_is_a_value() -> None:

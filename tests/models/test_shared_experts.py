@@ -7,7 +7,7 @@ import torch
 
 from fluentllm.core.protocols import BuildContext, PackedTensor
 from fluentllm.kernels.block_fp8 import dequantise_weight, quantise_weight
-from fluentllm.kernels.moe import Routing
+from fluentllm.kernels.moe import LiveRows, Routing
 from fluentllm.kernels.plain import PlainOps
 from fluentllm.layers.moe import SparseMoE
 
@@ -54,6 +54,12 @@ def test_joined_is_apart(tokens: int, precision: str, packed: bool) -> None:
     for made in (apart, joined):
         load(made, tensors, packed=packed)
     x = torch.randn(tokens, HIDDEN)
+    live = LiveRows(torch.randint(0, 2, (tokens,)) * 16, 16)
+    # Rows that nobody needs have no experts, shared ones neither where these are among them.
+    assert not joined(x, live)[live.inert()].any()
+    assert apart.shared is not None
+    assert torch.equal(apart(x, live)[live.inert()], apart.shared(x)[live.inert()])
+    torch.testing.assert_close(joined(x, live)[~live.inert()], joined(x)[~live.inert()])
     expected, found = apart(x), joined(x)
     # In FP8 a shared block's inner values are quantised in the same runs of 128, its sums rounded at one more place.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * max(1.0, float(expected.abs().max()) if tokens else 0.0))

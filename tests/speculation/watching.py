@@ -113,7 +113,7 @@ def whole(tokens: list[int]) -> Batch:
         query_start=torch.tensor([0, count], dtype=torch.int32),
         kv_lengths=torch.tensor([count], dtype=torch.int32),
         page_table=torch.zeros(1, 1, dtype=torch.int32),
-        kv_rows=torch.zeros(count, dtype=torch.int64),
+        kv_rows=torch.arange(1, count + 1),
         history=torch.tensor([tokens], dtype=torch.int32),
         page_size=1,
         query_length=None,

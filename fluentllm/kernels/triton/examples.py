@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..moe import Routing
+from ..moe import LiveRows, Routing
 from ..prefill_rows import PrefillRows
 from .commit import commit_tokens, decode_rows, leave_drafts
 from .draft_rows import next_rows, shift_rows
@@ -211,8 +211,10 @@ def mixture_of_experts() -> None:
         Routing(160, 6, groups=8, top_groups=3),
     )
     for routing in routings:
-        for bias in (None, _floats(routing.total)):
-            route(_floats(8, routing.total), routing, bias)
+        logits, bias = _floats(8, routing.total), _floats(routing.total)
+        for chosen, live in ((None, None), (None, LiveRows(_longs(8), 64)), (bias, LiveRows(_longs(8), 64))):
+            route(logits, routing, chosen, live)
+        route(logits, routing, bias, LiveRows(_longs(32), 64, picked=_longs(8)))
     for tokens in (1, 32):
         router_logits(_empty(tokens, 2048), _floats(64, 2048))
         router_logits(_empty(tokens, 3072), _floats(192, 3072))

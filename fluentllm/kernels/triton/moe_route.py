@@ -14,20 +14,25 @@ from .launch import launch, power_of_2, programmatic
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..moe import Routing
+    from ..moe import LiveRows, Routing
 
 
 @triton.jit
-def _route_kernel(weights, ids, logits, bias, row_stride, scale, TOTAL: tl.constexpr, TOP_K: tl.constexpr,
-                  GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, TOP2: tl.constexpr,
-                  RENORMALISE: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-                  BLOCK_G: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _route_kernel(weights, ids, logits, bias, kv_rows, picked, row_stride, scale, page_size, TOTAL: tl.constexpr,
+                  TOP_K: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr,
+                  TOP2: tl.constexpr, RENORMALISE: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
+                  BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK)
     inside = e < TOTAL
     start_next(PDL, FIRST)
     wait_for_inputs(PDL)
     x = tl.load(logits + token * row_stride + e, mask=inside, other=float("-inf")).to(tl.float32)
+    if kv_rows is not None:
+        row = token
+        if picked is not None:
+            row = tl.load(picked + token)
+        live = tl.load(kv_rows + row) >= page_size
     start_next(PDL, LOADED)
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-x))
@@ -70,20 +75,24 @@ def _route_kernel(weights, ids, logits, bias, row_stride, scale, TOTAL: tl.const
     if SHARED > 0:
         weight = tl.where(k < TOP_K, weight, 1.0)
         chosen = tl.where(k < TOP_K, chosen, TOTAL + k - TOP_K)
+    if kv_rows is not None:
+        weight = tl.where(live, weight, 0.0)
+        chosen = tl.where(live, chosen, TOTAL + SHARED)
     each: tl.constexpr = TOP_K + SHARED
     tl.store(weights + token * each + k, weight, mask=k < each)
     tl.store(ids + token * each + k, chosen, mask=k < each)
 
 
-def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, routing: Routing, bias: Tensor | None = None, live: LiveRows | None = None) -> tuple[Tensor, Tensor]:
     """logits [T, total] float32, bias [total] float32 → weights [T, each] float32, ids [T, each] int32, best first, of equals
-    the lowest id; shared experts last. Reference: `kernels.moe.route`."""
+    the lowest id; shared experts last. Tokens that are not `live` choose `routing.nothing`. Reference: `kernels.moe.route`."""
     tokens, total = logits.shape
+    kv_rows, picked, page_size = (live.kv_rows, live.picked, live.page_size) if live is not None else (None, None, 0)
     weights = torch.empty(tokens, routing.each, dtype=torch.float32, device=logits.device)
     ids = torch.empty(tokens, routing.each, dtype=torch.int32, device=logits.device)
     block = power_of_2(total)
     launch(
-        _route_kernel, (tokens,), weights, ids, logits, bias, logits.stride(0), routing.scale,
+        _route_kernel, (tokens,), weights, ids, logits, bias, kv_rows, picked, logits.stride(0), routing.scale, page_size,
         TOTAL=total, TOP_K=routing.top_k, GROUPS=routing.groups, TOP_GROUPS=routing.top_groups,
         SIGMOID=routing.scores == "sigmoid", TOP2=routing.group_score == "top2", RENORMALISE=routing.renormalise,
         SHARED=routing.shared, BLOCK=block, BLOCK_K=power_of_2(routing.each), BLOCK_G=power_of_2(routing.groups),

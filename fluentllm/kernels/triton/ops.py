@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ..moe import Routing
+    from ..moe import LiveRows, Routing
     from ..ngram import NgramTables
     from ..ops import ExpertWeights
     from ..weights import Weight
@@ -133,8 +133,10 @@ class TritonOps(PlainOps):
             return super().embedding(tokens, table)
         return elementwise.embedding(tokens, table)
 
-    def route(self, logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return moe_route.route(logits, routing, bias)
+    def route(
+        self, logits: Tensor, routing: Routing, bias: Tensor | None, live: LiveRows | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return moe_route.route(logits, routing, bias, live)
 
     def experts(
         self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, routing: Routing, shared: Tensor | None

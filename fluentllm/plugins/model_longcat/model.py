@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from fluentllm.kernels.moe import Routing
+from fluentllm.kernels.moe import LiveRows, Routing
 from fluentllm.kernels.ngram import NgramHash
 from fluentllm.layers.embedding import Embedding, Head
 from fluentllm.layers.mla import MLA, MLALayer, MLAShape
@@ -85,10 +86,11 @@ class LongcatLayer(Module):
         x = self.post_norms[0].enter(attended, residual)
         # Prefill fills the chip by itself, and its tensors are large: a second stream would hold memory apart.
         side = self._side if batch.query_length is not None else None
+        moe = partial(self.moe, live=LiveRows(batch.kv_rows, batch.page_size))
         if side is None:
-            shortcut = self.moe(x)
+            shortcut = moe(x)
         else:
-            side.start(self.moe, x)
+            side.start(moe, x)
         x = self.input_norms[1].enter(self.mlps[0].later(x), residual)
         attended = self.attentions[1](x, rows, batch, attention)
         out = self.mlps[1].later(self.post_norms[1].enter(attended, residual))

@@ -63,6 +63,28 @@ def patched_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def ordered_dots() -> Iterator[None]:
+    """Under the interpreter a product is numpy's library's, where the order of a value's additions depends on its place in the
+    tile. Matrix instructions have one order for all places: so has this."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        if 8 in (a.dtype.primitive_bitwidth, b.dtype.primitive_bitwidth):
+            return plain(self, a, b, d, *options)
+        # Along an axis that is not the last, numpy adds one slice after the other.
+        return interpreter.TensorHandle((a.data[:, :, None] * b.data).sum(1) + d.data, d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        yield
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")

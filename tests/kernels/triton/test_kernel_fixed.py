@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from fluentllm.plugins.attn_torch.fixed import FixedOrderAttention
 from fluentllm.plugins.attn_triton.fixed import FixedTritonAttention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.usefixtures("ordered_dots")
 DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
 ROWS = 10 if INTERPRETED else 64
 BATCHES = (0, ROWS) if INTERPRETED else range(ROWS + 1)
@@ -34,31 +34,6 @@ WIDTH, OUT = 96, 80
 OPS = FixedTritonOps()
 Operation = Callable[..., Tensor]
 Backend = Callable[[AttentionContext], AttentionBackend]
-
-
-@pytest.fixture(scope="module")
-def patch() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ordered_dots(patch: pytest.MonkeyPatch) -> None:
-    """Under the interpreter a product is numpy's library's, where the order of a value's additions depends on its place in the
-    tile. Matrix instructions have one order for all places: so has this."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    plain = interpreter.InterpreterBuilder.create_dot
-
-    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
-        if 8 in (a.dtype.primitive_bitwidth, b.dtype.primitive_bitwidth):
-            return plain(self, a, b, d, *options)
-        # Along an axis that is not the last, numpy adds one slice after the other.
-        return interpreter.TensorHandle((a.data[:, :, None] * b.data).sum(1) + d.data, d.dtype.scalar)
-
-    patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 class Maker:
@@ -207,9 +182,11 @@ KINDS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_runs(patch: pytest.MonkeyPatch) -> None:
+def short_runs() -> Iterator[None]:
     """So that short sequences have several."""
-    patch.setattr(fixed_attention, "LEAST_SPAN", SPAN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fixed_attention, "LEAST_SPAN", SPAN)
+        yield
 
 
 class Passes:

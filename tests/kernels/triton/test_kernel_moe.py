@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from fluentllm.kernels.block_fp8 import dequantise_rows, dequantise_weight, quantise_rows_reference, quantise_weight
-from fluentllm.kernels.moe import Routing, combine_reference, route as plain_route
+from fluentllm.kernels.moe import LiveRows, Routing, combine_reference, route as plain_route
 from fluentllm.kernels.triton import moe
 from fluentllm.kernels.triton.moe import experts, fp8_experts
 from fluentllm.kernels.triton.moe_pack import pack
@@ -37,6 +39,36 @@ def test_route(routing: Routing, with_bias: bool, device: torch.device, rng: tor
     assert torch.equal(ids.cpu().long(), expected)
     assert_close(weights.cpu(), expected_weights)
     assert route(logits[:0].to(device), routing)[1].shape == (0, routing.each)
+
+
+def move(live: LiveRows, device: torch.device) -> LiveRows:
+    picked = None if live.picked is None else live.picked.to(device)
+    return replace(live, kv_rows=live.kv_rows.to(device), picked=picked)
+
+
+@pytest.mark.parametrize("alive", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("picks", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_route_of_tokens_that_nobody_needs(
+    routing: Routing, picks: bool, alive: float, device: torch.device, rng: torch.Generator
+) -> None:
+    """Their logits may be anything."""
+    tokens, rows, page = 9, 20 if picks else 9, 16
+    needed = torch.rand(rows, generator=rng) < alive
+    kv_rows = torch.randint(0, page, (rows,), generator=rng) + page * needed * torch.randint(1, 99, (rows,), generator=rng)
+    live = LiveRows(kv_rows, page, torch.randint(0, rows, (tokens,), generator=rng) if picks else None)
+    logits = torch.randn(tokens, routing.total, generator=rng)
+    everyone_weights, everyone = route(logits.to(device), routing)
+    logits[live.inert()] = float("nan")
+    expected_weights, expected = plain_route(logits, routing, None, live)
+    weights, ids = route(logits.to(device), routing, None, move(live, device))
+    assert torch.equal(ids.cpu().long(), expected)
+    assert_close(weights.cpu(), expected_weights)
+    inert = live.inert()
+    assert (expected[inert] >= routing.experts + routing.shared).all()
+    assert not weights.cpu()[inert].any()
+    assert torch.equal(ids.cpu()[~inert], everyone.cpu()[~inert])
+    assert torch.equal(weights.cpu()[~inert], everyone_weights.cpu()[~inert])
 
 
 def test_nan_logits_choose_experts_that_exist(device: torch.device) -> None:
@@ -174,6 +206,50 @@ def test_fp8_experts(
     # What quantising the second product's activations costs, which the reference does not do; the interpreter's cast to E4M3
     # loses a carry now and then.
     assert error < (0.25 if device.type == "cpu" else 0.05)
+
+
+FORMS = [
+    (2, None, False),
+    (9, Tile(16, 32, 32, 4, 2), False),
+    (9, Tile(8, 32, 32, 4, 3, swapped=True), False),
+    (9, Tile(16, 64, 64, 4, 2, swapped=True, tma=False), False),
+    (9, Tile(8, 64, 128, 4, 3, swapped=True), True),
+]
+
+
+@pytest.mark.parametrize("alive", [0.0, 0.5])
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize(("tokens", "tile", "fp8"), FORMS)
+def test_experts_of_tokens_that_nobody_needs(
+    tokens: int, tile: Tile | None, fp8: bool, shared: int, alive: float, device: torch.device, rng: torch.Generator,
+    ordered_dots: None, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """They get what is added to all, and the others the bits that they get beside them. `shared`: experts among the routed."""
+    routing = Routing(experts=5, top_k=3, zero_experts=0 if shared else 2, shared=shared)
+    count = routing.experts + shared
+    hidden, inner = (256, 128) if fp8 else (40, 24)
+    if tile is not None:
+        monkeypatch.setattr(moe, "tile_for", lambda *_: tile)
+    x, extra = (torch.randn(tokens, hidden, generator=rng).to(device) for _ in range(2))
+    logits = torch.randn(tokens, routing.total, generator=rng).to(device)
+    needed = torch.rand(tokens, generator=rng) < alive
+    live = LiveRows((16 * needed).to(device), 16)
+    if fp8:
+        matrices = tuple(
+            tuple(t.to(device) for t in _blocks(count, *shape, rng)) for shape in ((2 * inner, hidden), (hidden, inner))
+        )
+    else:
+        matrices = tuple(
+            (torch.randn(count, *shape, generator=rng) * 0.1).to(device) for shape in ((2 * inner, hidden), (hidden, inner))
+        )
+    product = fp8_experts if fp8 else experts
+    everyone = product(x, *route(logits, routing), *matrices, extra).cpu()
+    out = product(x, *route(logits, routing, None, live), *matrices, extra).cpu()
+    assert torch.equal(out[needed], everyone[needed])
+    assert torch.equal(out[~needed], extra.cpu()[~needed])
+    after = NormAfter(torch.ones(hidden, device=device), 1e-5, torch.zeros(tokens, hidden, device=device))
+    product(x, *route(logits, routing, None, live), *matrices, extra, after=after)
+    assert torch.equal(after.residual.cpu(), out)
 
 
 def _blocks(count: int, rows: int, columns: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
