@@ -81,6 +81,8 @@ class Reader:
         tables.page_table[:count] = pages.view(count, -1)
         tables.history[:count, :tokens] = texts.to(torch.int32)
         tables.finished[:count] = False
+        # The text goes on as if it had been drafted.
+        tables.drafted[:count] = rows - 1
         self._prefill(count, 0, PROMPT)
         losses = []
         for start in range(PROMPT, tokens - rows, rows):

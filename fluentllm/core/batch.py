@@ -34,12 +34,14 @@ class Batch:
     query_start: Tensor
     """[N + 1] int32, first row of each sequence."""
     kv_lengths: Tensor
-    """[N] int32, keys of each sequence after this pass has written its own."""
+    """[N] int32, keys of each sequence after this pass has written its own; at the positions of inert rows lies what lay there
+    before, which is finite, and no other row sees it."""
     page_table: Tensor
     """[N, P] int32, pages of each sequence; entries past its length are arbitrary valid pages."""
     kv_rows: Tensor
-    """[T] int64, where each row's KV goes in the pool seen as [pages × page_size] token rows. Inert rows point at the
-    scratch page 0, which no sequence owns."""
+    """[T] int64, where each row's KV goes in the pool seen as [pages × page_size] token rows. Rows that nobody needs (padding,
+    those of finished slots, of drafts that nobody left) are inert: they point at the scratch page 0, which no sequence owns.
+    What is computed of them need only be finite."""
     history: Tensor
     """[S, L] int32, the token history of all slots (drafts of this pass included), for n-gram embeddings:
     the token of sequence i at position p is `history[slots[i], p]`."""

@@ -32,15 +32,18 @@ log = logging.getLogger(__name__)
 def decode_batch(slots: Tensor, drafts: int, tables: SlotTables) -> Batch:
     """slots [B] int64 → the rows of one decode pass: each slot's last token and its `drafts` drafts.
 
-    Rows of finished slots are inert: they write to the scratch page, and what they compute is not committed. One launch on a
-    GPU; `decode_batch_reference` is the plain form.
+    Rows of finished slots are inert, and so are those of drafts that nobody left (`tables.drafted` counts those that were):
+    they write to the scratch page, and what they compute is not committed. One launch on a GPU; `decode_batch_reference` is the
+    plain form.
     """
     if not in_kernels(slots):
         return decode_batch_reference(slots, drafts, tables)
     from ..kernels.triton.commit import decode_rows
 
     rows = drafts + 1
-    found = decode_rows(slots, rows, tables.length, tables.finished, tables.history, tables.page_table, tables.page_size)
+    found = decode_rows(
+        slots, rows, tables.length, tables.drafted, tables.finished, tables.history, tables.page_table, tables.page_size
+    )
     return Batch(
         tokens=found.tokens,
         positions=found.positions,
@@ -63,13 +66,17 @@ def decode_batch_reference(slots: Tensor, drafts: int, tables: SlotTables) -> Ba
     batch = slots.shape[0]
     device = slots.device
     first = tables.length[slots] - 1
-    positions = (first.unsqueeze(1) + torch.arange(rows, device=device)).view(-1)
+    offsets = torch.arange(rows, device=device)
+    positions = (first.unsqueeze(1) + offsets).view(-1)
     row_slots = slots.repeat_interleave(rows) if drafts else slots
     page_table = tables.page_table[slots]
     sequences = torch.arange(batch, device=device)
     sequences = sequences.repeat_interleave(rows) if drafts else sequences
     pages = page_table[sequences, positions // tables.page_size]
-    kv_rows = (pages * tables.page_size + positions % tables.page_size).where(~tables.finished[row_slots], 0)
+    live = ~tables.finished[row_slots]
+    if drafts:
+        live &= (offsets <= tables.drafted[slots].unsqueeze(1)).view(-1)
+    kv_rows = (pages * tables.page_size + positions % tables.page_size).where(live, 0)
     return Batch(
         tokens=tables.history[row_slots, positions].to(torch.int64),
         positions=positions,

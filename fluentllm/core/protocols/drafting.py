@@ -112,8 +112,8 @@ class Proposer(Protocol):
         got tokens (none after a prompt's chunk but the last); count ≥ 0: drafts wanted. Keeps the proposer's own state up to
         date for all rows, and returns drafts [B, count] int64, valid token ids, and how many of each row are worth verifying,
         [B] int64 (with count 0 nobody looks at these). A row at position p of slot s became part of the history if
-        p < tables.length[s]; rows of slots that had finished before write to page 0 (`batch.kv_rows`). One that raises, or
-        returns other shapes, types or layouts, is switched off for good.
+        p < tables.length[s], unless it is inert: then it lies on page 0 (`batch.kv_rows`). One that raises, or returns other
+        shapes, types or layouts, is switched off for good.
         """
         ...
 

@@ -36,18 +36,19 @@ class DecodeRows:
 
 
 @triton.jit
-def _rows_kernel(tokens, positions, sequences, query_start, kv_rows, kv_lengths, page_table, slots, length, finished, history,
-                 table, pages, length_stride, history_row, table_row, ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+def _rows_kernel(tokens, positions, sequences, query_start, kv_rows, kv_lengths, page_table, slots, length, drafted, finished,
+                 history, table, pages, int_stride, history_row, table_row, ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
                  PAGE: tl.constexpr, BLOCK_PAGES: tl.constexpr):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + sequence)
-    first = tl.load(length + slot * length_stride) - 1
+    first = tl.load(length + slot * int_stride) - 1
     j = tl.arange(0, BLOCK_ROWS)
     inside = j < ROWS
     position = first + j
     page = tl.load(table + slot * table_row + position // PAGE, mask=inside, other=0).to(tl.int64)
     row = page * PAGE + position % PAGE
-    row = tl.where(tl.load(finished + slot) != 0, 0, row)
+    live = (tl.load(finished + slot) == 0) & (j <= tl.load(drafted + slot * int_stride))
+    row = tl.where(live, row, 0)
     at = sequence * ROWS + j
     tl.store(tokens + at, tl.load(history + slot * history_row + position, mask=inside, other=0).to(tl.int64), mask=inside)
     tl.store(positions + at, position, mask=inside)
@@ -67,6 +68,7 @@ def decode_rows(
     slots: Tensor,
     rows: int,
     length: Tensor,
+    drafted: Tensor,
     finished: Tensor,
     history: Tensor,
     page_table: Tensor,
@@ -74,8 +76,9 @@ def decode_rows(
     *,
     pages: int | None = None,
 ) -> DecodeRows:
-    """slots [B] int64; columns of the slot tables: length int64 (any stride), finished bool, history [S, L] int32, page_table
-    [S, W] int32, of which the first `pages` columns are gathered. Rows of finished slots write to the scratch row 0.
+    """slots [B] int64; columns of the slot tables: length and drafted int64 (of one stride), finished bool, history [S, L]
+    int32, page_table [S, W] int32, of which the first `pages` columns are gathered. Rows of finished slots, and those of drafts
+    that nobody left, write to the scratch row 0.
 
     Reference: `step.decode.decode_batch_reference`.
     """
@@ -87,7 +90,7 @@ def decode_rows(
     gathered = torch.empty(batch, pages, dtype=torch.int32, device=device)
     launch(
         _rows_kernel, (batch,), tokens, positions, sequences, query_start, kv_rows, kv_lengths, gathered, slots, length,
-        finished, history, page_table, pages, length.stride(0), history.stride(0), page_table.stride(0),
+        drafted, finished, history, page_table, pages, length.stride(0), history.stride(0), page_table.stride(0),
         ROWS=rows, BLOCK_ROWS=power_of_2(rows), PAGE=page_size, BLOCK_PAGES=1024, num_warps=4,
     )  # fmt: skip
     return DecodeRows(tokens, positions, sequences, query_start, kv_rows, kv_lengths, gathered)

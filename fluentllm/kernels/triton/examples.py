@@ -187,7 +187,7 @@ def step() -> None:
     ints, finished, history = _longs(33, 8), _empty(33, dtype=torch.bool), _ints(33, 8193)
     slots = _longs(32)
     for rows in (1, 4):
-        decode_rows(slots, rows, ints[:, 0], finished, history, _ints(33, 128), 64)
+        decode_rows(slots, rows, ints[:, 0], ints[:, 7], finished, history, _ints(33, 128), 64)
         tokens = _longs(32, rows)
         columns = ints[:, 0], ints[:, 2], ints[:, 7]
         for counts, equal in ((None, None), (_ints(33, 128256), None), (None, _empty(32, rows - 1, dtype=torch.bool))):

@@ -57,7 +57,9 @@ class Window:
                 return False
             self._restart(batch, room)
         sequence = batch.sequences
-        self._tokens[sequence, batch.positions] = batch.tokens.to(torch.int32)
+        # What an inert row leaves depends on more than the tokens up to it: no token stands for that.
+        known = batch.tokens.where(batch.kv_rows >= batch.page_size, -1)
+        self._tokens[sequence, batch.positions] = known.to(torch.int32)
         self._written = ends
         self.rows = sequence * self._room + batch.positions
         return True

@@ -38,12 +38,14 @@ def tables(device: torch.device, rng: torch.Generator, vocab: int = 50) -> SlotT
     pages = torch.randperm(3 * made.max_pages, generator=rng) + 1
     made.page_table[:3] = pages.view(3, -1).to(device, torch.int32)
     made.length[:3] = torch.tensor(LENGTHS).to(device)
+    made.drafted[:3] = torch.tensor([3, 0, 2]).to(device)
     made.finished[:3] = False
     return made
 
 
 def passes(made: SlotTables) -> list[Batch]:
-    """Two ragged prefills, the second behind a cached prefix, then a plain decode and one that verifies three drafts."""
+    """Two ragged prefills, the second behind a cached prefix, then a plain decode and one that verifies three drafts, where all
+    were left."""
     device = made.device
     slots = torch.tensor([2, 0, 1, 3], device=device)
     return [*(prefill_batch(chunks, made) for chunks in CHUNKS), decode_batch(slots, 0, made), decode_batch(slots, 3, made)]
@@ -81,7 +83,7 @@ def test_gqa(norm: bool, device: torch.device, rng: torch.Generator) -> None:
             backend.begin(batch)
         expected = plain.gqa(0, q, k, v, batch, 0.2)
         # What inert rows get depends on what lies in the scratch page: nobody reads it.
-        live = torch.arange(rows) < (rows if batch.query_length is None else 3 * batch.query_length)
+        live = batch.kv_rows >= PAGE
         named = {"q_weight": weights[0], "k_weight": weights[1], "eps": 1e-6} if norm else {}
         for out in (ours.gqa(0, q, k, v, batch, 0.2), fused.gqa_from_product(0, qkv, heads, rope, batch, 0.2, **named)):
             torch.testing.assert_close(out[live], expected[live], rtol=1e-4, atol=1e-5)
@@ -194,7 +196,6 @@ def test_a_model_through_both(device: torch.device, rng: torch.Generator) -> Non
     models = [small_llama(ops, device) for ops in (PlainOps(), TritonOps())]
     attentions = backends(models[0].spec.kv, made)
     for batch in passes(made):
-        rows = batch.tokens.shape[0]
-        live = torch.arange(rows) < (rows if batch.query_length is None else 3 * batch.query_length)
+        live = batch.kv_rows >= PAGE
         plain, ours = (m.logits(m.forward(batch, a))[live] for m, a in zip(models, attentions, strict=True))
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)

@@ -72,6 +72,7 @@ class Case:
         pages = 3 * self.tables.max_pages
         self.tables.page_table[:3] = (torch.randperm(pages, generator=rng) + 1).view(3, -1).to(device, torch.int32)
         self.tables.length[:3] = torch.tensor(LENGTHS).to(device)
+        self.tables.drafted[:3] = torch.tensor([7, 0, 2]).to(device)
         self.tables.finished[:3] = False
         model = ModelSpec(architecture="", vocab_size=50, hidden_size=64, layers=1, heads=heads, max_position=1024, kv=kv)
         name = str(self.dtype).removeprefix("torch.")
@@ -89,7 +90,7 @@ class Case:
         return torch.randn(*shape, generator=self.rng).to(self.device, self.dtype)
 
     def batch(self, drafts: int) -> Batch:
-        """Three sequences in another order, and an inert one."""
+        """Three sequences in another order, with as many drafts or fewer, and an inert one."""
         return decode_batch(torch.tensor([2, 0, 1, 3], device=self.device), drafts, self.tables)
 
 
@@ -126,12 +127,12 @@ def test_decode_from_products(
     monkeypatch.setattr(mla_absorb, "MOST_TOKENS", 0)
     apart = case.apart.mla_from_products(*given, **named)
     # What inert rows get depends on what lies in the scratch page: nobody reads it.
-    live = 3 * (drafts + 1)
+    live = batch.kv_rows >= 64
     # BF16: queries, latents, probabilities and sums are each rounded to 8 bits, on both sides.
     rounds = case.dtype is torch.bfloat16
     limit = 0.02 if rounds else 1e-4
-    assert error(out[:live], expected[:live]) < limit
-    assert error(apart[:live], expected[:live]) < limit
+    assert error(out[live], expected[live]) < limit
+    assert error(apart[live], expected[live]) < limit
     written = [pool.latent[:, 1:] for pool in case.pools]
     # Two kernels may add a row's squares up in another order; the torch backend was given rotary keys of rounded products.
     torch.testing.assert_close(written[1], written[2], rtol=2.0**-7 if rounds else 0.0, atol=1e-3 if rounds else 0.0)

@@ -56,7 +56,8 @@ def test_a_step_of_the_tables(drafts: int, told: bool, device: torch.device, rng
     slots = torch.tensor(order)
 
     batch = decode_batch(slots, drafts, plain)
-    rows = decode_rows(slots.to(device), drafts + 1, ours.length, ours.finished, ours.history, ours.page_table, 16)
+    columns = ours.length, ours.drafted, ours.finished, ours.history, ours.page_table
+    rows = decode_rows(slots.to(device), drafts + 1, *columns, 16)
     for name in ("tokens", "positions", "sequences", "query_start", "kv_rows", "kv_lengths", "page_table"):
         assert torch.equal(getattr(rows, name).cpu(), getattr(batch, name)), name
 
