@@ -73,6 +73,10 @@ class LiveRows:
         rows = self.kv_rows if self.picked is None else self.kv_rows[self.picked]
         return rows < self.page_size
 
+    def whole(self) -> bool:
+        """Is no row of the pass inert? On a CPU that is known for a tenth of what it takes to treat them. Waits for a GPU."""
+        return min(self.kv_rows.tolist(), default=self.page_size) >= self.page_size
+
 
 def route(logits: Tensor, routing: Routing, bias: Tensor | None = None, live: LiveRows | None = None) -> tuple[Tensor, Tensor]:
     """Logits [T, total] float32, bias [total] float32 → weights [T, each] float32, ids [T, each] int64, shared experts last.
@@ -101,7 +105,7 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None = None, live: Li
         everyone = torch.arange(routing.experts, routing.experts + routing.shared, device=ids.device).expand(ids.shape[0], -1)
         weights = torch.cat((weights, torch.ones(everyone.shape, device=weights.device)), -1)
         ids = torch.cat((ids, everyone), -1)
-    if live is not None:
+    if live is not None and not live.whole():
         inert = live.inert().unsqueeze(-1)
         weights, ids = weights.masked_fill(inert, 0.0), ids.masked_fill(inert, routing.nothing)
     return weights, ids
