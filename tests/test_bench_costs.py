@@ -135,6 +135,21 @@ class TestExperts:
         matrices = distinct * inner * hidden * (1 + 4 / 128**2)
         assert second.bytes == pytest.approx(matrices + pairs * (inner + 4 * inner / 128 + 2 * hidden), abs=LISTS)
 
+    @pytest.mark.parametrize(("rows", "needed", "tokens"), [(32, 1.0, 8), (32, 1.75, 14), (32, 4.0, 32), (8, 1.75, 8)])
+    def test_rows_of_drafts_that_nobody_left_have_none(self, shape: Shape, rows: int, needed: float, tokens: int) -> None:
+        """In a step that verifies three a sequence; a draft layer's pass of a row each has them all."""
+        hidden, inner, routing = shape.hidden, shape.inner, shape.routing
+        count = routing.experts + routing.shared
+        gate_up, down = meta(count, 2 * inner, hidden), meta(count, hidden, inner)
+        step = Load(load(shape, 8).spec, 8, 4, 1000, 1152, routing, needed)
+        x, weights, ids = meta(rows, hidden), meta(rows, routing.each, dtype=FLOAT), meta(rows, routing.each, dtype=INT)
+        first, _ = [cost for name, cost in costs(lambda: experts(x, weights, ids, gate_up, down), step) if name in EXPERTS]
+        pairs = tokens * (routing.top_k * routing.experts / routing.total + routing.shared)
+        assert first.flops == pytest.approx(2 * pairs * 2 * inner * hidden)
+        beside = rows * hidden + rows * routing.each * inner
+        read = 2 * (distinct_experts(routing, tokens) * 2 * inner * hidden + beside)
+        assert first.bytes == pytest.approx(read, abs=LISTS)
+
     def test_no_kernel_of_theirs_is_forgotten(self) -> None:
         """Nothing else in these examples has an operand as large as the matrices of all experts."""
         with recording() as launches:

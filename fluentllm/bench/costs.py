@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 HOW = (
     "Bytes: every operand once, weights included; of experts the expected number of distinct ones, zero experts having no "
-    "weights; of the KV cache what the lengths say; of tables that are only indexed nothing. FLOPs: two a multiplication, of "
-    "matrix products and attention; of the rest none. Roofline: the larger of bytes / bandwidth and FLOPs / rate, both "
-    "measured here, over the time."
+    "weights, and rows of drafts that nobody left no experts; of the KV cache what the lengths say; of tables that are only "
+    "indexed nothing. FLOPs: two a multiplication, of matrix products and attention; of the rest none. Roofline: the larger of "
+    "bytes / bandwidth and FLOPs / rate, both measured here, over the time."
 )
 INDEXED = (
     "embedding", "gather", "draft_input", "rows", "commit", "leave", "shift", "append", "rotate", "lookup", "sort", "plan"
@@ -62,6 +62,8 @@ class Load:
     """Of one token in one layer's cache."""
     routing: Routing | None = None
     """Of the layers with experts; None: there are none."""
+    needed: float | None = None
+    """Tokens a sequence that somebody needs, on average: of drafts those that were left. None: all rows."""
 
     def attention(self) -> Cost:
         """Of one layer's decode."""
@@ -84,7 +86,7 @@ def of_launch(name: str, arguments: Iterable[Any], load: Load) -> Cost:
     if "absorb" in name:
         return _absorbed(tensors, load.spec)
     if load.routing is not None and name in EXPERTS:
-        return _experts(tensors, load.routing)
+        return _experts(tensors, load.routing, load)
     cost = Cost(float(sum(t.nbytes for t in tensors)))
     if any(part in name for part in MULTIPLIES):
         cost.flops = 2.0 * _multiplications(tensors)
@@ -99,13 +101,15 @@ def _absorbed(tensors: list[torch.Tensor], spec: ModelSpec) -> Cost:
     return Cost(float(sum(t.nbytes for t in tensors if t.numel() == weight or t.nbytes < LARGE)), 2.0 * tokens * weight)
 
 
-def _experts(tensors: list[torch.Tensor], routing: Routing) -> Cost:
+def _experts(tensors: list[torch.Tensor], routing: Routing, load: Load) -> Cost:
     """Weights are [E, out, in] or, as TMA reads them, [E · out, in], scales [E, …]; the first integers are the choices, or the
-    pairs in another order: as many as the tokens have experts."""
+    pairs in another order: as many as the tokens have experts. In a pass of all rows those that nobody needs have none."""
     count = routing.experts + routing.shared
     weight = max(tensors, key=lambda t: t.numel())
     of_experts = [t for t in tensors if t is weight or (t.ndim == 3 and t.shape[0] == count)]
     tokens = next(t.numel() for t in tensors if t.dtype in (torch.int32, torch.int64)) / routing.each
+    if load.needed is not None and tokens == load.batch * load.rows:
+        tokens = load.batch * load.needed
     shares = distinct_experts(routing, tokens) / count
     pairs = tokens * (routing.top_k * routing.experts / routing.total + routing.shared)
     beside = sum(t.nbytes for t in tensors if all(t is not other for other in of_experts))

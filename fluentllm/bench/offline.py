@@ -52,6 +52,11 @@ class Drafts:
         self.decoded += other.decoded
 
     @property
+    def mean(self) -> float:
+        """Drafts that a sequence's step verified on average, its first token's left out."""
+        return sum(count * steps for count, steps in self.decodes.items()) / max(1, self.decodes.total())
+
+    @property
     def length(self) -> float | None:
         """Mean tokens a verification, the target's own included; None where nothing was verified."""
         return 1 + self.accepted / self.verifications if self.verifications else None

@@ -95,15 +95,22 @@ def _rows(info: ModelInfo) -> int:
 async def _run(
     local: LocalEngine, batch: int, context: int, steps: int, budget: int, on_gpu: bool
 ) -> tuple[Look, Look | None, float]:
+    from .offline import Drafts
+
     rng = random.Random()
     engine, client = local.engine, local.generation.client
-    counts, rows = [0] * batch, _rows(engine.info)
+    counts, rows, drafts = [0] * batch, _rows(engine.info), Drafts()
 
     async def follow(number: int) -> None:
         prompt = rng.choices(range(engine.info.spec.vocab_size), k=context)
         params = SamplingParams(max_tokens=budget, temperature=0.0, ignore_eos=True)
         async for output in client.submit(Request(id=f"step-{number}", prompt=prompt, params=params)):
+            drafts.add(output, first=not counts[number])
             counts[number] += len(output.tokens)
+
+    def load() -> Load:
+        kv_bytes, routing = token_bytes(engine.info.spec.kv, engine.info.kv_dtype), routing_of(engine.executor.programs)
+        return Load(engine.info.spec, batch, rows, length, kv_bytes, routing, 1 + drafts.mean)
 
     async def advanced(by: int) -> None:
         """Until every sequence has gone at least `by` steps on."""
@@ -117,14 +124,12 @@ async def _run(
     try:
         await advanced(1 + WARM_STEPS)
         length = context + sum(counts) / batch + steps * rows / 2  # in the middle of the look
-        kv_bytes = token_bytes(engine.info.spec.kv, engine.info.kv_dtype)
-        load = Load(engine.info.spec, batch, rows, length, kv_bytes, routing_of(engine.executor.programs))
-        served = await _look(engine.executor, steps, advanced, load, on_gpu, shapes=not on_gpu)
+        served = await _look(engine.executor, steps, advanced, load(), on_gpu, shapes=not on_gpu)
         eager = None
         if on_gpu:
             engine.executor.programs.eager = True  # type: ignore[attr-defined]
             await advanced(WARM_STEPS)
-            eager = await _look(engine.executor, min(steps, 4), advanced, load, on_gpu, shapes=True)
+            eager = await _look(engine.executor, min(steps, 4), advanced, load(), on_gpu, shapes=True)
             engine.executor.programs.eager = False  # type: ignore[attr-defined]
     finally:
         for task in tasks:
