@@ -8,6 +8,7 @@ it can hardly be shorter than. An `Allowance` is what finding out may cost.
 from __future__ import annotations
 
 from collections import Counter, deque
+from math import inf
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class StepTimes:
         self._first: dict[tuple[int, int, int], list[float]] = {}
         """Runs that were dropped, and had no prompt beside them."""
         self._last: dict[tuple[int, int, int], deque[float]] = {}
+        self._in_vain: dict[tuple[int, int, int], deque[float]] = {}
         self._known: dict[tuple[int, int, int], float] = {}
         self._lengths: dict[int, dict[int, float]] = {}
         """Bucket → K → what verifying and leaving K takes, where that is known."""
@@ -45,14 +47,18 @@ class StepTimes:
         self.measured: set[int] = set()
         """K that are known in any bucket. The plain step is the first."""
 
-    def add(self, bucket: int, verify: int, draft: int, seconds: float | None) -> None:
-        """A program has run, in so many seconds; None: with a prompt beside it."""
+    def add(self, bucket: int, verify: int, draft: int, seconds: float | None, *, in_vain: bool = False) -> None:
+        """A program has run, in so many seconds; None: with a prompt beside it. `in_vain`: it verifies drafts, and no sequence
+        had one. Such rows take no experts, so this says little of what verifying takes."""
         key = bucket, verify, draft
         self._runs[key] += 1
         if seconds is None:
             return
         if self._runs[key] <= self._dropped:
             self._first.setdefault(key, []).append(seconds)
+            return
+        if in_vain:
+            self._in_vain.setdefault(key, deque(maxlen=KEPT)).append(seconds)
             return
         last = self._last.setdefault(key, deque(maxlen=KEPT))
         last.append(seconds)
@@ -87,9 +93,15 @@ class StepTimes:
     def runs(self, bucket: int, verify: int, draft: int) -> int:
         return self._runs[bucket, verify, draft]
 
-    def runs_missing(self, bucket: int, k: int) -> int:
-        """Runs until the time of verifying and leaving K is known."""
-        return max(0, self._dropped + ENOUGH - self._runs[bucket, k, k])
+    def in_vain(self, bucket: int, k: int) -> float:
+        """What a program that verifies and leaves K takes where no sequence has a draft; infinite while that is not known."""
+        runs = self._in_vain.get((bucket, k, k), ())
+        return _typical(runs) if len(runs) >= ENOUGH else inf
+
+    def runs_missing(self, bucket: int, k: int) -> tuple[int, int]:
+        """Runs until the time of verifying and leaving K is known: those that do not count, then others."""
+        key = bucket, k, k
+        return max(0, self._dropped - self._runs[key]), max(0, ENOUGH - len(self._last.get(key, ())))
 
     @property
     def stall(self) -> float:

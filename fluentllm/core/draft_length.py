@@ -309,11 +309,13 @@ class DraftLength:
         return trial if self._for_trials.covers(self._price(trial, best, rate)) else None
 
     def _steps_to_know(self, bucket: int, k: int) -> int:
-        """Where programs are not captured the first step has no drafts to verify, and others where none is offered neither."""
-        runs = max(1, self.times.runs_missing(bucket, k))
-        if not self._eager or not k:
-            return runs
-        return 1 + ceil(runs / max(self.acceptance.offered(self._mix), 0.25))
+        """The first step has no drafts to verify, and others where none is offered neither: they do not tell. A captured
+        program's first is dropped anyway."""
+        dropped, others = self.times.runs_missing(bucket, k)
+        if not k:
+            return max(1, dropped + others)
+        offered = max(self.acceptance.offered(self._mix), 0.25)
+        return 1 + ceil((dropped + others) / offered) if self._eager else max(1, dropped) + ceil(others / offered)
 
     def _price(self, trial: Trial, best: int, rate: float) -> float:
         """Seconds that are lost by it, as far as is known."""
@@ -335,10 +337,11 @@ class DraftLength:
 
     def _mean(self, bucket: int, k: int, seconds: float) -> float:
         """Of a step with K, which takes `seconds` where there is anything to verify."""
-        if not k or not self._eager:
+        if not k:
             return seconds
+        nothing = self.times.leaving(bucket, 0, k) if self._eager else self.times.in_vain(bucket, k)
         offered = self.acceptance.offered(self._mix)
-        return offered * seconds + (1 - offered) * min(seconds, self.times.leaving(bucket, 0, k))
+        return offered * seconds + (1 - offered) * min(seconds, nothing)
 
     def _price_of_look(self, bucket: int, k: int) -> float:
         return max(0.0, self.times.leaving(bucket, k, k + 1) - self.times.leaving(bucket, k, k))
@@ -370,7 +373,8 @@ class DraftLength:
     def _account(self, plan: StepPlan, result: StepResult, tokens: float, of_trial: bool) -> None:
         """The step's time, and what it earned or spent."""
         bucket, drafting = bucket_of(len(plan.decode)), plan.drafting
-        self.times.add(bucket, result.verified, drafting.draft, None if plan.prefill else result.seconds)
+        in_vain = result.verified > 0 and not any(slot.drafted for slot in result.slots)
+        self.times.add(bucket, result.verified, drafting.draft, None if plan.prefill else result.seconds, in_vain=in_vain)
         if not self.times.measured:
             return
         seconds = self.times.leaving(bucket, result.verified, drafting.draft)

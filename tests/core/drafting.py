@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from fluentllm.core.draft_length import DraftLength
 from fluentllm.core.types import Drafting, SamplingParams, SlotInit, SlotResult, StepPlan, StepResult
 
-Cost = Callable[[int, int, int], float]
-"""(sequences, drafts verified, drafts left) → seconds."""
+Cost = Callable[[int, float, int], float]
+"""(sequences, drafts verified of each, drafts left) → seconds."""
 RIGHT, WRONG = 1, 2
 
 
@@ -27,6 +27,8 @@ class World:
     offered: float = 1.0
     eager: bool = False
     """The program verifies nothing where no sequence has drafts."""
+    experts: bool = False
+    """Rows of drafts that a sequence was not left take no time, in a program that verifies all the same."""
     noise: bool = False
     """Times as they are measured: 2 % to and fro, one in a hundred eight times as long, and a program's first run too, or the
     first two where it is captured."""
@@ -63,6 +65,8 @@ class World:
     def fixed(self, k: int) -> float:
         """Tokens a second of a fixed K, in the long run."""
         tokens = 1 + self.offered * sum(self.acceptance**j for j in range(1, k + 1))
+        if self.experts:
+            return tokens / self.cost(self.batch, self.offered * k, k)
         verifies = 1 - (1 - self.offered) ** self.batch if self.eager else 1.0
         return tokens / (verifies * self.cost(self.batch, k, k) + (1 - verifies) * self.cost(self.batch, 0, k))
 
@@ -84,7 +88,8 @@ class World:
             right = left.index(WRONG) if WRONG in left else len(left)
             told = drafts[slot] if look else []
             slots.append(SlotResult(slot, 1, [RIGHT] * (right + 1), None, drafted=len(left), accepted=right, drafts=told))
-        true = self.cost(self.batch, verify, k + look)
+        rows = sum(slot.drafted for slot in slots) / self.batch if self.experts else verify
+        true = self.cost(self.batch, rows, k + look)
         seconds = self._measured(true, (verify, k + look))
         lengths.collected(plan, StepResult(step=self._step, slots=slots, seconds=seconds, verified=verify))
         self.time += true

@@ -93,6 +93,18 @@ def test_classes_of_requests_are_told_apart() -> None:
             assert later.count(0 if sampled else 3) > 0.85 * len(later), (turn, later)
 
 
+@pytest.mark.parametrize("acceptance", [0.1, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("offered", [1.0, 0.5, 0.2])
+@pytest.mark.parametrize("more", [3.0, 6.0])
+def test_steps_that_verify_in_vain_say_nothing_of_the_others(more: float, offered: float, acceptance: float) -> None:
+    """One sequence on a GPU, of a model with experts: where a lookup finds nothing a step takes as long as without drafts."""
+    for seed in range(3):
+        seen = World(rows(10.0, more, 0.0), 1, acceptance, offered, experts=True, noise=True, rng=random.Random(seed))
+        seen.run(DraftLength("auto", 3), 3000)
+        assert seen.rate() > 0.98 * seen.fixed(0)
+        assert seen.rate() > 0.88 * max(seen.fixed(k) for k in range(4))
+
+
 def test_acceptance_that_comes_back_is_noticed() -> None:
     lengths, cost = DraftLength("auto", 3), rows(0.010, 0.002, 0.002)
     seen = world(cost, 1, 0.0).run(lengths, 2000)
