@@ -235,7 +235,7 @@ class Compiler:
                 self._use_device()
                 compiled = compile_ahead(launch)
                 if self._device.type == "cuda":
-                    getattr(compiled, "run", None)
+                    getattr(compiled, "run", None)  # a property of Triton's, that loads when it is asked for
                 return
             except Exception as failed:
                 error = f"{type(failed).__name__}: {failed}"

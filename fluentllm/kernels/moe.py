@@ -74,8 +74,9 @@ class LiveRows:
         return rows < self.page_size
 
     def whole(self) -> bool:
-        """Is no row of the pass inert? On a CPU that is known for a tenth of what it takes to treat them. Waits for a GPU."""
-        return min(self.kv_rows.tolist(), default=self.page_size) >= self.page_size
+        """Is it known that no row of the pass is inert? On a CPU, for a tenth of what it takes to treat them; a GPU is not
+        waited for."""
+        return self.kv_rows.device.type == "cpu" and min(self.kv_rows.tolist(), default=self.page_size) >= self.page_size
 
 
 def route(logits: Tensor, routing: Routing, bias: Tensor | None = None, live: LiveRows | None = None) -> tuple[Tensor, Tensor]:

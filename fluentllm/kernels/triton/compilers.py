@@ -9,7 +9,8 @@ Compiling holds Python's lock for a fifth of its time, so that of 16 threads fou
 stands still: DeepSeek-V3-Lite's 106 kernels took such threads 17 s, an engine's own lists of them 15 (one H200, 16 cores).
 
 One process, without other threads, imports what compiles and forks a child for each kernel. No GPU is touched: Triton is told
-of one.
+of one. What it is told comes pickled, for dtypes, layouts and descriptors are Python's objects, through a pipe that nobody but
+the process which started it can write to.
 """
 
 from __future__ import annotations
