@@ -55,17 +55,19 @@ class Compilers:
         self._open: set[int] = set()
         self._reader = threading.Thread(target=self._read, name="fluent-compiled", daemon=True)
         self._reader.start()
-        self._send((target, processes))
+        self._send(pickle.dumps((target, processes)))
 
     def compile(self, number: int, launch: Launch) -> None:
         """A kernel as this launches it, known as `number`."""
         self._open.add(number)
         try:
-            job = portable(number, launch)
+            job = pickle.dumps(portable(number, launch))
         except LookupError as error:
             self._finished(number, str(error))
-            return
-        self._send(job)
+        except Exception as error:  # whatever an argument's own pickling raises
+            self._finished(number, f"{type(error).__name__}: {error}")
+        else:
+            self._send(job)
 
     def close(self) -> None:
         """Wait for all."""
@@ -89,9 +91,9 @@ class Compilers:
             self.give_up()
         self.close()
 
-    def _send(self, message: object) -> None:
+    def _send(self, message: bytes) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended: `close` says so
-            pickle.dump(message, self._jobs)
+            self._jobs.write(message)
             self._jobs.flush()
 
     def _read(self) -> None:

@@ -90,12 +90,14 @@ def test_what_fails_is_named_and_the_others_are_compiled(tmp_path: Path, monkeyp
     last = list(islice((one for _, one in example_launches()), 1))
     own = triton.jit(_inner())
     broken = [broken_kernels.failing, broken_kernels.killed, broken_kernels.leaving]
-    found = compile_all([Launch(kernel, (1,), (), {}) for kernel in (*broken, own)] + last, processes=1)
+    odd = Launch(broken_kernels.failing, (1,), (lambda: None,), {})
+    found = compile_all([Launch(kernel, (1,), (), {}) for kernel in (*broken, own)] + last + [odd], processes=1)
     assert found[0] == "RuntimeError: no registers left"
     assert found[1] == "its process ended with -9"
     assert found[2] == "SystemExit: 3"
     assert found[3].endswith("has no inner: only kernels of a module, under their own names, are compiled ahead")
     assert found[4] == ""
+    assert "lambda" in found[5], "an argument that no other process can have"
 
 
 def _inner():
