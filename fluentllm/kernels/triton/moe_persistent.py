@@ -233,6 +233,8 @@ def persistent_down(h: Tensor, h_scale: Tensor, down: Tensor, w_scale: Tensor, t
 
 
 def _launch(out: Tensor, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, tiles: ExpertTiles, gated: bool) -> None:
+    if not out.shape[0]:
+        return  # TMA has no boxes of nothing
     flat, n, depth, half = w.view(-1, w.shape[2]), out.shape[1], DEPTH.value, HALF.value
     columns = -(-n // (half if gated else 2 * half))
     stages = min(10, SHARED_BYTES // (depth * (tiles.rows + 2 * half)))
