@@ -116,7 +116,8 @@ class ChainProposer:
     def _keep_page_ends(self, batch: Batch, states: Tensor) -> None:
         """Of a prefill pass, where a chunk's last row counts as an end too."""
         ends = (batch.positions + 1) % batch.page_size == 0
-        ends[batch.query_start[1:].to(torch.int64) - 1] = True
+        # By index_fill_, not by assignment, which would bring True from the host and wait for it.
+        ends.index_fill_(0, batch.query_start[1:].to(torch.int64) - 1, True)
         keep_page_ends(batch, states, self._page_states, ends)
 
     def _ends_of(self, slots: Tensor, batch: Batch, rows: Batch) -> Tensor:

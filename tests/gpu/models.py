@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,13 @@ def small(name: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def engine(folder: Path, **settings: Any) -> LocalEngine:
+@contextmanager
+def engine(folder: Path, **settings: Any) -> Iterator[LocalEngine]:
+    """An engine that runs inside, and whose proposer must not have been dropped: steps without one are other steps."""
     given = {"model.name": str(folder), "model.load_format": "dummy", "kv.memory": "1GiB", **settings}
-    return LocalEngine(load(None, given, {}).settings)
+    with LocalEngine(load(None, given, {}).settings) as local:
+        yield local
+        assert local.engine.executor.programs.drafting_error is None
 
 
 def prompts(count: int, longest: int, seed: int = 3) -> list[list[int]]:

@@ -34,7 +34,6 @@ def test_drafts_over_the_same_cache(name: str, tmp_path: Path) -> None:
     drafts = {"speculative.method": "mtp", "speculative.k": 3, "speculative.min_acceptance": 0.0}
     with engine(small(name, tmp_path), **FP8, **drafts) as local:
         assert all(run(local, 0.0))
-        assert local.engine.executor.programs.drafting_error is None
         assert sum(local.engine.stats().speculative.drafted)
 
 

@@ -13,8 +13,8 @@ from .watching import watch
 
 DRAFTING: dict[str, dict[str, Any]] = {
     "none": {},
-    "pld": {"speculative.method": "pld", "speculative.k": 3},
-    "mtp": {"speculative.method": "mtp", "speculative.k": 3},
+    "pld": {"speculative.method": "pld", "speculative.k": 3, "speculative.min_acceptance": 0.0},
+    "mtp": {"speculative.method": "mtp", "speculative.k": 3, "speculative.min_acceptance": 0.0},
 }
 STEPS = 20
 
@@ -31,6 +31,7 @@ def test_a_step_is_one_graph_and_waits_for_nothing(
         local.engine.executor.call(lambda: torch.cuda.set_sync_debug_mode("error")).result()
         seen = watch(local, 3, STEPS)
         local.engine.executor.call(lambda: torch.cuda.set_sync_debug_mode("default")).result()
+        assert method == "none" or sum(local.engine.stats().speculative.drafted)
     print(*sorted({tuple(sorted(counted.items())) for counted in seen.calls}), sep="\n")
     assert len(seen.calls) >= STEPS
     for counted in seen.calls:

@@ -135,17 +135,18 @@ def _read(profiler: Any) -> Seen:
     on_device = torch.autograd.DeviceType.CUDA
     steps = [event for event in events if event.name == STEP and event.device_type != on_device]
     ranges = sorted((event.time_range.start, event.time_range.end) for event in steps)
-    # The system's number of a thread, for ranges as for calls; `event.thread` counts those that run operations.
-    [thread] = {event.device_resource_id for event in steps}
     seen.calls = [Counter() for _ in ranges]
-    for event in events:
+    calls = [event for event in events if event.device_type != on_device and _CALL.fullmatch(event.name)]
+    # The number that calls have of a thread may be that of one that has ended, and it need not be the one that ranges have.
+    [thread] = {event.device_resource_id for event in calls if "Launch" in event.name}
+    for event in calls:
         start = event.time_range.start
-        if event.device_type == on_device:
-            if event.name != STEP and event.time_range.elapsed_us() > 0:
-                seen.busy.append((start, event.time_range.end))
-        elif _CALL.fullmatch(event.name) and event.device_resource_id == thread and ranges[0][0] <= start < ranges[-1][1]:
+        if event.device_resource_id == thread and ranges[0][0] <= start < ranges[-1][1]:
             # The last step that had begun.
             step = bisect([begin for begin, _ in ranges], start) - 1
             (seen.calls[step] if start < ranges[step][1] else seen.between)[event.name] += 1
+    for event in events:
+        if event.device_type == on_device and event.name != STEP and event.time_range.elapsed_us() > 0:
+            seen.busy.append((event.time_range.start, event.time_range.end))
     seen.busy.sort()
     return seen

@@ -4,8 +4,8 @@ by a launch of its own or by the last program of a sequence to finish (`gqa_plan
 Queries come rotated, with their keys in the cache, or as the QKV product leaves them (`QkvProduct`): then each program norms
 and rotates the queries that it needs, and whoever's run holds a new token's place writes its key and value first.
 
-Where all programs are on the chip at once (`holds`), each asks for its last keys and values before it waits for the product of
-its queries: they are older than this pass, and so are the plan and the page table (`gqa_plan`).
+Where registers hold a block of keys and values (`holds`), each program asks for its last ones before it waits for the product
+of its queries: they are older than this pass, and so are the plan and the page table (`gqa_plan`).
 
 The arithmetic is FlashAttention's (arXiv:2205.14135) with keys split among programs; scores are kept in units of log2.
 """
@@ -21,7 +21,7 @@ import triton.language as tl
 
 from .gqa_plan import BLOCK, GqaPlan
 from .language import FIRST, LOADED, dot, start_next, wait_for_inputs
-from .launch import launch, multiprocessors, power_of_2, programmatic, split_width
+from .launch import launch, power_of_2, programmatic, split_width
 from .qkv_product import opened, with_new, write_new
 from .rotate import head_weight, heads_and_partners, normed_and_rotated, partner, rotary_factors
 
@@ -268,10 +268,10 @@ def query_tiles(rows: int, group: int) -> tuple[int, int]:
     return block_m, -(-rows * group // block_m)
 
 
-def holds(programs: int, width: int, key_bytes: int, device: torch.device) -> bool:
-    """Are programs with heads of this width, whose keys take so many bytes a value, on the chip at once, with a block of keys
-    and values in the registers of each?"""
-    return HOLD and width <= 128 and key_bytes <= 2 and programs <= 2 * multiprocessors(device)
+def holds(block_m: int, width: int, key_bytes: int) -> bool:
+    """Do the registers of a program with so many rows, of which two fit on a multiprocessor, hold a block of keys and values of
+    heads of this width, of so many bytes a value, too?"""
+    return HOLD and block_m <= 16 and width <= 128 and key_bytes <= 2
 
 
 def gqa_decode(
@@ -318,7 +318,7 @@ def gqa_decode(
     stage = (block_d + block_e + block_v) * k_pages.element_size()
     while block_n > 16 and block_n * stage > SHARED_BYTES:
         block_n //= 2
-    hold = block_e == 0 and holds(kv_heads * tiles * items, max(block_d, block_v), k_pages.element_size(), q.device)
+    hold = block_e == 0 and holds(block_m, max(block_d, block_v), k_pages.element_size())
     launch(
         _decode_kernel, (kv_heads * tiles, items), out, partial, lse, plan.counters, q, k_pages, v_pages, page_table, lengths,
         plan.items, plan.starts, plan.spans, scale * k_scale * math.log2(math.e), v_scale,
@@ -327,7 +327,7 @@ def gqa_decode(
         BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_V=block_v, SINGLE=plan.single, FIRST_KEY=first_key,
         HOLD=hold,
-        num_warps=8 if hold else 4, num_stages=1 + max(1, min(3, SHARED_BYTES // (block_n * stage))),
+        num_warps=4, num_stages=1 + max(1, min(3, SHARED_BYTES // (block_n * stage))),
         **programmatic(q.device, "product"),
     )  # fmt: skip
     if plan.single or plan.counters is not None:

@@ -25,6 +25,12 @@ BLOCK = 64
 """Runs of keys start at multiples of this."""
 LEAST_RUN = 64
 """One block: at batch 1 a chain of two blocks takes longer than merging two runs (H100, 16 and 32 heads, 1,024 keys)."""
+PER_MULTIPROCESSOR = 2
+"""Programs of attention that fit on one. A single one keeps too few keys in flight: 1 × 131,072 keys of 8 heads took 155 µs by
+132 programs, and 131 by 264 (H200)."""
+LONGER, LONGER_STEPS = 16, 32
+"""Runs may be longer than equal shares, by up to LONGER - 1 of LONGER_STEPS parts, if all then find a place at once: 32 × 4,096
+keys took 131 µs in whole runs, and 138 in twice as many that need two turns."""
 MERGE_INSIDE = False
 """Let the last program of a sequence merge its runs: a launch less a layer, and slower at batch 1 (H100, 16 heads, 1,024
 keys), equal at 32."""
@@ -46,13 +52,27 @@ class GqaPlan:
 
 
 @triton.jit
+def _longest_run(length, present, parts, BLOCK: tl.constexpr, LEAST: tl.constexpr, LONGER: tl.constexpr,
+                 LONGER_STEPS: tl.constexpr):  # fmt: skip
+    """length [N], of which those `present` count → (the shortest limit of runs of which there are no more than `parts`, a large
+    number where all that are tried are too short; that of equal shares)"""
+    share = tl.maximum(tl.cdiv(tl.sum(length, 0), parts), LEAST)
+    limits = tl.cdiv(share + share * tl.arange(0, LONGER) // LONGER_STEPS, BLOCK) * BLOCK
+    runs = tl.where(present[None, :], tl.maximum(tl.cdiv(length[None, :], limits[:, None]), 1), 0)
+    return tl.min(tl.where(tl.sum(runs, 1) <= parts, limits, 0x7FFFFFFF), 0), tl.cdiv(share, BLOCK) * BLOCK
+
+
+@triton.jit
 def _plan_kernel(items, starts, spans, counters, lengths, n, count, parts, cells, N: tl.constexpr,
-                 SPAN: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr, FILL: tl.constexpr):  # fmt: skip
+                 SPAN: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr, LONGER: tl.constexpr,
+                 LONGER_STEPS: tl.constexpr, FILL: tl.constexpr):  # fmt: skip
     i = tl.arange(0, N)
     length = tl.load(lengths + i, mask=i < n, other=0)
     if SPAN == 0:
-        limit = tl.maximum(tl.cdiv(tl.sum(length, 0), parts), LEAST)
-        limit = tl.cdiv(limit, BLOCK) * BLOCK
+        # In one turn of all places, or else in two, of which the second evens out what the first leaves.
+        once, _ = _longest_run(length, i < n, parts, BLOCK, LEAST, LONGER, LONGER_STEPS)
+        twice, shares = _longest_run(length, i < n, 2 * parts, BLOCK, LEAST, LONGER, LONGER_STEPS)
+        limit = tl.where(once < 0x7FFFFFFF, once, tl.where(twice < 0x7FFFFFFF, twice, shares))
     else:
         limit = SPAN
     # An empty sequence has one item too: its program writes zeros.
@@ -80,22 +100,26 @@ def _plan_kernel(items, starts, spans, counters, lengths, n, count, parts, cells
 
 
 def plan_gqa(
-    lengths: Tensor, *, kv_heads: int, longest: int, per_multiprocessor: int = 1, fixed_span: int = 0, tiles: int = 1,
-    inside: bool | None = None,
+    lengths: Tensor, *, kv_heads: int, longest: int, fixed_span: int = 0, tiles: int = 1, inside: bool | None = None
 ) -> GqaPlan:  # fmt: skip
     """lengths [N] int32, keys of each sequence on the device, 0 allowed; longest: host bound of them.
 
-    Aims at `per_multiprocessor` programs a multiprocessor over all `kv_heads`. `fixed_span` (keys, a multiple of `BLOCK`) makes
-    runs the same whatever else is in the batch: deterministic mode. inside: merge inside the attention kernel (`MERGE_INSIDE`
-    unless given), whose queries make `tiles` tiles (`gqa_decode.query_tiles`). Reference: `gqa_plan_reference`.
+    Aims at `PER_MULTIPROCESSOR` programs a multiprocessor over all `kv_heads`, whose queries make `tiles` tiles each
+    (`gqa_decode.query_tiles`). `fixed_span` (keys, a multiple of `BLOCK`) makes runs the same whatever else is in the batch:
+    deterministic mode. inside: merge inside the attention kernel (`MERGE_INSIDE` unless given). Reference:
+    `gqa_plan_reference`.
     """
     n = lengths.shape[0]
     if fixed_span % BLOCK:
         raise ValueError(f"fixed_span is {fixed_span}, a multiple of {BLOCK} is expected")
-    parts = max(1, -(-multiprocessors(lengths.device) * per_multiprocessor // kv_heads))
+    parts = max(1, multiprocessors(lengths.device) * PER_MULTIPROCESSOR // (kv_heads * tiles))
     most = max(1, -(-longest // (fixed_span or LEAST_RUN)))
-    # Σ max(1, ceil(length / limit)) ≤ Σ length / limit + N ≤ parts + N.
-    count = n * most if fixed_span else min(n * most, parts + n)
+    count = n * most
+    if not fixed_span:
+        # Σ max(1, ceil(length / limit)) < Σ length / limit + N: 2 · parts + N with the shortest limit that there can be, and
+        # at most parts with the longest for one turn where N is small.
+        fits = n * (LONGER_STEPS + LONGER - 1) <= parts * (LONGER - 1)
+        count = min(count, parts if fits else 2 * parts + n - 1)
     items = torch.empty(max(count, 1), dtype=torch.int32, device=lengths.device)
     starts = torch.empty(n + 1, dtype=torch.int32, device=lengths.device)
     spans = torch.empty(max(n, 1), dtype=torch.int32, device=lengths.device)
@@ -104,7 +128,8 @@ def plan_gqa(
     counters = torch.empty(cells, dtype=torch.int32, device=lengths.device) if cells else None
     launch(
         _plan_kernel, (1,), items, starts, spans, counters, lengths, n, count, parts, cells,
-        N=power_of_2(n), SPAN=fixed_span, BLOCK=BLOCK, LEAST=LEAST_RUN, FILL=1024, num_warps=4,
+        N=power_of_2(n), SPAN=fixed_span, BLOCK=BLOCK, LEAST=LEAST_RUN, LONGER=LONGER, LONGER_STEPS=LONGER_STEPS, FILL=1024,
+        num_warps=4,
     )  # fmt: skip
     return GqaPlan(items[:count], starts, spans, single, counters)
 
@@ -113,7 +138,7 @@ def gqa_plan_reference(
     lengths: list[int], count: int, parts: int, fixed_span: int = 0
 ) -> tuple[list[int], list[int], list[int]]:
     """(items, starts, spans) in plain Python."""
-    limit = fixed_span or -(-max(-(-sum(lengths) // parts), LEAST_RUN) // BLOCK) * BLOCK
+    limit = fixed_span or _longest_run_reference(lengths, parts)
     items: list[int] = []
     starts, spans = [0], []
     for i, length in enumerate(lengths):
@@ -122,3 +147,13 @@ def gqa_plan_reference(
         items += [i] * runs
         starts.append(len(items))
     return items + [-1] * (count - len(items)), starts, spans
+
+
+def _longest_run_reference(lengths: list[int], parts: int) -> int:
+    for places in (parts, 2 * parts):
+        share = max(-(-sum(lengths) // places), LEAST_RUN)
+        limits = [-(-(share + share * longer // LONGER_STEPS) // BLOCK) * BLOCK for longer in range(LONGER)]
+        for limit in limits:
+            if sum(max(1, -(-length // limit)) for length in lengths) <= places:
+                return limit
+    return limits[0]
