@@ -27,21 +27,14 @@ def register(app: typer.Typer) -> None:
 
 
 @bench.command()
+@options.configured(options.ENGINE)
 def latency(
-    model: options.Model = None,
+    settings: Settings,
     batch: Annotated[str, typer.Option(help="Batch sizes, such as 1,8,32.")] = "1,8,32",
     ctx: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 128,
     steps: Annotated[int, typer.Option(min=1, help="New tokens that are timed.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="How often, after a warm-up; medians count.")] = 3,
     json: output.FiguresFile = None,
-    config: options.Config = None,
-    sets: options.Sets = None,
-    device: options.Device = None,
-    load_format: options.LoadFormat = None,
-    speculative: options.Speculative = None,
-    speculative_model: options.SpeculativeModel = None,
-    k: options.SpeculativeK = None,
-    synthetic_acceptance: options.SyntheticAcceptance = None,
     compare_deterministic: Annotated[
         bool,
         typer.Option(
@@ -55,10 +48,6 @@ def latency(
     from ..bench import beside, offline
 
     batches = [_positive("--batch", part) for part in batch.split(",")]
-
-    flags = {"model.name": model, "engine.device": device, "model.load_format": load_format}
-    flags |= options.speculation(speculative, speculative_model, k, synthetic_acceptance)
-    settings = options.load(config, flags, sets).settings
     if compare_deterministic:
         settings, others = beside.pair(settings, max(batches))
     elif settings.engine.deterministic:
@@ -72,22 +61,15 @@ def latency(
 
 
 @bench.command()
+@options.configured(options.ENGINE)
 def throughput(
-    model: options.Model = None,
+    settings: Settings,
     requests: Annotated[int, typer.Option(min=1, help="Requests, all at once.")] = 256,
     input_len: Annotated[str, typer.Option(help="Prompt tokens: N, or A:B for uniform.")] = "100:1024",
     output_len: Annotated[str, typer.Option(help="New tokens: N, or A:B for uniform.")] = "100:1024",
     seed: Annotated[int, typer.Option(help="Of lengths and prompts.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="How often; the last counts, when all is compiled and captured.")] = 1,
     json: output.FiguresFile = None,
-    config: options.Config = None,
-    sets: options.Sets = None,
-    device: options.Device = None,
-    load_format: options.LoadFormat = None,
-    speculative: options.Speculative = None,
-    speculative_model: options.SpeculativeModel = None,
-    k: options.SpeculativeK = None,
-    synthetic_acceptance: options.SyntheticAcceptance = None,
 ) -> None:
     """Tokens a second with all requests sent at once, end of sequence ignored."""
     from ..bench import offline
@@ -101,9 +83,7 @@ def throughput(
         typer.echo(f"{total}: {figures['tok_s']:.1f} tok/s{before}")
         return {"throughput": figures}
 
-    flags = {"model.name": model, "engine.device": device, "model.load_format": load_format}
-    flags |= options.speculation(speculative, speculative_model, k, synthetic_acceptance)
-    _offline(options.load(config, flags, sets).settings, measure, json)
+    _offline(settings, measure, json)
 
 
 @bench.command()

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options, output
+
+if TYPE_CHECKING:
+    from ..core.settings import Settings
 
 
 def register(bench: typer.Typer) -> None:
     bench.command()(step)
 
 
+@options.configured(options.ENGINE)
 def step(
-    model: options.Model = None,
+    settings: Settings,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that decode.")] = 32,
     ctx: Annotated[int, typer.Option(min=1, help="Prompt tokens of each.")] = 1024,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are looked at.")] = 16,
     json: output.FiguresFile = None,
-    config: options.Config = None,
-    sets: options.Sets = None,
-    device: options.Device = None,
-    load_format: options.LoadFormat = None,
 ) -> None:
     """Each kernel of a decode step: time, count, bytes, FLOPs, share of the roofline. On a CPU each operation."""
     from ..bench import report
     from ..local import LocalEngine
 
-    flags = {"model.name": model, "engine.device": device, "model.load_format": load_format}
-    settings = options.load(config, flags, sets).settings
     with LocalEngine(settings) as local:
         from ..bench import step as steps_of  # torch, which an engine must have prepared for
 

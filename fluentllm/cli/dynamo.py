@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..core.errors import ConfigError
 from . import options
 
+if TYPE_CHECKING:
+    from ..core.settings import Settings
 
+
+@options.configured(options.ENGINE, options.SERVED)
 def dynamo(
-    model: options.Model = None,
+    settings: Settings,
     namespace: Annotated[str, typer.Option(help="Dynamo's namespace, the same for all workers of a model.")] = "dynamo",
     pull: Annotated[
         bool,
@@ -20,26 +24,8 @@ def dynamo(
     discovery: Annotated[
         str, typer.Option(help="Dynamo's discovery backend: etcd, file, kubernetes, mem.", envvar="DYN_DISCOVERY_BACKEND")
     ] = "etcd",
-    role: options.Role = None,
-    load_format: options.LoadFormat = None,
-    served_name: options.ServedName = None,
-    deterministic: options.Deterministic = None,
-    threads: options.Threads = None,
-    kv_memory: options.KVMemory = None,
-    config: options.Config = None,
-    sets: options.Sets = None,
 ) -> None:
     """Serve a model as a worker of Dynamo. Requests come from Dynamo's front end: this process listens for no clients."""
-    given = {
-        "model.name": model,
-        "disaggregation.role": role,
-        "model.load_format": load_format,
-        "model.served_name": served_name,
-        "engine.deterministic": deterministic,
-        "engine.threads": threads,
-        "kv.memory": kv_memory,
-    }
-    settings = options.load(config, given, sets).settings
     try:
         from ..dynamo.worker import run
     except ImportError as error:

@@ -1,16 +1,18 @@
 """The one place where the command line becomes settings: `--config`, `--set key=value` and named flags.
 
-A command declares its flags with the types below and hands what it got to `load`:
+A command that starts an engine names groups of flags, and gets settings:
 
-    def serve(model: options.Model = None, port: options.Port = None, config: options.Config = None, sets: options.Sets = None):
-        loaded = options.load(config, {"model.name": model, "server.port": port}, sets)
+    @options.configured(options.ENGINE)
+    def latency(settings: Settings, batch: ... = "1,8,32") -> None:
 
-A flag that was not given is None and overrides nothing. Help texts come from `core/settings.py`. Modules that use these
-types must import this module at run time, since Typer evaluates their annotations.
+Others declare the few flags that they have with the types below, and hand what they got to `load`. A flag that was not given
+is None and overrides nothing. Help texts come from `core/settings.py`. Modules that use these types must import this module at
+run time, since annotations of flags are evaluated.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -22,7 +24,7 @@ from fluentllm.core.config.tree import Setting, settings_tree
 from fluentllm.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from fluentllm.core.config import Loaded
     from fluentllm.core.config.sources import ConfigFile
@@ -38,13 +40,17 @@ _FLAGS: dict[str, str] = {}
 def flag(key: str, *names: str) -> Any:
     """A Typer option for the setting, with its help text: `flag("server.port", "--port", "-p")`."""
     _FLAGS[key] = names[0]
-    return typer.Option(*names, help=_help(key), show_default=False)
+    return typer.Option(*names, help=_help(key), show_default=False, rich_help_panel=_panel(key))
 
 
 def argument(key: str, name: str) -> Any:
     """A positional argument for the setting."""
     _FLAGS[key] = name
     return typer.Argument(metavar=name, help=_help(key), show_default=False)
+
+
+def _panel(key: str) -> str:
+    return f"Settings: {key.partition('.')[0]}"
 
 
 def _help(key: str) -> str:
@@ -64,38 +70,74 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its dotted key; repeatable.", show_default=False),
 ]
 Model = Annotated[str | None, argument("model.name", "MODEL")]
-ServedName = Annotated[str | None, flag("model.served_name", "--served-name")]
-Revision = Annotated[str | None, flag("model.revision", "--revision")]
-LoadFormat = Annotated[str | None, flag("model.load_format", "--load-format")]
-Dtype = Annotated[str | None, flag("model.dtype", "--dtype")]
-WeightPrecision = Annotated[str | None, flag("model.weight_precision", "--weight-precision")]
-MaxModelLen = Annotated[str | None, flag("model.max_model_len", "--max-model-len")]
-Host = Annotated[str | None, flag("server.host", "--host")]
-Port = Annotated[str | None, flag("server.port", "--port", "-p")]
-ApiKey = Annotated[str | None, flag("server.api_key", "--api-key")]
 ServerKey = Annotated[
     str | None,
     typer.Option("--api-key", help="Of the server at --url; else server.api_key of the settings.", show_default=False),
 ]
 Device = Annotated[str | None, flag("engine.device", "--device")]
-OverlapDepth = Annotated[str | None, flag("engine.overlap_depth", "--overlap-depth")]
-Deterministic = Annotated[bool | None, flag("engine.deterministic", "--deterministic/--no-deterministic")]
-Threads = Annotated[str | None, flag("engine.threads", "--threads")]
-Policy = Annotated[str | None, flag("scheduler.policy", "--scheduler")]
-Speculative = Annotated[str | None, flag("speculative.method", "--speculative")]
-SpeculativeModel = Annotated[str | None, flag("speculative.model", "--speculative-model")]
-SpeculativeK = Annotated[str | None, flag("speculative.k", "--speculative-k", "--k")]
-SyntheticAcceptance = Annotated[str | None, flag("speculative.synthetic_acceptance", "--synthetic-acceptance")]
-KVDtype = Annotated[str | None, flag("kv.dtype", "--kv-dtype", "--kv-cache-dtype")]
-KVMemory = Annotated[str | None, flag("kv.memory", "--kv-memory")]
-Role = Annotated[str | None, flag("disaggregation.role", "--role")]
-LogLevel = Annotated[str | None, flag("log.level", "--log-level")]
+
+Flags = dict[str, tuple[str, ...]]
+"""Dotted key → its flags, the first of which names the command's parameter; none: a positional argument."""
+
+ENGINE: Flags = {
+    "model.name": (),
+    "model.load_format": ("--load-format",),
+    "model.dtype": ("--dtype",),
+    "model.weight_precision": ("--weight-precision",),
+    "model.max_model_len": ("--max-model-len",),
+    "model.revision": ("--revision",),
+    "engine.device": ("--device",),
+    "engine.overlap_depth": ("--overlap-depth",),
+    "engine.deterministic": ("--deterministic/--no-deterministic",),
+    "engine.threads": ("--threads",),
+    "scheduler.policy": ("--scheduler",),
+    "kv.dtype": ("--kv-dtype", "--kv-cache-dtype"),
+    "kv.memory": ("--kv-memory",),
+    "speculative.method": ("--speculative",),
+    "speculative.model": ("--speculative-model",),
+    "speculative.k": ("--speculative-k", "--k"),
+    "speculative.synthetic_acceptance": ("--synthetic-acceptance",),
+    "log.level": ("--log-level",),
+}
+SERVED: Flags = {"model.served_name": ("--served-name",), "disaggregation.role": ("--role",)}
+HTTP: Flags = {"server.host": ("--host",), "server.port": ("--port", "-p"), "server.api_key": ("--api-key",)}
 
 
-def speculation(method: str | None, model: str | None, k: str | None, synthetic: str | None = None) -> dict[str, Any]:
-    """What the flags of speculation got, as overrides for `load`."""
-    given = {"method": method, "model": model, "k": k, "synthetic_acceptance": synthetic}
-    return {f"speculative.{name}": value for name, value in given.items()}
+def configured(*groups: Flags) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command with these flags, `--config` and `--set`, which gets what they say as its parameter `settings`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        keys: dict[str, str] = {}
+        added = []
+        for key, names in (item for group in groups for item in group.items()):
+            name = (names[0].partition("/")[0].strip("-") if names else key.partition(".")[0]).replace("-", "_")
+            kind = bool if names and "/" in names[0] else str
+            how = flag(key, *names) if names else argument(key, name.upper())
+            keys[name] = key
+            added.append(_parameter(name, Annotated[kind | None, how]))
+        command.__annotations__.pop("settings")  # the others are evaluated
+        own = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.name != "settings"
+        ]
+
+        def run(config: Path | None, sets: list[str] | None, **given: Any) -> None:
+            chosen = {key: given.pop(name) for name, key in keys.items()}
+            command(load(config, chosen, sets).settings, **given)
+
+        parameters = [*own, *added, _parameter("config", Config), _parameter("sets", Sets)]
+        # What Typer reads of a command.
+        run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _parameter(name: str, kind: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
 def load(

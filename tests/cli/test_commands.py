@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from functools import reduce
+from typing import Annotated
 
 import pytest
+import typer
 
 from fluentllm import __version__, cli, devices
 from fluentllm.cli import options
 from fluentllm.core import config
 from fluentllm.core.errors import ConfigError, OutOfMemory
+from fluentllm.core.settings import Settings
 from fluentllm.hub import resolve
 from fluentllm.kernels.cuda.compile import compiler_version
 from fluentllm.local import LocalEngine
@@ -238,6 +242,46 @@ def test_options_put_flags_over_the_environment_and_sets_over_flags():
         "server.host": "environment variable FLUENT_SERVER__HOST",
         "engine.threads": "command line, --set engine.threads",
     }
+
+
+GIVEN = {
+    "model.name": "m", "model.load_format": "dummy", "model.dtype": "float32", "model.weight_precision": "fp8",
+    "model.max_model_len": "64", "model.revision": "main", "engine.device": "cpu", "engine.overlap_depth": "2",
+    "engine.deterministic": None, "engine.threads": "3", "scheduler.policy": "other", "kv.dtype": "fp8", "kv.memory": "1GiB",
+    "speculative.method": "pld", "speculative.model": "drafts", "speculative.k": "2", "log.level": "warning",
+    "speculative.synthetic_acceptance": "2.5", "model.served_name": "n", "disaggregation.role": "prefill",
+    "server.host": "::1", "server.port": "1", "server.api_key": "secret",
+}  # fmt: skip
+
+
+def test_a_configured_command_gets_the_settings_that_its_flags_say(tmp_path):
+    seen = []
+    app = typer.Typer()
+
+    @app.command()
+    @options.configured(options.ENGINE, options.SERVED, options.HTTP)
+    def command(settings: Settings, batch: Annotated[int, typer.Option()] = 3) -> None:
+        seen.append((settings, batch))
+
+    flags = options.ENGINE | options.SERVED | options.HTTP
+    assert flags.keys() == GIVEN.keys()
+    (tmp_path / "a.yaml").write_text("server: {host: elsewhere}\nkv: {page_size: 16}")
+    arguments = ["--batch", "5", "--config", str(tmp_path / "a.yaml"), "--set", "engine.threads=4"]
+    for key, names in flags.items():
+        arguments += [part for part in (*(name.partition("/")[0] for name in names[:1]), GIVEN[key]) if part]
+    app(arguments, standalone_mode=False)
+    [(settings, batch)] = seen
+    found, default = ({key: reduce(getattr, key.split("."), of) for key in flags} for of in (settings, Settings()))
+    assert [key for key in flags if found[key] == default[key]] == []
+    assert (batch, settings.kv.page_size, settings.engine.threads, settings.server.host) == (5, 16, 4, "::1")
+    assert (settings.engine.deterministic, settings.speculative.k) == (True, 2)
+
+
+@pytest.mark.parametrize("command", ["serve", "dynamo", "bench latency", "bench throughput", "bench step"])
+def test_commands_that_start_an_engine_have_its_flags(fluent, command):
+    shown = fluent(*command.split(), "--help").stdout
+    missing = [name for names in options.ENGINE.values() for name in names if name.partition("/")[0] not in shown]
+    assert missing == []
 
 
 @pytest.mark.parametrize("text", ["server.port", "=1", ""])
