@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def patched_once() -> Iterator[None]:
-    """Triton's interpreter looks through all of `triton.language` for what to replace, at every call of a function inside of a
-    kernel, and puts it back behind a launch: a third of its time. Here the first call of each function is enough, since nothing
-    in a process of these tests wants the originals."""
+def quick_interpreter() -> Iterator[None]:
+    """Leaves out what Triton's interpreter does for nothing, here more than half of its time.
+
+    It looks through all of `triton.language` for what to replace, at every call of a function inside of a kernel, and puts it
+    back behind a launch: the first call of each function is enough, since nothing in a process of these tests wants the
+    originals. And it computes every integer operation again in 64 bits to see whether it overflows, and throws the finding
+    away: it asserts nothing unless its option `debug` is set, which it never is."""
     if not INTERPRETED:
         yield
         return
@@ -58,8 +62,11 @@ def patched_once() -> Iterator[None]:
         patch_lang(function)
         return interpreter._LangPatchScope()  # with nothing to put back
 
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug, "overflows are asserted: let them be looked for"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", once)
+        patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
         yield
 
 

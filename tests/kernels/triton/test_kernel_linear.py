@@ -18,7 +18,7 @@ from fluentllm.kernels.block_fp8 import (
 )
 from fluentllm.kernels.triton.fp8_gemm import GemmTile, fp8_gemm
 from fluentllm.kernels.triton.fp8_quantise import quantise_rows, silu_mul_quantise
-from fluentllm.kernels.triton.held import HeldTile
+from fluentllm.kernels.triton.held import MOST_TOKENS, HeldTile
 from fluentllm.kernels.triton.linear import linear, linear_norm, new_counters
 from fluentllm.kernels.triton.linear_tiles import LinearTile, Tile
 from fluentllm.kernels.triton.moe_scores import normed_router_logits
@@ -46,16 +46,18 @@ TILES = [
 ]
 
 
-def enough(tokens: int, tile: Tile | None) -> int:
+def enough(tokens: int, rows: int, tile: Tile | None) -> tuple[int, int]:
     """A held tile's program has one row of the matrix, or four, and at most two tokens: hundreds of programs, each of them some
-    milliseconds of the interpreter. There three tokens are as good as more: two programs, the second not full."""
-    return min(tokens, 3) if INTERPRETED and isinstance(tile, HeldTile) else tokens
+    milliseconds of the interpreter. There three tokens are as good as more: two programs, the second not full. So are two
+    programs of rows and what `rows` has beyond full ones. No tile: few tokens get a held one."""
+    held = isinstance(tile, HeldTile) or (tile is None and tokens <= MOST_TOKENS)
+    return (min(tokens, 3), min(rows, 8 + rows % 4)) if INTERPRETED and held else (tokens, rows)
 
 
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("tokens", "rows", "depth"), [(1, 48, 80), (2, 33, 72), (5, 70, 200), (19, 16, 64), (0, 32, 32)])
 def test_linear(tokens: int, rows: int, depth: int, tile: Tile | None, device: torch.device, rng: torch.Generator) -> None:
-    tokens = enough(tokens, tile)
+    tokens, rows = enough(tokens, rows, tile)
     x = torch.randn(tokens, depth + 8, generator=rng).to(torch.bfloat16)[:, :depth]
     weight = torch.randn(rows, depth, generator=rng).to(torch.bfloat16) * depth**-0.5
     other = torch.randn(tokens, rows, generator=rng).to(torch.bfloat16)
@@ -74,7 +76,8 @@ def test_linear(tokens: int, rows: int, depth: int, tile: Tile | None, device: t
 @pytest.mark.parametrize("tokens", [1, 2, 6])
 @pytest.mark.parametrize("tile", TILES)
 def test_gate_and_up(tile: Tile | None, tokens: int, device: torch.device, rng: torch.Generator) -> None:
-    inner, depth, tokens = 72, 96, enough(tokens, tile)
+    depth = 96
+    tokens, inner = enough(tokens, 72, tile)
     x = torch.randn(tokens, depth, generator=rng).to(torch.bfloat16)
     weight = torch.randn(2 * inner, depth, generator=rng).to(torch.bfloat16) * depth**-0.5
     gate, up = F.linear(x.float(), weight.float()).chunk(2, -1)
@@ -126,7 +129,7 @@ def test_block_fp8(tokens: int, rows: int, depth: int, tile: Tile | None, device
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "tile"), [(1, HeldTile(4, 128)), (2, HeldTile(1, 256)), (3, HeldTile(2, 64)), (0, None), (2, None)]
+    ("tokens", "tile"), [(1, HeldTile(4, 128)), (2, HeldTile(2, 256)), (3, HeldTile(8, 64)), (0, None), (2, None)]
 )
 def test_rows_that_are_not_quantised_by_block_fp8(
     tokens: int, tile: Tile | None, gated: bool, device: torch.device, rng: torch.Generator
@@ -181,7 +184,8 @@ def test_a_norm_between_two_products(
     tokens: int, rows: int, depth: int, tile: Tile | None, device: torch.device, rng: torch.Generator
 ) -> None:
     """residual += x Wᵀ + other; y = norm(residual) Vᵀ; z = gated: the norm has no launch of its own."""
-    eps, inner, tokens = 1e-5, 40, enough(tokens, tile)
+    eps = 1e-5
+    tokens, inner = enough(tokens, 40, tile)
     x, other, residual = (
         torch.randn(tokens, n, generator=rng).to(torch.bfloat16) * s for n, s in ((depth, 1), (rows, 1), (rows, 30))
     )
