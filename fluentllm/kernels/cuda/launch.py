@@ -43,6 +43,9 @@ class CudaKernel:
         self.params = types
         self._loaded: dict[tuple[Any, ...], _Loaded] = {}
 
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (self.__name__, self.params)  # what has been loaded belongs to this process
+
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *arguments, **options: self._run(grid, arguments, options)
 

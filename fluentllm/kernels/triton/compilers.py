@@ -16,6 +16,7 @@ the process which started it can write to.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import signal
@@ -23,7 +24,6 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -61,13 +61,11 @@ class Compilers:
         """A kernel as this launches it, known as `number`."""
         self._open.add(number)
         try:
-            job = pickle.dumps(portable(number, launch))
-        except LookupError as error:
-            self._finished(number, str(error))
+            message = portable(launch)
         except Exception as error:  # whatever an argument's own pickling raises
             self._finished(number, f"{type(error).__name__}: {error}")
         else:
-            self._send(job)
+            self._send(pickle.dumps((number, message)))
 
     def close(self) -> None:
         """Wait for all."""
@@ -107,18 +105,6 @@ class Compilers:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A launch, for another process."""
-
-    number: int
-    module: str
-    name: str
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-    grid: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Pointer:
     """What Triton asks of a tensor."""
 
@@ -130,18 +116,22 @@ class Pointer:
         return self.address
 
 
-def portable(number: int, launch: Launch) -> Job:
-    """Raises `LookupError` for a kernel that cannot be found by its name."""
-    from ..cuda.launch import CudaKernel
+class _Pickler(pickle.Pickler):
+    """Kernels go by their own names in their modules, tensors as what Triton asks of them."""
 
-    kernel = launch.kernel
-    if isinstance(kernel, CudaKernel):
-        return Job(number, CudaKernel.__module__, kernel.__name__, (), launch.options, launch.grid)
-    module, name = kernel.__module__, kernel.__name__
-    if getattr(sys.modules.get(module), name, None) is not kernel:
-        raise LookupError(f"{module} has no {name}: only kernels of a module, under their own names, are compiled ahead")
-    args = tuple(Pointer(v.dtype, v.data_ptr() % 16) if isinstance(v, torch.Tensor) else v for v in launch.args)
-    return Job(number, module, name, args, launch.options, launch.grid)
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, triton.JITFunction):
+            return value.__name__
+        if isinstance(value, torch.Tensor):
+            return Pointer, (value.dtype, value.data_ptr() % 16)
+        return NotImplemented
+
+
+def portable(launch: Launch) -> bytes:
+    """For `pickle.loads` in another process. Raises what pickling raises, for a kernel too that its name does not lead to."""
+    message = io.BytesIO()
+    _Pickler(message).dump(launch)
+    return message.getvalue()
 
 
 # ----------------------------------------------------------------------------------------------------------- the other process
@@ -176,31 +166,28 @@ def serve() -> None:
         compile_ahead(Launch(_nothing, (1,), (), {}))
     running: dict[int, int] = {}
     while job := _next(jobs):
+        number, message = job
         while len(running) >= processes:
             _wait_for_one(running, results)
         child = os.fork()
         if not child:
-            _answer(results, job.number, _compile(job))
+            _answer(results, number, _compile(message))
             os._exit(0)
-        running[child] = job.number
+        running[child] = number
     while running:
         _wait_for_one(running, results)
 
 
-def _next(jobs: IO[bytes]) -> Job | None:
+def _next(jobs: IO[bytes]) -> tuple[int, bytes] | None:
     try:
-        return cast("Job", pickle.load(jobs))
+        return cast("tuple[int, bytes]", pickle.load(jobs))
     except EOFError:
         return None
 
 
-def _compile(job: Job) -> str:
-    from ..cuda.launch import CudaKernel
-
+def _compile(message: bytes) -> str:
     try:
-        found = import_module(job.module)
-        kernel = CudaKernel(job.name, ()) if found.__name__ == CudaKernel.__module__ else getattr(found, job.name)
-        compile_ahead(Launch(kernel, job.grid, job.args, job.options))
+        compile_ahead(pickle.loads(message))
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
     return ""
