@@ -107,14 +107,7 @@ def configured(*groups: Flags) -> Callable[[Callable[..., None]], Callable[..., 
     """A command with these flags, `--config` and `--set`, which gets what they say as its parameter `settings`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        keys: dict[str, str] = {}
-        added = []
-        for key, names in (item for group in groups for item in group.items()):
-            name = (names[0].partition("/")[0].strip("-") if names else key.partition(".")[0]).replace("-", "_")
-            kind = bool if names and "/" in names[0] else str
-            how = flag(key, *names) if names else argument(key, name.upper())
-            keys[name] = key
-            added.append(_parameter(name, Annotated[kind | None, how]))
+        flags = {key: _setting(key, names) for group in groups for key, names in group.items()}
         command.__annotations__.pop("settings")  # the others are evaluated
         own = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -123,10 +116,10 @@ def configured(*groups: Flags) -> Callable[[Callable[..., None]], Callable[..., 
         ]
 
         def run(config: Path | None, sets: list[str] | None, **given: Any) -> None:
-            chosen = {key: given.pop(name) for name, key in keys.items()}
+            chosen = {key: given.pop(parameter.name) for key, parameter in flags.items()}
             command(load(config, chosen, sets).settings, **given)
 
-        parameters = [*own, *added, _parameter("config", Config), _parameter("sets", Sets)]
+        parameters = [*own, *flags.values(), _parameter("config", Config), _parameter("sets", Sets)]
         # What Typer reads of a command.
         run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
         run.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -134,6 +127,14 @@ def configured(*groups: Flags) -> Callable[[Callable[..., None]], Callable[..., 
         return run
 
     return decorate
+
+
+def _setting(key: str, names: tuple[str, ...]) -> inspect.Parameter:
+    if not names:
+        name = key.partition(".")[0]
+        return _parameter(name, Annotated[str | None, argument(key, name.upper())])
+    on, switch, _ = names[0].partition("/")
+    return _parameter(on.strip("-").replace("-", "_"), Annotated[(bool if switch else str) | None, flag(key, *names)])
 
 
 def _parameter(name: str, kind: Any) -> inspect.Parameter:
