@@ -108,7 +108,8 @@ def configured(*groups: Flags) -> Callable[[Callable[..., None]], Callable[..., 
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         flags = {key: _setting(key, names) for group in groups for key, names in group.items()}
-        command.__annotations__.pop("settings")  # the others are evaluated
+        # The others are evaluated; what this one is, is known here, so that no command need import it.
+        command.__annotations__.pop("settings")
         own = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for parameter in inspect.signature(command, eval_str=True).parameters.values()

@@ -18,9 +18,10 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from fluentllm.core.plugins import PluginManager  # the core's own room: what finds and loads plugins
+from fluentllm.core.plugins.discovery import admit, discover, normalized
+
 from ..errors import ConfigError
-from ..plugins import PluginManager
-from ..plugins.discovery import admit, discover, normalized
 from ..settings import PluginSettings, Settings
 from .sources import ConfigFile, Given, environment_name, from_environment, near_misses
 from .tree import UNSET, Section, Setting, nearest, settings_tree

@@ -11,6 +11,9 @@ stands still: DeepSeek-V3-Lite's 106 kernels took such threads 17 s, an engine's
 One process, without other threads, imports what compiles and forks a child for each kernel. No GPU is touched: Triton is told
 of one. What it is told comes pickled, for dtypes, layouts and descriptors are Python's objects, through a pipe that nobody but
 the process which started it can write to.
+
+Not `concurrent.futures`: there a compiler that dies takes the pool and all that waits in it along, and here it is one kernel's
+error.
 """
 
 from __future__ import annotations
