@@ -31,6 +31,8 @@ PER_MULTIPROCESSOR = 2
 LONGER, LONGER_STEPS = 16, 32
 """Runs may be longer than equal shares, by up to LONGER - 1 of LONGER_STEPS parts, if all then find a place at once: 32 × 4,096
 keys took 131 µs in whole runs, and 138 in twice as many that need two turns."""
+NO_LIMIT = tl.constexpr(2**31 - 1)
+"""Keys of a run, where no limit that was tried would do."""
 MERGE_INSIDE = False
 """Let the last program of a sequence merge its runs: a launch less a layer, and slower at batch 1 (H100, 16 heads, 1,024
 keys), equal at 32."""
@@ -54,12 +56,12 @@ class GqaPlan:
 @triton.jit
 def _longest_run(length, present, parts, BLOCK: tl.constexpr, LEAST: tl.constexpr, LONGER: tl.constexpr,
                  LONGER_STEPS: tl.constexpr):  # fmt: skip
-    """length [N], of which those `present` count → (the shortest limit of runs of which there are no more than `parts`, a large
-    number where all that are tried are too short; that of equal shares)"""
+    """length [N], of which those `present` count → (the shortest limit of runs of which there are no more than `parts`, or
+    `NO_LIMIT`; that of equal shares)"""
     share = tl.maximum(tl.cdiv(tl.sum(length, 0), parts), LEAST)
     limits = tl.cdiv(share + share * tl.arange(0, LONGER) // LONGER_STEPS, BLOCK) * BLOCK
     runs = tl.where(present[None, :], tl.maximum(tl.cdiv(length[None, :], limits[:, None]), 1), 0)
-    return tl.min(tl.where(tl.sum(runs, 1) <= parts, limits, 0x7FFFFFFF), 0), tl.cdiv(share, BLOCK) * BLOCK
+    return tl.min(tl.where(tl.sum(runs, 1) <= parts, limits, NO_LIMIT), 0), tl.cdiv(share, BLOCK) * BLOCK
 
 
 @triton.jit
@@ -72,7 +74,7 @@ def _plan_kernel(items, starts, spans, counters, lengths, n, count, parts, cells
         # In one turn of all places, or else in two, of which the second evens out what the first leaves.
         once, _ = _longest_run(length, i < n, parts, BLOCK, LEAST, LONGER, LONGER_STEPS)
         twice, shares = _longest_run(length, i < n, 2 * parts, BLOCK, LEAST, LONGER, LONGER_STEPS)
-        limit = tl.where(once < 0x7FFFFFFF, once, tl.where(twice < 0x7FFFFFFF, twice, shares))
+        limit = tl.where(once < NO_LIMIT, once, tl.where(twice < NO_LIMIT, twice, shares))
     else:
         limit = SPAN
     # An empty sequence has one item too: its program writes zeros.
